@@ -1,0 +1,109 @@
+// The page: G consecutive evicted tokens of one KV head, self-contained and contiguous.
+//
+// Nothing else in csrc/ knows a bit position or a section offset; logquant/reference.py mirrors this file.
+// All words are 32-bit, little-endian. Format version 1, sections in this order:
+//
+//   part          shape in words        word
+//   key codes     [G][C*b/32]           32/b consecutive columns of one token
+//   key params    [2][D/2]              planar: fp16 scale[D], then fp16 zero[D], of a channel over the page's tokens
+//   value codes   [G*b/32][Dv]          32/b consecutive tokens of one channel
+//   value params  [2][Dv/Gv][G/2]       planar: fp16 scale[Dv/Gv][G], then fp16 zero, of a token over Gv channels
+//
+// Every word runs along the axis that attention sums over. With element e of a word at bit_position(b, e), the
+// expression (word >> b*i) & lane_mask(b) yields elements 2i and 2i+1 as two 16-bit lanes: a half2 operand of
+// mma.m16n8k16, or an int16 pair for vpmaddwd, vpdpwssd and smlal.
+//
+// Key columns: a KV head's D key channels are stored as C columns of b-bit digits. A channel with n columns holds one
+// code of b*n bits, split into n digits of weight 2^(b*i); a channel without columns keeps only its mean over the page
+// (in its zero). The column map says which channel and digit a column holds; without a map, C = D and column c is
+// channel c.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define LOGQUANT_HOST_DEVICE __host__ __device__
+#else
+#define LOGQUANT_HOST_DEVICE
+#endif
+
+namespace logquant {
+
+inline constexpr int kFormatVersion = 1;
+inline constexpr int kWordBits = 32;
+inline constexpr int kMaxHeadDim = 1024;
+// A channel's code, all its columns together.
+inline constexpr int kMaxCodeBits = 8;
+// Scales and zeros saturate here, the largest finite fp16.
+inline constexpr float kParamMax = 65504.0f;
+// Stored as the zero of a group that holds a NaN or an infinity, so that attention over it returns NaN.
+inline constexpr uint16_t kPoison = 0x7E00;
+
+LOGQUANT_HOST_DEVICE constexpr int elements_per_word(int bits) { return kWordBits / bits; }
+LOGQUANT_HOST_DEVICE constexpr int bit_position(int bits, int element) {
+  return bits * (element / 2) + 16 * (element % 2);
+}
+LOGQUANT_HOST_DEVICE constexpr uint32_t code_mask(int bits) { return (1u << bits) - 1u; }
+LOGQUANT_HOST_DEVICE constexpr uint32_t lane_mask(int bits) { return code_mask(bits) * 0x00010001u; }
+LOGQUANT_HOST_DEVICE constexpr uint32_t extract(uint32_t word, int bits, int element) {
+  return (word >> bit_position(bits, element)) & code_mask(bits);
+}
+LOGQUANT_HOST_DEVICE constexpr uint32_t place(uint32_t code, int bits, int element) {
+  return code << bit_position(bits, element);
+}
+
+// An entry of the column map (int16): the channel a column belongs to and which digit of the channel's code it holds.
+LOGQUANT_HOST_DEVICE constexpr int column_channel(int entry) { return entry >> 2; }
+LOGQUANT_HOST_DEVICE constexpr int column_digit(int entry) { return entry & 3; }
+
+struct PageFormat {
+  int head_dim = 0;     // D, channels of a key
+  int value_dim = 0;    // Dv, channels of a value
+  int page_tokens = 0;  // G
+  int key_bits = 0;
+  int value_bits = 0;
+  int key_columns = 0;  // C
+  int value_group = 0;  // Gv
+
+  LOGQUANT_HOST_DEVICE constexpr int key_code_words() const { return key_columns * key_bits / kWordBits; }
+  LOGQUANT_HOST_DEVICE constexpr int value_code_rows() const { return page_tokens * value_bits / kWordBits; }
+  LOGQUANT_HOST_DEVICE constexpr int value_groups() const { return value_dim / value_group; }
+
+  // Section offsets, in words from the start of the page.
+  LOGQUANT_HOST_DEVICE constexpr int key_codes() const { return 0; }
+  LOGQUANT_HOST_DEVICE constexpr int key_params() const { return page_tokens * key_code_words(); }
+  LOGQUANT_HOST_DEVICE constexpr int value_codes() const { return key_params() + head_dim; }
+  LOGQUANT_HOST_DEVICE constexpr int value_params() const { return value_codes() + value_code_rows() * value_dim; }
+  LOGQUANT_HOST_DEVICE constexpr int words() const { return value_params() + value_groups() * page_tokens; }
+
+  // fp16 elements from the start of a parameter section to its zeros.
+  LOGQUANT_HOST_DEVICE constexpr int key_zeros() const { return head_dim; }
+  LOGQUANT_HOST_DEVICE constexpr int value_zeros() const { return value_groups() * page_tokens; }
+
+  friend constexpr bool operator==(const PageFormat&, const PageFormat&) = default;
+};
+
+// The order of a format that travels as a list of integers through operator schemas and files:
+// version, head_dim, value_dim, page_tokens, key_bits, value_bits, key_columns, value_group,
+// key_param_bits, value_param_bits.
+inline constexpr int kFormatFields = 10;
+inline constexpr int kParamBits = 16;  // the only width of scales and zeros in version 1
+
+// nullptr if the numbers describe a valid page, else what is wrong.
+constexpr const char* format_error(const PageFormat& f) {
+  const auto bits_ok = [](int b) { return b == 2 || b == 4 || b == 8; };
+  const auto dim_ok = [](int d) { return d >= 16 && d <= kMaxHeadDim && d % 16 == 0; };
+  if (!dim_ok(f.head_dim)) return "head_dim must be a multiple of 16 between 16 and 1024";
+  if (!dim_ok(f.value_dim)) return "value_dim must be a multiple of 16 between 16 and 1024";
+  if (f.page_tokens != 32 && f.page_tokens != 64 && f.page_tokens != 128) return "page_tokens must be 32, 64 or 128";
+  if (!bits_ok(f.key_bits)) return "key_bits must be 2, 4 or 8";
+  if (!bits_ok(f.value_bits)) return "value_bits must be 2, 4 or 8";
+  if (f.key_columns < 16 || f.key_columns % 16 != 0) return "key_columns must be a positive multiple of 16";
+  if (f.key_columns > f.head_dim * (kMaxCodeBits / f.key_bits))
+    return "key_columns must leave every channel a code of at most 8 bits";
+  if (f.value_group < 16 || f.value_group % 16 != 0 || f.value_dim % f.value_group != 0)
+    return "value_group must be a multiple of 16 that divides value_dim";
+  return nullptr;
+}
+
+}  // namespace logquant

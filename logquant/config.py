@@ -1,0 +1,120 @@
+"""What a LogQuant cache keeps exact and how it stores the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .reference import BITS, PAGE_TOKENS, PageFormat
+from .window import RULES, Rule, evicted_slots, evictions
+
+
+@dataclass(frozen=True)
+class LogQuantConfig:
+    """Settings of a cache; the defaults are LogQuant at 2 bits (arXiv 2503.19950).
+
+    Args:
+        bits: bits of a quantised key or value element: 2, 4 or 8.
+        key_bits, value_bits: the same for keys and values alone; ``bits`` by default.
+        window: W: between 2W and 3W tokens stay exact. A multiple of ``page_tokens``.
+        page_tokens: tokens of a page: 32, 64 or 128; by default 64, or 32 where 64 does not divide ``window``.
+        value_group: channels of a value that share a scale: a multiple of 16 that divides the value dimension; by
+            default the one nearest to 64.
+        rule: ``"log"`` keeps tokens ever more sparsely with distance; ``"recent"`` keeps the newest.
+        sinks: first tokens that always stay exact, besides the window; by default 0 for ``log``, which keeps the
+            first token anyway, and 4 for ``recent``.
+
+    Raises:
+        ValueError: naming the field, what it was and what it must be.
+    """
+
+    bits: int = 2
+    key_bits: int | None = None
+    value_bits: int | None = None
+    window: int = 64
+    page_tokens: int | None = None
+    value_group: int | None = None
+    rule: Rule = "log"
+    sinks: int | None = None
+
+    def __post_init__(self) -> None:
+        def resolve(field: str, default: object) -> None:
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, default)
+
+        def need(ok: bool, field: str, what: str) -> None:
+            if not ok:
+                raise ValueError(f"{field} must be {what}, got {getattr(self, field)!r}")
+
+        def is_count(value: object) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+        need(self.rule in RULES, "rule", " or ".join(repr(rule) for rule in RULES))
+        for field in ("bits", "key_bits", "value_bits"):
+            resolve(field, self.bits)
+            need(is_count(getattr(self, field)) and getattr(self, field) in BITS, field, "2, 4 or 8")
+        need(is_count(self.window) and self.window > 0, "window", "a positive whole number")
+        resolve("page_tokens", 32 if self.window % 64 else 64)
+        need(is_count(self.page_tokens) and self.page_tokens in PAGE_TOKENS, "page_tokens", "32, 64 or 128")
+        need(self.window % self.page_size == 0, "window", f"a multiple of page_tokens ({self.page_tokens})")
+        resolve("sinks", 0 if self.rule == "log" else 4)
+        need(is_count(self.sinks), "sinks", "a whole number of tokens, 0 or more")
+        need(
+            self.value_group is None or (is_count(self.value_group) and self.value_group > 0 and self.value_group % 16 == 0),
+            "value_group",
+            "a positive multiple of 16",
+        )
+
+    # The fields are optional only in the constructor; these give them to type checkers as what they are afterwards.
+    @property
+    def page_size(self) -> int:
+        """``page_tokens``, resolved."""
+        assert self.page_tokens is not None
+        return self.page_tokens
+
+    @property
+    def sink_tokens(self) -> int:
+        """``sinks``, resolved."""
+        assert self.sinks is not None
+        return self.sinks
+
+    @property
+    def window_capacity(self) -> int:
+        """Exact tokens there is room for; the cache evicts as soon as this many are there."""
+        return self.sink_tokens + 3 * self.window
+
+    @property
+    def evicted_slots(self) -> slice:
+        """The slots of a full window that one eviction quantises."""
+        return evicted_slots(self.rule, self.window, self.sink_tokens)
+
+    def packed_tokens(self, tokens: int) -> int:
+        """How many of ``tokens`` tokens are quantised."""
+        return self.window * evictions(tokens, self.window, self.sink_tokens)
+
+    def page_format(self, head_dim: int, value_dim: int | None = None) -> PageFormat:
+        """The format of the pages of one KV head.
+
+        Raises:
+            ValueError: dimensions that no page can hold, or that ``value_group`` does not divide.
+        """
+        assert self.key_bits is not None and self.value_bits is not None
+        return PageFormat(
+            head_dim,
+            head_dim if value_dim is None else value_dim,
+            self.page_size,
+            self.key_bits,
+            self.value_bits,
+            value_group=self.value_group or 0,
+        )
+
+    def head_nbytes(self, tokens: int, head_dim: int, value_dim: int | None = None, itemsize: int = 2) -> int:
+        """Bytes of one KV head of one sequence after a prompt of ``tokens`` tokens: its pages and its window.
+
+        Args:
+            tokens: tokens seen.
+            head_dim, value_dim: channels of a key and of a value.
+            itemsize: bytes of an exact element.
+        """
+        fmt = self.page_format(head_dim, value_dim)
+        pages = self.packed_tokens(tokens) // fmt.page_tokens
+        return pages * fmt.nbytes + self.window_capacity * (fmt.head_dim + fmt.value_dim) * itemsize

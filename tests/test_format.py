@@ -1,0 +1,121 @@
+"""The page: packing, quantising and dequantising, on the reference that defines them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from logquant import reference
+from logquant.reference import PageFormat, pack_words, unpack_words
+from tests.strategies import column_map, formats, tokens
+
+
+@given(bits=st.sampled_from(reference.BITS), seed=st.integers(0, 2**31), words=st.integers(1, 9))
+def test_packing_round_trip(bits, seed, words):
+    codes = torch.randint(0, 2**bits, (3, words * 32 // bits), generator=torch.Generator().manual_seed(seed))
+    packed = pack_words(codes, bits)
+    assert packed.dtype == torch.int32 and packed.shape == (3, words)
+    assert torch.equal(unpack_words(packed, bits), codes.int())
+
+
+@pytest.mark.parametrize("bits", reference.BITS)
+def test_elements_pair_up_in_the_halves_of_a_word(bits):
+    """(word >> bits * i) & mask gives elements 2i and 2i + 1 as two 16-bit lanes (csrc/format.h)."""
+    codes = torch.arange(32 // bits) % 2**bits
+    word = pack_words(codes, bits).item()
+    for i in range(16 // bits):
+        lanes = (word >> (bits * i)) & ((2**bits - 1) * 0x00010001)
+        assert (lanes & 0xFFFF, lanes >> 16) == (codes[2 * i], codes[2 * i + 1])
+
+
+def test_size_of_the_common_page():
+    fmt = PageFormat(128)
+    assert (fmt.words, fmt.nbytes, fmt.bits_per_element) == (1280, 5120, 2.5)
+
+
+@given(fmt=formats(), seed=st.integers(0, 2**31))
+def test_error_of_a_round_trip_is_at_most_half_a_step(fmt, seed):
+    k, v = tokens(fmt, seed, batch=1, heads=2, count=2 * fmt.page_tokens)
+    key_map = column_map(fmt, seed, batch=1, heads=2)
+    keys, values = reference.dequantize(reference.quantize(k, v, fmt, key_map=key_map), fmt, key_map=key_map)
+    columns = torch.zeros(1, 2, fmt.head_dim).scatter_add_(-1, (key_map >> 2).long(), torch.ones(key_map.shape))
+    levels = (2 ** (fmt.key_bits * columns) - 1).unsqueeze(2)
+    pages = k.unflatten(2, (-1, fmt.page_tokens))
+    spread = (pages.amax(3) - pages.amin(3)).repeat_interleave(fmt.page_tokens, 2)
+    # fp16 rounding of scale and zero comes on top of half a step; a channel without columns is its mean.
+    rounding = 2e-3 * (spread + k.abs())
+    assert ((keys - k).abs() <= spread / levels.clamp_min(1) * torch.where(levels > 0, 0.5, 1.0) + rounding).all()
+    groups = v.unflatten(3, (-1, fmt.value_group))
+    spread = (groups.amax(4) - groups.amin(4)).repeat_interleave(fmt.value_group, 3)
+    assert ((values - v).abs() <= spread / (2**fmt.value_bits - 1) * 0.5 + 2e-3 * (spread + v.abs())).all()
+
+
+def test_quantised_values_are_fixed_points():
+    """What a page stands for quantises to the same page: nothing drifts if tokens pass through twice."""
+    fmt = PageFormat(64)
+    k, v = (torch.randint(0, 4, (1, 2, 64, 64)).float() * 0.5 - 1 for _ in range(2))
+    pages = reference.quantize(k, v, fmt)
+    assert torch.equal(reference.quantize(*reference.dequantize(pages, fmt), fmt), pages)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+def test_a_non_finite_element_makes_its_group_nan_and_nothing_else(poison):
+    fmt = PageFormat(64, value_group=32)
+    k, v = torch.randn(1, 1, 128, 64), torch.randn(1, 1, 128, 64)
+    k[0, 0, 70, 5] = poison
+    v[0, 0, 70, 5] = poison
+    keys, values = reference.dequantize(reference.quantize(k, v, fmt), fmt)
+    expected = torch.zeros(1, 1, 128, 64, dtype=torch.bool)
+    expected[0, 0, 64:, 5] = True
+    assert torch.equal(keys.isnan(), expected)
+    expected.zero_()[0, 0, 70, :32] = True
+    assert torch.equal(values.isnan(), expected)
+
+
+def test_parameters_saturate():
+    fmt = PageFormat(16)
+    k = torch.full((1, 1, 64, 16), 1e6)
+    k[:, :, ::2] = -1e6
+    keys, _ = reference.dequantize(reference.quantize(k, k, fmt), fmt)
+    assert keys.isfinite().all()
+    assert keys.min() == -65504 and keys.max() == -65504 + 3 * 65504
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(head_dim=100), "head_dim must be a multiple of 16 up to 1024, got 100"),
+        (dict(head_dim=0), "head_dim must be a multiple of 16"),
+        (dict(head_dim=64, value_dim=2048), "value_dim must be a multiple of 16 up to 1024, got 2048"),
+        (dict(head_dim=64, page_tokens=48), "page_tokens must be 32, 64 or 128, got 48"),
+        (dict(head_dim=64, key_bits=3), "key_bits must be 2, 4 or 8, got 3"),
+        (dict(head_dim=64, value_bits=16), "value_bits must be 2, 4 or 8, got 16"),
+        (dict(head_dim=64, key_columns=24), "key_columns must be a multiple of 16 up to 256, got 24"),
+        (dict(head_dim=64, key_bits=8, key_columns=80), "key_columns must be a multiple of 16 up to 64, got 80"),
+        (dict(head_dim=64, value_group=24), r"value_group must be a multiple of 16 that divides value_dim \(64\), got 24"),
+        (dict(head_dim=64, value_group=48), "value_group must be a multiple of 16"),
+    ],
+)
+def test_bad_formats(fields, message):
+    with pytest.raises(ValueError, match=message):
+        PageFormat(**fields)
+
+
+@given(fmt=formats())
+def test_fields_round_trip(fmt):
+    assert PageFormat.from_fields(fmt.fields()) == fmt
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ([1, 64], "format must have 10 fields, got 2"),
+        ([9, 64, 64, 64, 2, 2, 64, 64, 16, 16], "format version must be 1, got 9"),
+        ([1, 64, 64, 64, 2, 2, 64, 64, 8, 16], "parameter bits must be 16, got 8 and 16"),
+    ],
+)
+def test_bad_fields(fields, message):
+    with pytest.raises(ValueError, match=message):
+        PageFormat.from_fields(fields)
