@@ -1,0 +1,144 @@
+// Chooses the instruction set, runs the kernels' tasks in parallel, and owns their memory. Compiled once, for the
+// baseline of the architecture.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "tasks.h"
+
+namespace logquant::cpu {
+
+void* thread_scratch(size_t bytes) {
+  struct Free {
+    void operator()(char* p) const { ::operator delete[](p, std::align_val_t{64}); }
+  };
+  thread_local std::unique_ptr<char[], Free> memory;
+  thread_local size_t capacity = 0;
+  if (bytes > capacity) {
+    memory.reset(new (std::align_val_t{64}) char[bytes]);
+    capacity = bytes;
+  }
+  return memory.get();
+}
+
+AttendPlan::AttendPlan(const AttendArgs& args) {
+  // Enough tasks for the largest machines, and splits long enough (512 tokens) to be worth their merge.
+  constexpr int64_t kTasks = 256, kMinUnits = 8;
+  rows = static_cast<int>(args.group * args.queries);
+  row_blocks = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
+  units = args.page_count + (args.window_tokens + kWindowBlock - 1) / kWindowBlock;
+  units_per_split = std::max(kMinUnits, units * args.batch * args.kv_heads * row_blocks / kTasks);
+  splits = std::max<int64_t>(1, (units + units_per_split - 1) / units_per_split);
+}
+
+namespace {
+
+template <auto task>
+void quantize(const QuantizeArgs& args, const ParallelFor& parallel_for) {
+  parallel_for(args.batch * args.heads * args.page_count, [&](int64_t i) { task(args, i); });
+}
+
+template <auto task>
+void dequantize(const DequantizeArgs& args, const ParallelFor& parallel_for) {
+  parallel_for(args.batch * args.heads * args.page_count, [&](int64_t i) { task(args, i); });
+}
+
+template <auto task>
+void evict(const EvictArgs& args, const ParallelFor& parallel_for) {
+  parallel_for(args.batch * args.heads, [&](int64_t i) { task(args, i); });
+}
+
+template <auto split_task, auto merge_task>
+void attend(const AttendArgs& args, const ParallelFor& parallel_for) {
+  AttendPlan plan(args);
+  const int64_t heads = args.batch * args.kv_heads, tasks_per_head = plan.tasks_per_head();
+  const auto partials = std::make_unique_for_overwrite<float[]>(plan.partial_count(args));
+  plan.partials = partials.get();
+  // The last task of a head merges it: no second start of all threads, and the same order of additions always.
+  const auto left = std::make_unique<std::atomic<int64_t>[]>(heads);
+  for (int64_t h = 0; h < heads; ++h) left[h].store(tasks_per_head, std::memory_order_relaxed);
+  parallel_for(heads * tasks_per_head, [&](int64_t i) {
+    split_task(args, plan, i);
+    const int64_t head = i / tasks_per_head;
+    if (left[head].fetch_sub(1, std::memory_order_acq_rel) == 1) merge_task(args, plan, head);
+  });
+}
+
+#define LOGQUANT_KERNELS(isa)                                                                              \
+  Kernels {                                                                                                \
+    #isa, quantize<isa::quantize_page>, dequantize<isa::dequantize_page>, evict<isa::evict_head>,          \
+        attend<isa::attend_split, isa::attend_merge>                                                       \
+  }
+
+struct InstructionSet {
+  Kernels kernels;
+  bool supported;
+};
+
+// From the slowest to the fastest.
+const std::vector<InstructionSet>& instruction_sets() {
+  static const std::vector<InstructionSet> sets = [] {
+    std::vector<InstructionSet> all{{LOGQUANT_KERNELS(portable), true}};
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool has_avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    all.push_back({LOGQUANT_KERNELS(avx2), has_avx2});
+    all.push_back({LOGQUANT_KERNELS(avx512), has_avx2 && __builtin_cpu_supports("avx512f") &&
+                                                 __builtin_cpu_supports("avx512bw") &&
+                                                 __builtin_cpu_supports("avx512dq") &&
+                                                 __builtin_cpu_supports("avx512vl") &&
+                                                 __builtin_cpu_supports("avx512vnni")});
+#endif
+    return all;
+  }();
+  return sets;
+}
+
+const Kernels* find(const std::string& name, const char* what) {
+  std::string names;
+  for (const Kernels* set : available_kernels()) {
+    if (set->name == name) return set;
+    names += (names.empty() ? "" : ", ") + std::string(set->name);
+  }
+  throw std::runtime_error(std::string(what) + " must be one of " + names + " on this machine, got " + name);
+}
+
+std::atomic<const Kernels*> in_use = nullptr;
+
+}  // namespace
+
+std::vector<const Kernels*> compiled_kernels() {
+  std::vector<const Kernels*> all;
+  for (const InstructionSet& set : instruction_sets()) all.push_back(&set.kernels);
+  return all;
+}
+
+std::vector<const Kernels*> available_kernels() {
+  std::vector<const Kernels*> available;
+  for (const InstructionSet& set : instruction_sets()) {
+    if (set.supported) available.push_back(&set.kernels);
+  }
+  return available;
+}
+
+const Kernels& kernels() {
+  const Kernels* chosen = in_use.load(std::memory_order_acquire);
+  if (chosen == nullptr) {
+    const char* forced = std::getenv("LOGQUANT_CPU_ISA");
+    chosen = forced && *forced ? find(forced, "LOGQUANT_CPU_ISA") : available_kernels().back();
+    in_use.store(chosen, std::memory_order_release);
+  }
+  return *chosen;
+}
+
+void use_kernels(const std::string& name) { in_use.store(find(name, "the instruction set"), std::memory_order_release); }
+
+}  // namespace logquant::cpu

@@ -1,0 +1,132 @@
+// Interface of the CPU kernels: plain pointers and sizes, no torch. ops.cpp has checked everything that is read here.
+//
+// Each kernel is one source compiled once per instruction set (simd.h); kernels() returns the best set that this
+// machine runs. Work is cut into tasks by shape alone, so results do not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "../format.h"
+
+namespace logquant::cpu {
+
+enum class Dtype { kFloat32, kFloat16, kBFloat16 };
+
+// Runs task(0) .. task(count - 1), in any order, on any threads.
+using Task = std::function<void(int64_t)>;
+using ParallelFor = std::function<void(int64_t count, const Task& task)>;
+
+// A tensor [batch, head, token, channel]: strides in elements, channels contiguous. A broadcast dimension has stride 0.
+struct Tokens {
+  const void* data = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+  int64_t batch_stride = 0, head_stride = 0, token_stride = 0;
+};
+struct MutableTokens {
+  void* data = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+  int64_t batch_stride = 0, head_stride = 0, token_stride = 0;
+};
+
+// Pages [batch, head, page, words]: strides in words, words contiguous.
+struct Pages {
+  const int32_t* data = nullptr;
+  int64_t batch_stride = 0, head_stride = 0, page_stride = 0;
+};
+struct MutablePages {
+  int32_t* data = nullptr;
+  int64_t batch_stride = 0, head_stride = 0, page_stride = 0;
+};
+
+// The column map [batch, head, C] (format.h), columns contiguous; data == nullptr is the identity.
+struct KeyMap {
+  const int16_t* data = nullptr;
+  int64_t batch_stride = 0, head_stride = 0;
+};
+
+struct QuantizeArgs {
+  PageFormat format;
+  Tokens k, v;
+  MutablePages pages;
+  KeyMap key_map;
+  // The token that page p, slot t takes: index[p * page_tokens + t] of its batch row; without an index, that number
+  // itself times index_step plus index_start.
+  const int32_t* index = nullptr;
+  int64_t index_batch_stride = 0;
+  int64_t index_start = 0, index_step = 1;
+  int64_t batch = 0, heads = 0, page_count = 0;
+};
+
+struct DequantizeArgs {
+  PageFormat format;
+  Pages pages;
+  KeyMap key_map;
+  MutableTokens k, v;
+  int64_t batch = 0, heads = 0, page_count = 0;
+};
+
+// One step of the rule: slots start, start + step, ... (count of them) of the window become pages, the rest moves up.
+struct EvictArgs {
+  PageFormat format;
+  MutableTokens k, v;
+  MutablePages pages;  // already at the first page to write
+  KeyMap key_map;
+  int64_t batch = 0, heads = 0;
+  int64_t tokens = 0, start = 0, step = 1, count = 0;
+};
+
+struct AttendArgs {
+  PageFormat format;
+  int64_t batch = 0, kv_heads = 0, group = 1, queries = 0;  // group: query heads of a KV head
+  Tokens q;                                                 // head_stride of a query head, token_stride of a query
+  Pages pages;                                              // with a page table, page_stride is that of a block
+  int64_t page_count = 0;
+  Tokens window_k, window_v;
+  int64_t window_tokens = 0;
+  KeyMap key_map;
+  float scale = 1.0f, softcap = 0.0f;
+
+  const int32_t* page_table = nullptr;  // [batch, page_count]
+  int64_t page_table_batch_stride = 0;
+  const int32_t* lengths = nullptr;  // [batch, 2]: pages and window tokens in use
+  int64_t lengths_batch_stride = 0;
+  const int32_t* positions = nullptr;  // [batch, page_count * page_tokens + window_tokens]
+  int64_t positions_batch_stride = 0;
+  const int32_t* query_positions = nullptr;  // [batch, queries]
+  int64_t query_positions_batch_stride = 0;
+
+  enum class MaskKind { kNone, kBool, kFloat32, kFloat16, kBFloat16 };
+  MaskKind mask_kind = MaskKind::kNone;  // [batch, query head, query, position]; positions outside are not seen
+  const void* mask = nullptr;
+  int64_t mask_batch_stride = 0, mask_head_stride = 0, mask_query_stride = 0, mask_position_stride = 0;
+  int64_t mask_positions = 0;
+
+  const float* sinks = nullptr;  // [query head]
+
+  void* out = nullptr;   // [batch, query head, query, value_dim], contiguous, dtype of q
+  float* lse = nullptr;  // [batch, query head, query], contiguous
+};
+
+struct Kernels {
+  const char* name;  // of the instruction set
+  void (*quantize)(const QuantizeArgs&, const ParallelFor&);
+  void (*dequantize)(const DequantizeArgs&, const ParallelFor&);
+  void (*evict)(const EvictArgs&, const ParallelFor&);
+  void (*attend)(const AttendArgs&, const ParallelFor&);
+};
+
+// The kernels in use: the best set this machine runs, or the one that LOGQUANT_CPU_ISA names.
+// Throws std::runtime_error if that name is unknown or the machine cannot run it.
+const Kernels& kernels();
+
+// Another set from now on. Throws std::runtime_error if this machine does not run it.
+void use_kernels(const std::string& name);
+
+// Every set that was compiled, and those of them that this machine runs; from the slowest to the fastest.
+std::vector<const Kernels*> compiled_kernels();
+std::vector<const Kernels*> available_kernels();
+
+}  // namespace logquant::cpu

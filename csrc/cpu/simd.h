@@ -1,0 +1,323 @@
+// A small vector abstraction: kLanes floats or 32-bit integers, on the compilers' vector extensions.
+//
+// Every kernel source is compiled once per instruction set, with LOGQUANT_ISA naming it. What a set compiles lives in
+// an unnamed namespace inside a namespace of that name, and calls no shared inline function (no std containers or
+// algorithms): the linker keeps one copy of an inline function, and it could be the one with AVX-512 in it.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#include "kernels.h"
+
+#ifndef LOGQUANT_ISA
+#define LOGQUANT_ISA portable
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && \
+    defined(__AVX512VNNI__)
+#define LOGQUANT_AVX512
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define LOGQUANT_AVX2
+#endif
+
+#define LOGQUANT_INLINE inline __attribute__((always_inline))
+
+namespace logquant::cpu::LOGQUANT_ISA {
+namespace {
+
+#if defined(LOGQUANT_AVX512)
+constexpr int kLanes = 16;
+#elif defined(LOGQUANT_AVX2)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float F32 __attribute__((vector_size(4 * kLanes)));
+typedef int32_t I32 __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t U32 __attribute__((vector_size(4 * kLanes)));
+
+// Vectors where memory is only as aligned as its elements.
+typedef float F32Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t I32Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+constexpr float kInfinity = __builtin_inff();
+
+template <class To, class From>
+LOGQUANT_INLINE To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// Calls f with the constants 0 .. N-1.
+template <int N, class F>
+LOGQUANT_INLINE void unroll(F&& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, I>{}), ...);
+  }
+  (std::make_integer_sequence<int, N>{});
+}
+
+LOGQUANT_INLINE F32 splat(float x) { return F32{} + x; }
+LOGQUANT_INLINE I32 splat(int32_t x) { return I32{} + x; }
+LOGQUANT_INLINE F32 load(const float* p) { return *reinterpret_cast<const F32Unaligned*>(p); }
+LOGQUANT_INLINE I32 load(const int32_t* p) { return *reinterpret_cast<const I32Unaligned*>(p); }
+LOGQUANT_INLINE void store(float* p, F32 x) { *reinterpret_cast<F32Unaligned*>(p) = x; }
+LOGQUANT_INLINE void store(int32_t* p, I32 x) { *reinterpret_cast<I32Unaligned*>(p) = x; }
+
+LOGQUANT_INLINE I32 shift_right(I32 x, int n) { return bits_as<I32>(bits_as<U32>(x) >> static_cast<uint32_t>(n)); }
+LOGQUANT_INLINE F32 select(I32 mask, F32 yes, F32 no) { return mask ? yes : no; }
+LOGQUANT_INLINE I32 select(I32 mask, I32 yes, I32 no) { return mask ? yes : no; }
+LOGQUANT_INLINE F32 abs(F32 x) { return bits_as<F32>(bits_as<I32>(x) & 0x7FFFFFFF); }
+LOGQUANT_INLINE I32 is_nonfinite(F32 x) { return (bits_as<I32>(x) & 0x7F800000) == 0x7F800000; }
+
+// Of min and max with a NaN, the second argument comes out.
+#if defined(LOGQUANT_AVX512)
+LOGQUANT_INLINE F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
+LOGQUANT_INLINE F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
+LOGQUANT_INLINE F32 max_abs(F32 a, F32 b) { return _mm512_range_ps(a, b, 0x0B); }
+LOGQUANT_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+LOGQUANT_INLINE F32 to_float(I32 x) { return _mm512_cvtepi32_ps(bits_as<__m512i>(x)); }
+LOGQUANT_INLINE I32 round_to_int(F32 x) { return bits_as<I32>(_mm512_cvtps_epi32(x)); }
+LOGQUANT_INLINE bool any(I32 mask) { return _mm512_movepi32_mask(bits_as<__m512i>(mask)) != 0; }
+LOGQUANT_INLINE I32 dot_pairs(I32 sum, I32 a, I32 b) {
+  return bits_as<I32>(_mm512_dpwssd_epi32(bits_as<__m512i>(sum), bits_as<__m512i>(a), bits_as<__m512i>(b)));
+}
+LOGQUANT_INLINE F32 gather(const float* p, I32 index) { return _mm512_i32gather_ps(bits_as<__m512i>(index), p, 4); }
+LOGQUANT_INLINE I32 gather(const int32_t* p, I32 index) {
+  return bits_as<I32>(_mm512_i32gather_epi32(bits_as<__m512i>(index), p, 4));
+}
+LOGQUANT_INLINE F32 load_half(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+LOGQUANT_INLINE void store_half(uint16_t* p, F32 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+LOGQUANT_INLINE I32 load_u16(const uint16_t* p) {
+  return bits_as<I32>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+// The low halves of 32-bit lanes.
+LOGQUANT_INLINE void store_u16(uint16_t* p, I32 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bits_as<__m512i>(x)));
+}
+#elif defined(LOGQUANT_AVX2)
+LOGQUANT_INLINE F32 min(F32 a, F32 b) { return _mm256_min_ps(a, b); }
+LOGQUANT_INLINE F32 max(F32 a, F32 b) { return _mm256_max_ps(a, b); }
+LOGQUANT_INLINE F32 max_abs(F32 a, F32 b) { return _mm256_max_ps(a, abs(b)); }
+LOGQUANT_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
+LOGQUANT_INLINE F32 to_float(I32 x) { return _mm256_cvtepi32_ps(bits_as<__m256i>(x)); }
+LOGQUANT_INLINE I32 round_to_int(F32 x) { return bits_as<I32>(_mm256_cvtps_epi32(x)); }
+LOGQUANT_INLINE bool any(I32 mask) { return _mm256_movemask_ps(bits_as<F32>(mask)) != 0; }
+LOGQUANT_INLINE I32 dot_pairs(I32 sum, I32 a, I32 b) {
+  return sum + bits_as<I32>(_mm256_madd_epi16(bits_as<__m256i>(a), bits_as<__m256i>(b)));
+}
+LOGQUANT_INLINE F32 gather(const float* p, I32 index) { return _mm256_i32gather_ps(p, bits_as<__m256i>(index), 4); }
+LOGQUANT_INLINE I32 gather(const int32_t* p, I32 index) {
+  return bits_as<I32>(_mm256_i32gather_epi32(p, bits_as<__m256i>(index), 4));
+}
+LOGQUANT_INLINE F32 load_half(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+LOGQUANT_INLINE void store_half(uint16_t* p, F32 x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+LOGQUANT_INLINE I32 load_u16(const uint16_t* p) {
+  return bits_as<I32>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+LOGQUANT_INLINE void store_u16(uint16_t* p, I32 x) {
+  const __m256i even = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1, 0, 1, 4, 5, 8, 9, 12,
+                                        13, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i low = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bits_as<__m256i>(x), even), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(low));
+}
+#else
+#if defined(__SSE2__)
+LOGQUANT_INLINE F32 min(F32 a, F32 b) { return _mm_min_ps(a, b); }
+LOGQUANT_INLINE F32 max(F32 a, F32 b) { return _mm_max_ps(a, b); }
+LOGQUANT_INLINE I32 round_to_int(F32 x) { return bits_as<I32>(_mm_cvtps_epi32(x)); }
+LOGQUANT_INLINE bool any(I32 mask) { return _mm_movemask_ps(bits_as<F32>(mask)) != 0; }
+LOGQUANT_INLINE I32 dot_pairs(I32 sum, I32 a, I32 b) {
+  return sum + bits_as<I32>(_mm_madd_epi16(bits_as<__m128i>(a), bits_as<__m128i>(b)));
+}
+#else
+LOGQUANT_INLINE F32 min(F32 a, F32 b) { return a < b ? a : b; }
+LOGQUANT_INLINE F32 max(F32 a, F32 b) { return a > b ? a : b; }
+// Rounds to nearest even for |x| < 2^22, and is defined for everything else.
+LOGQUANT_INLINE I32 round_to_int(F32 x) {
+#if defined(__ARM_NEON) && defined(__aarch64__)
+  return bits_as<I32>(vcvtnq_s32_f32(bits_as<float32x4_t>(x)));
+#else
+  const F32 magic = splat(12582912.0f);
+  return bits_as<I32>(x + magic) - bits_as<I32>(magic);
+#endif
+}
+LOGQUANT_INLINE bool any(I32 mask) { return (mask[0] | mask[1] | mask[2] | mask[3]) != 0; }
+// a holds codes, so its halves are not negative.
+LOGQUANT_INLINE I32 dot_pairs(I32 sum, I32 a, I32 b) {
+  return sum + (a & 0xFFFF) * bits_as<I32>(bits_as<I32>(bits_as<U32>(b) << 16u) >> 16) + (a >> 16) * (b >> 16);
+}
+#endif
+LOGQUANT_INLINE F32 max_abs(F32 a, F32 b) { return max(a, abs(b)); }
+LOGQUANT_INLINE F32 fma(F32 a, F32 b, F32 c) {
+#if defined(__ARM_NEON) && defined(__aarch64__)
+  return bits_as<F32>(vfmaq_f32(bits_as<float32x4_t>(c), bits_as<float32x4_t>(a), bits_as<float32x4_t>(b)));
+#else
+  return a * b + c;
+#endif
+}
+LOGQUANT_INLINE F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
+template <class T>
+LOGQUANT_INLINE auto gather(const T* p, I32 index) {
+  typedef T V __attribute__((vector_size(4 * kLanes)));
+  return V{p[index[0]], p[index[1]], p[index[2]], p[index[3]]};
+}
+LOGQUANT_INLINE I32 load_u16(const uint16_t* p) { return I32{p[0], p[1], p[2], p[3]}; }
+LOGQUANT_INLINE void store_u16(uint16_t* p, I32 x) {
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint16_t>(x[i]);
+}
+LOGQUANT_INLINE F32 load_half(const uint16_t* p) {
+  const I32 h = load_u16(p), magnitude = h & 0x7FFF;
+  const I32 normal = (magnitude << 13) + (112 << 23);
+  const I32 subnormal = bits_as<I32>(to_float(magnitude) * 0x1p-24f);
+  const I32 special = (magnitude << 13) | 0x7F800000;
+  const I32 bits = select(magnitude < 0x0400, subnormal, select(magnitude >= 0x7C00, special, normal));
+  return bits_as<F32>(bits | ((h & 0x8000) << 16));
+}
+LOGQUANT_INLINE void store_half(uint16_t* p, F32 x) {
+  const I32 sign = shift_right(bits_as<I32>(x), 16) & 0x8000, magnitude = bits_as<I32>(x) & 0x7FFFFFFF;
+  const I32 normal = ((magnitude + 0x0FFF + ((magnitude >> 13) & 1)) >> 13) - (112 << 10);
+  // The unit in the last place of 0.5 is that of a subnormal half, so the addition rounds.
+  const I32 subnormal = bits_as<I32>(bits_as<F32>(magnitude) + 0.5f) - 0x3F000000;
+  const I32 special = select(magnitude > 0x7F800000, splat(0x7E00), splat(0x7C00));
+  const I32 half = select(magnitude < 0x38800000, subnormal, select(magnitude >= 0x477FF000, special, normal));
+  store_u16(p, half | sign);
+}
+#endif
+
+// ------------------------------------------------------------------------------------------------------- elements
+constexpr int element_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+template <Dtype dtype>
+LOGQUANT_INLINE F32 load_elements(const void* data, int64_t i) {
+  if constexpr (dtype == Dtype::kFloat32) return load(static_cast<const float*>(data) + i);
+  const uint16_t* p = static_cast<const uint16_t*>(data) + i;
+  if constexpr (dtype == Dtype::kFloat16) return load_half(p);
+  return bits_as<F32>(load_u16(p) << 16);
+}
+
+template <Dtype dtype>
+LOGQUANT_INLINE void store_elements(void* data, int64_t i, F32 x) {
+  if constexpr (dtype == Dtype::kFloat32) {
+    store(static_cast<float*>(data) + i, x);
+  } else if constexpr (dtype == Dtype::kFloat16) {
+    store_half(static_cast<uint16_t*>(data) + i, x);
+  } else {
+    const I32 bits = bits_as<I32>(x);
+    const I32 rounded = shift_right(bits + 0x7FFF + (shift_right(bits, 16) & 1), 16);
+    const I32 is_nan = (bits & 0x7FFFFFFF) > 0x7F800000;
+    store_u16(static_cast<uint16_t*>(data) + i, select(is_nan, splat(0x7FC0), rounded));
+  }
+}
+
+// Calls f with the dtype as a constant.
+template <class F>
+LOGQUANT_INLINE void with_dtype(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::kFloat32: return f(std::integral_constant<Dtype, Dtype::kFloat32>{});
+    case Dtype::kFloat16: return f(std::integral_constant<Dtype, Dtype::kFloat16>{});
+    case Dtype::kBFloat16: return f(std::integral_constant<Dtype, Dtype::kBFloat16>{});
+  }
+}
+
+// Calls f with the code width as a constant.
+template <class F>
+LOGQUANT_INLINE void with_bits(int bits, F&& f) {
+  switch (bits) {
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+    default: return f(std::integral_constant<int, 8>{});
+  }
+}
+
+// ------------------------------------------------------------------------------------------------- across the lanes
+template <int Odd, class V, int... I>
+LOGQUANT_INLINE V every_second(V a, V b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (2 * I + Odd)...);
+}
+
+// Pairs of neighbouring lanes: a's results in the lower half, b's in the upper.
+template <class V, class Op>
+LOGQUANT_INLINE V reduce_pairs(V a, V b, Op op) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
+  return op(every_second<0>(a, b, lanes), every_second<1>(a, b, lanes));
+}
+
+// M vectors into one: lanes i*kLanes/M .. are the results of v[i] over groups of M neighbouring lanes.
+template <int M, class V, class Op>
+LOGQUANT_INLINE V reduce_groups(const V* v, Op op) {
+  if constexpr (M == 1) {
+    return v[0];
+  } else {
+    V half[M / 2];
+    unroll<M / 2>([&](auto i) { half[i] = reduce_pairs(v[2 * i], v[2 * i + 1], op); });
+    return reduce_groups<M / 2>(half, op);
+  }
+}
+
+// M vectors into one: lane i is the result of v[i] over all lanes.
+template <int M, class V, class Op>
+LOGQUANT_INLINE V reduce_lanes(const V* v, Op op) {
+  V x = reduce_groups<M>(v, op);
+  for (int n = M; n < kLanes; n *= 2) x = reduce_pairs(x, x, op);
+  return x;
+}
+
+struct Add {
+  template <class V>
+  LOGQUANT_INLINE V operator()(V a, V b) const {
+    return a + b;
+  }
+};
+struct Or {
+  LOGQUANT_INLINE I32 operator()(I32 a, I32 b) const { return a | b; }
+};
+struct Min {
+  LOGQUANT_INLINE F32 operator()(F32 a, F32 b) const { return min(a, b); }
+};
+struct Max {
+  LOGQUANT_INLINE F32 operator()(F32 a, F32 b) const { return max(a, b); }
+};
+
+template <class Op>
+LOGQUANT_INLINE float reduce(F32 x, Op op) {
+  return reduce_lanes<1>(&x, op)[0];
+}
+
+// 2^x for x <= 30 or so, relative error 2e-7; a NaN stays one, and the result is never 0.
+LOGQUANT_INLINE F32 exp2(F32 x) {
+  x = max(splat(-126.0f), x);
+  const F32 magic = splat(12582912.0f);
+  const F32 rounded = x + magic;
+  const F32 f = x - (rounded - magic);
+  F32 p = splat(1.339887e-3f);
+  p = fma(p, f, splat(9.618437e-3f));
+  p = fma(p, f, splat(5.550332e-2f));
+  p = fma(p, f, splat(2.402265e-1f));
+  p = fma(p, f, splat(6.931472e-1f));
+  p = fma(p, f, splat(1.0f));
+  return bits_as<F32>(bits_as<I32>(p) + (bits_as<I32>(rounded) << 23));
+}
+
+LOGQUANT_INLINE void prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
+
+}  // namespace
+}  // namespace logquant::cpu::LOGQUANT_ISA
