@@ -1,0 +1,500 @@
+"""LogQuantCache in tiny models of transformers: the rule, the three ways to attend, generation, errors."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from logquant import LogQuantCache, LogQuantConfig, attention, reference
+from logquant.attention import KVHandle, exact_attention
+from logquant.cache import LogQuantLayer
+from logquant.window import RULES, Slots, split_positions
+
+IMPLEMENTATIONS = ["logquant", "sdpa", "eager"]
+
+
+def make_layer(**options) -> LogQuantLayer:
+    config = LogQuantConfig(**options)
+    return LogQuantLayer(config, Slots(config.window, config.rule, config.sink_tokens))
+
+
+def random_tokens(count: int, *, batch: int = 1, heads: int = 2, dim: int = 64, value_dim: int = 64, seed: int = 0):
+    random = torch.Generator().manual_seed(seed)
+    return (torch.randn(batch, heads, count, d, generator=random) for d in (dim, value_dim))
+
+
+def feed(layer: LogQuantLayer, k: Tensor, v: Tensor, portions: list[int]) -> None:
+    first = 0
+    for n in portions:
+        layer.update(k[:, :, first : first + n], v[:, :, first : first + n])
+        first += n
+
+
+def contents(layer: LogQuantLayer) -> tuple[Tensor, Tensor, Tensor]:
+    used = layer.slots.packed // layer.format.page_tokens
+    exact = layer.slots.exact
+    return layer.pages[:, :, :used], layer.window_k[:, :, :exact], layer.window_v[:, :, :exact]
+
+
+# ------------------------------------------------------------------------------------------------------ the layer
+@pytest.mark.parametrize("window", [32, 64, 128])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("tokens", [100, 385, 2000])
+def test_prefill_and_single_steps_give_the_same_state(window, rule, tokens):
+    k, v = random_tokens(tokens)
+    whole, single, mixed = (make_layer(window=window, rule=rule) for _ in range(3))
+    feed(whole, k, v, [tokens])
+    feed(single, k, v, [1] * tokens)
+    feed(mixed, k, v, [37, 1, 1, tokens // 2, 5, tokens - 44 - tokens // 2])
+    packed, exact = split_positions(tokens, window, rule, whole.config.sink_tokens)
+    fmt = whole.format
+    expected = reference.quantize(k, v, fmt, index=packed[None]), k[:, :, exact.long()], v[:, :, exact.long()]
+    for layer in (whole, single, mixed):
+        assert layer.slots.positions(k.device).tolist() == packed.tolist() + exact.tolist()
+        for got, want in zip(contents(layer), expected, strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 8}, {"rule": "recent"}, {"window": 128, "key_bits": 4}], ids=str)
+def test_bytes_are_those_of_the_formula(options):
+    layer = make_layer(**options)
+    k, v = random_tokens(8000, heads=3, dim=64, value_dim=32)
+    layer.update(k.bfloat16(), v.bfloat16())
+    assert layer.nbytes == 3 * layer.config.head_nbytes(8000, 64, 32, itemsize=2)
+    assert layer.full_precision_nbytes == 3 * 8000 * (64 + 32) * 2
+
+
+def test_page_store_grows_by_at_most_an_eighth():
+    layer = make_layer()
+    k, v = random_tokens(6000)
+    layer.update(k[:, :, :3000], v[:, :, :3000])
+    for t in range(3000, 6000):
+        layer.update(k[:, :, t : t + 1], v[:, :, t : t + 1])
+        used = layer.slots.packed // layer.format.page_tokens
+        assert layer.pages.shape[2] <= used + max(1, used // 8)
+
+
+def test_first_prompt_attends_to_itself_exactly():
+    k, v = random_tokens(1000)
+    keys, values = make_layer().update(k, v)
+    assert keys is k and values is v
+
+
+@pytest.mark.parametrize("portions", [[300, 1], [300, 40], [300, 300], [100, 91, 1]], ids=str)
+def test_handles_stand_for_all_tokens_in_logical_order(portions):
+    k, v = random_tokens(sum(portions))
+    layer = make_layer(bits=8)
+    feed(layer, k, v, portions[:-1])
+    start = sum(portions[:-1])
+    keys, values = layer.update(k[:, :, start:], v[:, :, start:])
+    assert isinstance(keys, KVHandle) and keys.shape == k.shape and values.shape == v.shape
+    assert keys.dtype == k.dtype and keys.device == k.device
+    assert (keys.view.dense()[0] - k).abs().max() < 0.05
+    assert torch.equal(keys.view.dense()[1][:, :, -portions[-1] :], v[:, :, -portions[-1] :]), "new tokens are exact"
+    if portions[-1] > 1:
+        exact = split_positions(start, 64)[1].long()
+        assert torch.equal(keys.view.dense()[0][:, :, exact], k[:, :, exact]), "what was exact still is, this once"
+
+
+def test_a_stale_handle_refuses():
+    k, v = random_tokens(302)
+    layer = make_layer()
+    layer.update(k[:, :, :300], v[:, :, :300])
+    keys, _ = layer.update(k[:, :, 300:301], v[:, :, 300:301])
+    layer.update(k[:, :, 301:], v[:, :, 301:])
+    with pytest.raises(RuntimeError, match="stale: their LogQuant cache layer was updated since"):
+        keys.view.attend(torch.zeros(1, 2, 1, 64), None, 1.0)
+
+
+BAD_UPDATES = [
+    (lambda k, v: (k.double(), v.double()), TypeError, "key_states must be float32, float16 or bfloat16, got torch.fl"),
+    (lambda k, v: (k, v.half()), TypeError, "value_states must have the dtype and device of key_states"),
+    (lambda k, v: (k.half(), v.half()), TypeError, "key_states must stay torch.float32 like the tokens before them"),
+    (lambda k, v: (k, v.to("meta")), TypeError, "value_states must have the dtype and device of key_states"),
+    (lambda k, v: (k.to("meta"), v.to("meta")), ValueError, "key_states must stay on cpu, got meta"),
+    (lambda k, v: (k[0], v[0]), ValueError, r"must be \[batch, heads, tokens, dim\] and agree"),
+    (lambda k, v: (k, v[:, :, :0]), ValueError, "agree in all but dim"),
+    (lambda k, v: (k[:, :1], v[:, :1]), ValueError, r"key_states must be \[1, 2, tokens, 64\] .* got \[1, 1, 1, 64\]"),
+    (lambda k, v: (k[..., :32], v), ValueError, r"key_states must be \[1, 2, tokens, 64\] .* got \[1, 2, 1, 32\]"),
+    (lambda k, v: (k, v[..., :32]), ValueError, r"value_states must be \[1, 2, tokens, 64\]"),
+    (lambda k, v: (k.repeat(2, 1, 1, 1), v.repeat(2, 1, 1, 1)), ValueError, r"key_states must be \[1, 2, tokens, 64\]"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_UPDATES, ids=[m[:30] for _, _, m in BAD_UPDATES])
+def test_a_bad_update_changes_nothing(change, error, message):
+    k, v = random_tokens(301)
+    layer = make_layer()
+    layer.update(k[:, :, :300], v[:, :, :300])
+    before = [t.clone() for t in contents(layer)]
+    with pytest.raises(error, match=message):
+        layer.update(*change(k[:, :, 300:], v[:, :, 300:]))
+    assert layer.get_seq_length() == 300
+    for got, want in zip(contents(layer), before, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(bits=3), "bits must be 2, 4 or 8, got 3"),
+        (dict(bits=True), "bits must be 2, 4 or 8, got True"),
+        (dict(key_bits=16), "key_bits must be 2, 4 or 8, got 16"),
+        (dict(value_bits="2"), "value_bits must be 2, 4 or 8, got '2'"),
+        (dict(window=0), "window must be a positive whole number, got 0"),
+        (dict(window=64.0), "window must be a positive whole number, got 64.0"),
+        (dict(window=48), r"window must be a multiple of page_tokens \(32\), got 48"),
+        (dict(window=64, page_tokens=128), r"window must be a multiple of page_tokens \(128\), got 64"),
+        (dict(page_tokens=16), "page_tokens must be 32, 64 or 128, got 16"),
+        (dict(value_group=20), "value_group must be a positive multiple of 16, got 20"),
+        (dict(rule="newest"), "rule must be 'log' or 'recent', got 'newest'"),
+        (dict(sinks=-1), "sinks must be a whole number of tokens, 0 or more, got -1"),
+    ],
+)
+def test_bad_configurations(options, message):
+    with pytest.raises(ValueError, match=message):
+        LogQuantConfig(**options)
+
+
+def test_bad_cache_arguments():
+    config = LlamaConfig(hidden_size=64, num_attention_heads=2, head_dim=40, num_hidden_layers=1)
+    with pytest.raises(ValueError, match="head_dim must be a multiple of 16 up to 1024, got 40"):
+        LogQuantCache(config)
+    with pytest.raises(TypeError, match="give either quantization or its fields, got both: bits"):
+        LogQuantCache(LlamaConfig(), LogQuantConfig(), bits=4)
+    with pytest.raises(TypeError, match=r"config must be the model's configuration \(model.config\), got LlamaFor"):
+        LogQuantCache(LlamaForCausalLM(tiny_config("llama")))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'bit'"):
+        LogQuantCache(LlamaConfig(), bit=4)
+
+
+# ----------------------------------------------------------------------------------------------------- tiny models
+FAMILIES = {
+    "llama": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 24},
+    "gemma2": {"attn_logit_softcapping": 5.0, "sliding_window": 24, "query_pre_attn_scalar": 16, "initializer_range": 0.3},
+    "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 24, "initializer_range": 0.3},
+    "gpt_neox": {},
+    "deepseek_v3": {
+        "q_lora_rank": None,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 16,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_key_value_heads": 4,
+        "n_shared_experts": 1,
+    },
+}
+
+
+def tiny_config(family: str):
+    base = {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 2048,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return AutoConfig.for_model(family, **base | FAMILIES[family])
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def any_model(request):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_config(request.param)).eval()
+
+
+@pytest.fixture(scope="module")
+def llama():
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_config("llama")).eval()
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(3, 255, (2, 500), generator=torch.Generator().manual_seed(0))
+
+
+def logits_of(model, cache, ids: Tensor, portions: list[int], implementation: str, mask: Tensor | None = None) -> Tensor:
+    """Logits of all tokens, fed in portions."""
+    supported = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        if model.config._attn_implementation != implementation:
+            pytest.fail(f"the model has no {implementation} attention")
+        out, first = [], 0
+        with torch.no_grad():
+            for n in portions:
+                part = None if mask is None else mask[:, : first + n]
+                out.append(model(ids[:, first : first + n], attention_mask=part, past_key_values=cache).logits)
+                first += n
+        return torch.cat(out, 1)
+    finally:
+        model.set_attn_implementation(supported)
+
+
+PORTIONS = [[150] + [1] * 60, [30, 100, 5, 7, 90] + [1] * 20, [130] + [8] * 12]
+
+
+@pytest.mark.parametrize("portions", PORTIONS, ids=["prompt+steps", "turns", "chunks"])
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+def test_every_family_attends_alike_through_every_implementation(any_model, ids, portions, padded):
+    """The fused path against dequantising and eager attention, which needs nothing of ours."""
+    family = any_model.config.model_type
+    mask = None
+    if padded:
+        mask = torch.ones_like(ids)
+        mask[1, :5] = 0
+    # Pad tokens share the ranges of pages with others, so at 2 bits what they hold would show.
+    options = {"window": 32, "bits": 8 if padded else 2}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        want = logits_of(any_model, LogQuantCache(any_model.config, **options), ids, portions, "eager", mask)
+    implementations = ["logquant"] if family in ("gemma2", "gpt_oss") else ["logquant", "sdpa"]
+    for implementation in implementations:
+        cache = LogQuantCache(any_model.config, **options)
+        got = logits_of(any_model, cache, ids, portions, implementation, mask)
+        difference = (got - want).abs()
+        if padded:
+            difference[1, :5] = 0  # what padding itself attends to means nothing
+        assert difference.max() < 3e-3 * want.abs().max(), implementation
+
+
+@pytest.mark.parametrize("portions", PORTIONS, ids=["prompt+steps", "turns", "chunks"])
+def test_eight_bits_are_close_to_a_full_cache(any_model, ids, portions):
+    want = logits_of(any_model, DynamicCache(config=any_model.config), ids, portions, "eager")
+    cache = LogQuantCache(any_model.config, bits=8, window=32)
+    got = logits_of(any_model, cache, ids, portions, "logquant")
+    # The mean, for a router (gpt-oss) may send a token to another expert on the smallest difference.
+    assert (got - want).abs().mean() < 5e-3 * want.abs().mean()
+
+
+def test_layers_without_full_attention_stay_what_transformers_makes_them():
+    kinds = {
+        family: [type(layer).__name__ for layer in LogQuantCache(tiny_config(family)).layers]
+        for family in ("llama", "mistral", "gemma2")
+    }
+    assert kinds == {
+        "llama": ["LogQuantLayer"] * 3,
+        "mistral": ["DynamicSlidingWindowLayer"] * 3,
+        "gemma2": ["DynamicSlidingWindowLayer", "LogQuantLayer", "DynamicSlidingWindowLayer"],
+    }
+
+
+def generate(model, ids: Tensor, cache, **options) -> Tensor:
+    mask = options.pop("attention_mask", torch.ones_like(ids))
+    options = {"max_new_tokens": 40, "do_sample": False} | options
+    return model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_greedy_while_nothing_is_packed_is_that_of_a_full_cache(llama, ids, implementation):
+    llama.set_attn_implementation(implementation)
+    want = generate(llama, ids[:, :100], DynamicCache(config=llama.config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        got = generate(llama, ids[:, :100], LogQuantCache(llama.config))
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"prefill_chunk_size": 70}, {"do_sample": True, "temperature": 0.8, "top_k": 20}, {"repetition_penalty": 1.3}],
+    ids=["greedy", "chunked prefill", "sampling", "penalty"],
+)
+def test_generate_gives_the_same_through_sdpa_and_fused(llama, ids, options):
+    results = []
+    for implementation in ("logquant", "sdpa"):
+        llama.set_attn_implementation(implementation)
+        torch.manual_seed(0)
+        results.append(generate(llama, ids[:, :300], LogQuantCache(llama.config, window=32), **options))
+    assert torch.equal(*results)
+
+
+def test_rows_of_a_batch_are_independent(llama, ids):
+    together = generate(llama, ids[:, :200], LogQuantCache(llama.config, window=32))
+    alone = [generate(llama, row[None], LogQuantCache(llama.config, window=32)) for row in ids[:, :200]]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_multi_turn_continues_the_cache(llama, ids):
+    cache = LogQuantCache(llama.config, window=32)
+    first = generate(llama, ids[:, :200], cache)
+    turn = torch.cat([first, ids[:, 200:260]], 1)
+    second = generate(llama, turn, cache)
+    assert cache.get_seq_length() == second.shape[1] - 1
+    fresh = LogQuantCache(llama.config, window=32)
+    logits_of(llama, fresh, turn, [turn.shape[1]], "sdpa")
+    for layer, want in zip(cache.layers, fresh.layers, strict=True):
+        positions = layer.slots.positions(ids.device)[: want.slots.packed]
+        assert torch.equal(positions, want.slots.positions(ids.device)[: want.slots.packed])
+
+
+def test_batch_operations_move_whole_rows():
+    k, v = random_tokens(400, batch=3)
+    layer = make_layer()
+    layer.update(k, v)
+    before = contents(layer)
+    layer.reorder_cache(torch.tensor([2, 0, 0]))
+    assert all(torch.equal(a, b[[2, 0, 0]]) for a, b in zip(contents(layer), before, strict=True))
+    layer.batch_select_indices(torch.tensor([1, 0]))
+    assert layer.batch_size == 2
+    assert all(torch.equal(a, b[[0, 2]]) for a, b in zip(contents(layer), before, strict=True))
+    layer.batch_repeat_interleave(2)
+    assert all(torch.equal(a, b[[0, 0, 2, 2]]) for a, b in zip(contents(layer), before, strict=True))
+
+
+def test_deepcopy_is_independent(llama, ids):
+    cache = LogQuantCache(llama.config, window=32)
+    logits_of(llama, cache, ids[:1], [200], "sdpa")
+    outputs = [generate(llama, ids[:1, :201], copy.deepcopy(cache)) for _ in range(2)]
+    assert torch.equal(*outputs) and cache.get_seq_length() == 200
+
+
+def test_reset_forgets(llama, ids):
+    cache = LogQuantCache(llama.config, window=32)
+    want = generate(llama, ids[:, :200], cache)
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.nbytes == 0 and not cache.is_initialized
+    assert torch.equal(generate(llama, ids[:, :200], cache), want)
+
+
+@pytest.mark.parametrize("removed", [1, 30, 63])
+def test_crop_of_exact_tokens_leaves_no_trace(removed):
+    """As speculative decoding does it: tokens come, some are taken back, others come in their place."""
+    k, v = random_tokens(600)
+    wrong_k, wrong_v = random_tokens(removed, seed=1)
+    layer, straight = make_layer(bits=8), make_layer(bits=8)
+    layer.update(k[:, :, :400], v[:, :, :400])
+    for first in range(400, 600, 40):
+        layer.activate_past_recording()
+        new = slice(first, first + 40)
+        layer.update(torch.cat([k[:, :, new], wrong_k], 2), torch.cat([v[:, :, new], wrong_v], 2))
+        layer.crop(-removed)
+    feed(straight, k, v, [400, 200])
+    assert layer.slots.positions(k.device).tolist() == straight.slots.positions(k.device).tolist()
+    for got, want in zip(contents(layer), contents(straight), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("left", [350, 210, 64, 0])
+def test_crop_of_packed_tokens_hides_them(llama, ids, implementation, left):
+    """After the cut, attention sees what was there before, and nothing of what was removed."""
+    cache = LogQuantCache(llama.config, bits=8, window=32)
+    logits_of(llama, cache, ids, [400] + [1] * 5, "sdpa")
+    cache.crop(left - 405)
+    assert cache.get_seq_length() == left
+    other = torch.cat([ids[:, :left], ids[:, 410:490]], 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        got = logits_of(llama, cache, other[:, left:], [40] + [1] * 40, implementation)
+    want = logits_of(llama, DynamicCache(config=llama.config), other, [left + 80], "sdpa")[:, left:]
+    assert (got - want).abs().mean() < 5e-3 * want.abs().mean()
+
+
+def test_crop_gives_back_pages_at_the_end():
+    k, v = random_tokens(1000)
+    layer = make_layer()
+    layer.update(k, v)
+    layer.crop(-700)
+    packed = layer.slots.positions(k.device)[: layer.slots.packed]
+    assert layer.slots.packed == 640 < split_positions(1000, 64)[0].numel()
+    assert -1 in packed and packed[-64:].max() >= 0
+
+
+def test_crop_of_a_positive_number_is_refused():
+    layer = make_layer()
+    layer.update(*random_tokens(10))
+    layer.crop(0)
+    with pytest.raises(ValueError, match="tokens_to_remove must be 0 or negative, got 3"):
+        layer.crop(3)
+    assert layer.get_seq_length() == 10
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"prompt_lookup_num_tokens": 4}, {"assistant_model": True, "num_assistant_tokens": 5}],
+    ids=["prompt lookup", "assistant"],
+)
+def test_speculative_decoding_gives_the_tokens_of_plain_greedy(llama, ids, options):
+    if "assistant_model" in options:
+        torch.manual_seed(1)
+        options = options | {"assistant_model": AutoModelForCausalLM.from_config(tiny_config("llama")).eval()}
+    llama.set_attn_implementation("logquant")
+    repetitive = ids[:1, :50].repeat(1, 5)
+    want = generate(llama, repetitive, LogQuantCache(llama.config, bits=8, window=32), max_new_tokens=80)
+    got = generate(llama, repetitive, LogQuantCache(llama.config, bits=8, window=32), max_new_tokens=80, **options)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str)
+def test_beam_search_gives_the_same_through_every_implementation(llama, ids, options):
+    results = []
+    for implementation in IMPLEMENTATIONS:
+        llama.set_attn_implementation(implementation)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            results.append(generate(llama, ids[:, :200], LogQuantCache(llama.config, window=32), **options))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_dequantising_at_every_step_warns_once(llama, ids):
+    attention._warn_dense.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"is dequantised at every step.*set_attn_implementation\(\"logquant\"\)") as caught:
+        logits_of(llama, LogQuantCache(llama.config), ids, [100, 1, 1, 1], "eager")
+    assert len([w for w in caught if "dequantised" in str(w.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        for implementation in ("logquant", "sdpa"):
+            logits_of(llama, LogQuantCache(llama.config), ids, [100, 1, 1, 1], implementation)
+
+
+def test_memory_of_a_long_prompt_is_a_fifth_or_less(llama, ids):
+    llama.set_attn_implementation("logquant")
+    cache = LogQuantCache(llama.config)
+    long = ids.repeat(1, 16)
+    with torch.no_grad():
+        llama.bfloat16()(long, past_key_values=cache, logits_to_keep=1)
+    llama.float()
+    assert cache.nbytes * 3 < cache.full_precision_nbytes
+
+
+# ----------------------------------------------------------------------------------------------- exact attention
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("kind", ["none", "causal", "bool", "float"])
+def test_exact_attention_in_blocks(monkeypatch, softcap, with_sinks, kind):
+    monkeypatch.setattr(attention, "_SCORES_AT_ONCE", 2 * 4 * 50 * 7)
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, 50, d, generator=random) for h, d in ((4, 32), (2, 32), (2, 16)))
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0]) if with_sinks else None
+    seen = torch.ones(50, 50, dtype=torch.bool).tril()
+    mask = {"bool": seen[None, None], "float": torch.zeros(50, 50).masked_fill(~seen, -torch.inf)[None, None]}.get(kind)
+    got = exact_attention(q, k, v, mask, 0.2, softcap=softcap, sinks=sinks, causal=kind == "causal")
+    scores = 0.2 * q @ k.repeat_interleave(2, 1).mT
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if kind != "none":
+        scores = scores.masked_fill(~seen, -torch.inf)
+    if with_sinks:
+        scores = torch.cat([scores, sinks.view(1, 4, 1, 1).expand(2, 4, 50, 1)], -1)
+    want = scores.softmax(-1)[..., :50] @ v.repeat_interleave(2, 1)
+    assert torch.allclose(got, want, atol=1e-5)

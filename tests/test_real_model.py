@@ -1,0 +1,79 @@
+"""LogQuantCache with SmolLM2-135M-Instruct, a real model small enough for every test run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from logquant import LogQuantCache
+from logquant.cache import LogQuantLayer
+
+
+@pytest.fixture(scope="module")
+def prompt(smollm2_tokenizer, data_dir) -> Tensor:
+    """1,000 tokens of a book."""
+    text = (data_dir / "dev/books/frankenstein_84.txt").read_text()
+    return smollm2_tokenizer(text, return_tensors="pt").input_ids[:, :1000]
+
+
+def greedy(model, ids: Tensor, cache, count: int) -> Tensor:
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+    )
+    return out[:, ids.shape[1] :]
+
+
+@pytest.mark.parametrize("implementation", ["logquant", "sdpa"])
+def test_until_the_window_overflows_tokens_are_those_of_a_full_cache(smollm2, prompt, implementation):
+    smollm2.set_attn_implementation(implementation)
+    cache = LogQuantCache(smollm2.config)
+    got = greedy(smollm2, prompt[:, :131], cache, 60)
+    assert cache.layers[0].slots.packed == 0 and cache.get_seq_length() == 190
+    assert torch.equal(got, greedy(smollm2, prompt[:, :131], DynamicCache(config=smollm2.config), 60))
+
+
+def test_200_tokens_at_8_bits_are_those_of_a_full_cache(smollm2, prompt):
+    smollm2.set_attn_implementation("logquant")
+    cache = LogQuantCache(smollm2.config, bits=8)
+    got = greedy(smollm2, prompt, cache, 200)
+    assert cache.layers[0].slots.packed == 1024
+    assert torch.equal(got, greedy(smollm2, prompt, DynamicCache(config=smollm2.config), 200))
+
+
+def test_two_bits_write_sensible_english(smollm2, smollm2_tokenizer):
+    """Packed tokens are read: the answer is in the part of the prompt that is quantised."""
+    smollm2.set_attn_implementation("logquant")
+    fact = "The name of my cat is Whiskers. "
+    filler = "The weather was mild and nothing much happened that day. " * 40
+    chat = [{"role": "user", "content": fact + filler + "What is the name of my cat?"}]
+    text = smollm2_tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    ids = smollm2_tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    cache = LogQuantCache(smollm2.config)
+    answer = smollm2_tokenizer.decode(greedy(smollm2, ids, cache, 16)[0])
+    assert cache.layers[0].slots.packed >= 256
+    assert "Whiskers" in answer
+
+
+@pytest.mark.slow
+def test_bytes_held_at_8000_tokens(smollm2, prompt):
+    """Pages as the format says and a window of 3W tokens, to the byte."""
+    smollm2.set_attn_implementation("logquant")
+    cache = LogQuantCache(smollm2.config)
+    with torch.no_grad():
+        smollm2(prompt.repeat(1, 8), past_key_values=cache, logits_to_keep=1)
+    config = smollm2.config
+    heads = config.num_hidden_layers * config.num_key_value_heads
+    pages = (8000 - 8000 % 64 - 128) // 64
+    head_dim = 64
+    page = 4 * (64 * head_dim * 2 // 32 + head_dim + 64 * 2 // 32 * head_dim + 64)
+    assert cache.nbytes == heads * (pages * page + 2 * 3 * 64 * head_dim * 4)
+    assert cache.nbytes == heads * cache.quantization.head_nbytes(8000, head_dim, itemsize=4)
+    assert cache.full_precision_nbytes == heads * 8000 * 2 * head_dim * 4
+    assert all(isinstance(layer, LogQuantLayer) for layer in cache.layers)
