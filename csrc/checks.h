@@ -13,8 +13,8 @@
 #include "format.h"
 
 // STD_TORCH_CHECK would put the file, line and function of this source before the message.
-#define LOGQUANT_CHECK(condition, ...)                                                 \
-  do {                                                                                 \
+#define LOGQUANT_CHECK(condition, ...)                                                  \
+  do {                                                                                  \
     if (!(condition)) throw std::runtime_error(::logquant::error_message(__VA_ARGS__)); \
   } while (false)
 

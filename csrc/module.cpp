@@ -36,8 +36,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def(
       "available_cpu_isas", [] { return names(cpu::available_kernels()); },
       "Names of those that this machine runs, from the slowest to the fastest.");
-  m.def(
-      "cpu_isa", [] { return std::string(cpu::kernels().name); }, "Name of the one in use.");
+  m.def("cpu_isa", [] { return std::string(cpu::kernels().name); }, "Name of the one in use.");
   m.def("use_cpu_isa", &cpu::use_kernels, py::arg("name"),
         "Use another one from now on, for tests and benchmarks; the environment variable LOGQUANT_CPU_ISA chooses one "
         "for a whole run. Raises RuntimeError if this machine does not run it.");

@@ -327,10 +327,8 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q_in, const Tensor& pages_in, co
 }  // namespace
 
 STABLE_TORCH_LIBRARY(logquant, m) {
-  m.def(
-      "quantize(Tensor k, Tensor v, int[] format, Tensor? index=None, Tensor? key_map=None) -> Tensor");
-  m.def(
-      "dequantize(Tensor pages, int[] format, ScalarType dtype, Tensor? key_map=None) -> (Tensor, Tensor)");
+  m.def("quantize(Tensor k, Tensor v, int[] format, Tensor? index=None, Tensor? key_map=None) -> Tensor");
+  m.def("dequantize(Tensor pages, int[] format, ScalarType dtype, Tensor? key_map=None) -> (Tensor, Tensor)");
   m.def(
       "evict_(Tensor(a!) window_k, Tensor(b!) window_v, Tensor(c!) pages, int[] format, int page, int tokens, "
       "int start, int step, int count, Tensor? key_map=None) -> ()");

@@ -41,19 +41,19 @@ struct Prefetcher {
 // Everything a task holds, in scratch memory. Rows are padded to NR; padding rows hold zeros and are never written out.
 template <int NR>
 struct Block {
-  float *q, *q_columns;           // [NR][D], [NR][C]: times scale * log2(e), or scale / softcap
-  float *sums;                    // [NR][Dv]
-  float *zero_sums;               // [NR][groups][kLanes]: what value zeros add to every channel of a group
-  float *denominators;            // [NR][kLanes]
-  float *weights;                 // [NR][kUnitTokens]: scores (base 2), then softmax weights
-  float *bias;                    // [NR][kUnitTokens]: of masks
-  float *key_scale, *key_zero;    // [D]
-  float *column_scale;            // [C]
+  float *q, *q_columns;             // [NR][D], [NR][C]: times scale * log2(e), or scale / softcap
+  float* sums;                      // [NR][Dv]
+  float* zero_sums;                 // [NR][groups][kLanes]: what value zeros add to every channel of a group
+  float* denominators;              // [NR][kLanes]
+  float* weights;                   // [NR][kUnitTokens]: scores (base 2), then softmax weights
+  float* bias;                      // [NR][kUnitTokens]: of masks
+  float *key_scale, *key_zero;      // [D]
+  float* column_scale;              // [C]
   float *value_scale, *value_zero;  // [groups][G]
-  int32_t *channels;              // [C]: of each column
-  int32_t *words;                 // [key_code_words][G]: the key codes, tokens side by side
-  int16_t *q_codes;               // [NR][C]
-  int16_t *weight_codes;          // [NR][groups][G]
+  int32_t* channels;                // [C]: of each column
+  int32_t* words;                   // [key_code_words][G]: the key codes, tokens side by side
+  int16_t* q_codes;                 // [NR][C]
+  int16_t* weight_codes;            // [NR][groups][G]
   float maximum[NR];
   float score_scale[kMaxRows], score_zero[kMaxRows], inverse[kMaxRows];
 
@@ -107,9 +107,12 @@ LOGQUANT_INLINE void load_key_words(const PageFormat& f, const int32_t* page, in
   const int32_t* const in = page + f.key_codes();
   const int count = f.key_code_words(), tokens = f.page_tokens;
   switch (count) {
-    case 4: return transpose_words<4>(in, out, tokens);
-    case 8: return transpose_words<8>(in, out, tokens);
-    case 16: return transpose_words<16>(in, out, tokens);
+    case 4:
+      return transpose_words<4>(in, out, tokens);
+    case 8:
+      return transpose_words<8>(in, out, tokens);
+    case 16:
+      return transpose_words<16>(in, out, tokens);
     default:
       for (int t = 0; t < tokens; ++t) {
         for (int w = 0; w < count; ++w) out[w * tokens + t] = in[t * count + w];
@@ -187,8 +190,10 @@ LOGQUANT_INLINE void key_scores(const PageFormat& f, Block<NR>& b, Prefetcher& a
 // ----------------------------------------------------------------------------------------------------------- masks
 LOGQUANT_INLINE float float_of(AttendArgs::MaskKind kind, const void* mask, int64_t i) {
   switch (kind) {
-    case AttendArgs::MaskKind::kBool: return static_cast<const uint8_t*>(mask)[i] ? 0.0f : -kInfinity;
-    case AttendArgs::MaskKind::kFloat32: return static_cast<const float*>(mask)[i];
+    case AttendArgs::MaskKind::kBool:
+      return static_cast<const uint8_t*>(mask)[i] ? 0.0f : -kInfinity;
+    case AttendArgs::MaskKind::kFloat32:
+      return static_cast<const float*>(mask)[i];
     case AttendArgs::MaskKind::kBFloat16:
       return bits_as<float>(static_cast<uint32_t>(static_cast<const uint16_t*>(mask)[i]) << 16);
     default: {
@@ -214,10 +219,9 @@ void load_bias(const AttendArgs& args, const Range& range, int64_t first_slot, i
     const int64_t head = range.kv_head * args.group + row / args.queries;
     const int64_t base =
         range.batch * args.mask_batch_stride + head * args.mask_head_stride + query * args.mask_query_stride;
-    const int64_t last =
-        args.query_positions == nullptr
-            ? INT64_MAX
-            : args.query_positions[range.batch * args.query_positions_batch_stride + query];
+    const int64_t last = args.query_positions == nullptr
+                             ? INT64_MAX
+                             : args.query_positions[range.batch * args.query_positions_batch_stride + query];
     for (int i = 0; i < tokens; ++i) {
       const int64_t position = positions == nullptr ? first_slot + i : positions[i];
       float value = 0.0f;
@@ -433,8 +437,8 @@ void load_queries(const AttendArgs& args, const Range& range, const int16_t* map
       for (int c = 0; c < f.head_dim; c += kLanes) store(q + c, splat(0.0f));
     } else {
       const int64_t row = range.first_row + r, head = range.kv_head * args.group + row / args.queries;
-      const int64_t first = range.batch * args.q.batch_stride + head * args.q.head_stride +
-                            row % args.queries * args.q.token_stride;
+      const int64_t first =
+          range.batch * args.q.batch_stride + head * args.q.head_stride + row % args.queries * args.q.token_stride;
       with_dtype(args.q.dtype, [&](auto type) {
         for (int c = 0; c < f.head_dim; c += kLanes) {
           store(q + c, load_elements<type>(args.q.data, first + c) * factor);
@@ -459,8 +463,8 @@ void store_partials(const AttendArgs& args, const AttendPlan& plan, const Range&
                     const Block<NR>& b) {
   const PageFormat& f = args.format;
   for (int r = 0; r < range.rows; ++r) {
-    float* const out = plan.partials +
-                       ((head * plan.splits + split) * plan.rows + range.first_row + r) * plan.partial_size(args);
+    float* const out =
+        plan.partials + ((head * plan.splits + split) * plan.rows + range.first_row + r) * plan.partial_size(args);
     for (int g = 0; g < f.value_groups(); ++g) {
       const F32 zeros = splat(reduce(load(b.zero_sums + (r * f.value_groups() + g) * kLanes), Add{}));
       for (int c = g * f.value_group; c < (g + 1) * f.value_group; c += kLanes) {
@@ -495,8 +499,8 @@ void attend_rows(const AttendArgs& args, const AttendPlan& plan, const Range& ra
     pages = args.lengths[range.batch * args.lengths_batch_stride];
     window_tokens = args.lengths[range.batch * args.lengths_batch_stride + 1];
   }
-  const bool biased = args.mask_kind != AttendArgs::MaskKind::kNone || args.query_positions != nullptr ||
-                      args.positions != nullptr;
+  const bool biased =
+      args.mask_kind != AttendArgs::MaskKind::kNone || args.query_positions != nullptr || args.positions != nullptr;
   const float overflow = 2147483520.0f / static_cast<float>(f.key_columns * static_cast<int>(code_mask(f.key_bits)));
   const float most = overflow < 32767.0f ? overflow : 32767.0f;
   const auto page_at = [&](int64_t p) {

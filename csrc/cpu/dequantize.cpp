@@ -69,23 +69,20 @@ void dequantize_page(const DequantizeArgs& args, int64_t task) {
   const int64_t p = task % args.page_count, head = task / args.page_count % args.heads;
   const int64_t batch = task / args.page_count / args.heads;
   Arena arena(thread_scratch(64 * 5 + 4 * (3 * int64_t{f.head_dim} + 2 * int64_t{f.value_zeros()})));
-  const int32_t* const page = args.pages.data + batch * args.pages.batch_stride + head * args.pages.head_stride +
-                              p * args.pages.page_stride;
-  const int16_t* const map =
-      args.key_map.data == nullptr
-          ? nullptr
-          : args.key_map.data + batch * args.key_map.batch_stride + head * args.key_map.head_stride;
+  const int32_t* const page =
+      args.pages.data + batch * args.pages.batch_stride + head * args.pages.head_stride + p * args.pages.page_stride;
+  const int16_t* const map = args.key_map.data == nullptr ? nullptr
+                                                          : args.key_map.data + batch * args.key_map.batch_stride +
+                                                                head * args.key_map.head_stride;
   const auto out = [&](const MutableTokens& x) {
     const int64_t first = batch * x.batch_stride + head * x.head_stride + p * f.page_tokens * x.token_stride;
     return static_cast<char*>(x.data) + first * element_bytes(x.dtype);
   };
   with_dtype(args.k.dtype, [&](auto type) {
-    with_bits(f.key_bits, [&](auto bits) {
-      dequantize_keys<type, bits>(f, page, map, out(args.k), args.k.token_stride, arena);
-    });
-    with_bits(f.value_bits, [&](auto bits) {
-      dequantize_values<type, bits>(f, page, out(args.v), args.v.token_stride, arena);
-    });
+    with_bits(f.key_bits,
+              [&](auto bits) { dequantize_keys<type, bits>(f, page, map, out(args.k), args.k.token_stride, arena); });
+    with_bits(f.value_bits,
+              [&](auto bits) { dequantize_values<type, bits>(f, page, out(args.v), args.v.token_stride, arena); });
   });
 }
 

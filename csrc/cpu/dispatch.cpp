@@ -71,10 +71,10 @@ void attend(const AttendArgs& args, const ParallelFor& parallel_for) {
   });
 }
 
-#define LOGQUANT_KERNELS(isa)                                                                              \
-  Kernels {                                                                                                \
-    #isa, quantize<isa::quantize_page>, dequantize<isa::dequantize_page>, evict<isa::evict_head>,          \
-        attend<isa::attend_split, isa::attend_merge>                                                       \
+#define LOGQUANT_KERNELS(isa)                                                                     \
+  Kernels {                                                                                       \
+    #isa, quantize<isa::quantize_page>, dequantize<isa::dequantize_page>, evict<isa::evict_head>, \
+        attend<isa::attend_split, isa::attend_merge>                                              \
   }
 
 struct InstructionSet {
@@ -91,11 +91,10 @@ const std::vector<InstructionSet>& instruction_sets() {
     const bool has_avx2 =
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     all.push_back({LOGQUANT_KERNELS(avx2), has_avx2});
-    all.push_back({LOGQUANT_KERNELS(avx512), has_avx2 && __builtin_cpu_supports("avx512f") &&
-                                                 __builtin_cpu_supports("avx512bw") &&
-                                                 __builtin_cpu_supports("avx512dq") &&
-                                                 __builtin_cpu_supports("avx512vl") &&
-                                                 __builtin_cpu_supports("avx512vnni")});
+    all.push_back(
+        {LOGQUANT_KERNELS(avx512), has_avx2 && __builtin_cpu_supports("avx512f") &&
+                                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")});
 #endif
     return all;
   }();
@@ -139,6 +138,8 @@ const Kernels& kernels() {
   return *chosen;
 }
 
-void use_kernels(const std::string& name) { in_use.store(find(name, "the instruction set"), std::memory_order_release); }
+void use_kernels(const std::string& name) {
+  in_use.store(find(name, "the instruction set"), std::memory_order_release);
+}
 
 }  // namespace logquant::cpu

@@ -29,10 +29,9 @@ void evict_head(const EvictArgs& args, int64_t task) {
   };
   char* const k = base(args.k);
   char* const v = base(args.v);
-  const int16_t* const map =
-      args.key_map.data == nullptr
-          ? nullptr
-          : args.key_map.data + batch * args.key_map.batch_stride + head * args.key_map.head_stride;
+  const int16_t* const map = args.key_map.data == nullptr ? nullptr
+                                                          : args.key_map.data + batch * args.key_map.batch_stride +
+                                                                head * args.key_map.head_stride;
   int32_t* page = args.pages.data + batch * args.pages.batch_stride + head * args.pages.head_stride;
   for (int64_t first = 0; first < args.count; first += f.page_tokens, page += args.pages.page_stride) {
     Arena arena(thread_scratch(quantizer_scratch(f)));

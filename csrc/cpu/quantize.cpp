@@ -20,12 +20,11 @@ void quantize_page(const QuantizeArgs& args, int64_t task) {
     const int64_t first = batch * x.batch_stride + head * x.head_stride;
     return static_cast<const char*>(x.data) + first * element_bytes(x.dtype);
   };
-  const int16_t* const map =
-      args.key_map.data == nullptr
-          ? nullptr
-          : args.key_map.data + batch * args.key_map.batch_stride + head * args.key_map.head_stride;
-  int32_t* const page = args.pages.data + batch * args.pages.batch_stride + head * args.pages.head_stride +
-                        p * args.pages.page_stride;
+  const int16_t* const map = args.key_map.data == nullptr ? nullptr
+                                                          : args.key_map.data + batch * args.key_map.batch_stride +
+                                                                head * args.key_map.head_stride;
+  int32_t* const page =
+      args.pages.data + batch * args.pages.batch_stride + head * args.pages.head_stride + p * args.pages.page_stride;
   quantize_one_page(f, args.k.dtype, {base(args.k), base(args.v), args.k.token_stride, args.v.token_stride, rows}, map,
                     page, arena);
 }

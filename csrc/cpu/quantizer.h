@@ -1,7 +1,7 @@
 // Quantises one page, for quantize and evict: the plain min-max quantiser, bit for bit that of logquant/reference.py.
 //
-// Keys: lanes are channels; min and max run down the page's tokens. Values: lanes are channels, reduced across lanes for
-// kLanes tokens at a time. The source is read twice (range, then codes), the second time from cache.
+// Keys: lanes are channels; min and max run down the page's tokens. Values: lanes are channels, reduced across lanes
+// for kLanes tokens at a time. The source is read twice (range, then codes), the second time from cache.
 #pragma once
 
 #include "simd.h"
@@ -171,9 +171,9 @@ void quantize_values(const PageFormat& f, const PageSource& source, int32_t* pag
           nonfinite[i] |= is_nonfinite(x);
         }
       }
-      const ScaleZero p = store_scale_zero(scales + group * tokens + t0, zeros + group * tokens + t0,
-                                           reduce_lanes<kLanes>(low, Min{}), reduce_lanes<kLanes>(high, Max{}), levels,
-                                           reduce_lanes<kLanes>(nonfinite, Or{}));
+      const ScaleZero p =
+          store_scale_zero(scales + group * tokens + t0, zeros + group * tokens + t0, reduce_lanes<kLanes>(low, Min{}),
+                           reduce_lanes<kLanes>(high, Max{}), levels, reduce_lanes<kLanes>(nonfinite, Or{}));
       store(scale + t0, p.scale);
       store(inverse + t0, p.inverse);
       store(zero + t0, p.zero);

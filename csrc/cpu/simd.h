@@ -63,8 +63,7 @@ template <int N, class F>
 LOGQUANT_INLINE void unroll(F&& f) {
   [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
     (f(std::integral_constant<int, I>{}), ...);
-  }
-  (std::make_integer_sequence<int, N>{});
+  }(std::make_integer_sequence<int, N>{});
 }
 
 LOGQUANT_INLINE F32 splat(float x) { return F32{} + x; }
@@ -232,9 +231,12 @@ LOGQUANT_INLINE void store_elements(void* data, int64_t i, F32 x) {
 template <class F>
 LOGQUANT_INLINE void with_dtype(Dtype dtype, F&& f) {
   switch (dtype) {
-    case Dtype::kFloat32: return f(std::integral_constant<Dtype, Dtype::kFloat32>{});
-    case Dtype::kFloat16: return f(std::integral_constant<Dtype, Dtype::kFloat16>{});
-    case Dtype::kBFloat16: return f(std::integral_constant<Dtype, Dtype::kBFloat16>{});
+    case Dtype::kFloat32:
+      return f(std::integral_constant<Dtype, Dtype::kFloat32>{});
+    case Dtype::kFloat16:
+      return f(std::integral_constant<Dtype, Dtype::kFloat16>{});
+    case Dtype::kBFloat16:
+      return f(std::integral_constant<Dtype, Dtype::kBFloat16>{});
   }
 }
 
@@ -242,9 +244,12 @@ LOGQUANT_INLINE void with_dtype(Dtype dtype, F&& f) {
 template <class F>
 LOGQUANT_INLINE void with_bits(int bits, F&& f) {
   switch (bits) {
-    case 2: return f(std::integral_constant<int, 2>{});
-    case 4: return f(std::integral_constant<int, 4>{});
-    default: return f(std::integral_constant<int, 8>{});
+    case 2:
+      return f(std::integral_constant<int, 2>{});
+    case 4:
+      return f(std::integral_constant<int, 4>{});
+    default:
+      return f(std::integral_constant<int, 8>{});
   }
 }
 

@@ -52,13 +52,13 @@ struct AttendPlan {
   }
 };
 
-#define LOGQUANT_DECLARE_TASKS(isa)                                                         \
-  namespace isa {                                                                           \
-  void quantize_page(const QuantizeArgs& args, int64_t task); /* batch * head * page */     \
-  void dequantize_page(const DequantizeArgs& args, int64_t task);                           \
-  void evict_head(const EvictArgs& args, int64_t task); /* batch * head */                  \
-  void attend_split(const AttendArgs& args, const AttendPlan& plan, int64_t task);          \
-  void attend_merge(const AttendArgs& args, const AttendPlan& plan, int64_t head);          \
+#define LOGQUANT_DECLARE_TASKS(isa)                                                     \
+  namespace isa {                                                                       \
+  void quantize_page(const QuantizeArgs& args, int64_t task); /* batch * head * page */ \
+  void dequantize_page(const DequantizeArgs& args, int64_t task);                       \
+  void evict_head(const EvictArgs& args, int64_t task); /* batch * head */              \
+  void attend_split(const AttendArgs& args, const AttendPlan& plan, int64_t task);      \
+  void attend_merge(const AttendArgs& args, const AttendPlan& plan, int64_t head);      \
   }
 
 LOGQUANT_DECLARE_TASKS(portable)
