@@ -6,6 +6,7 @@ table of objects goes to ninja, which also makes rebuilds incremental.
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -36,12 +37,18 @@ FLAGS = [
     # The quantiser is bit-exact across instruction sets, and a contracted multiply-add would not be.
     "-ffp-contract=off",
 ]
+# For `make sanitize`: LOGQUANT_SANITIZE=address,undefined or thread.
+SANITIZE = [f"-fsanitize={kinds}" for kinds in filter(None, [os.environ.get("LOGQUANT_SANITIZE")])]
+if SANITIZE:
+    FLAGS += [*SANITIZE, "-O1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
 KERNELS = ["quantize", "dequantize", "evict", "attend"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 INSTRUCTION_SETS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = AVX2
     INSTRUCTION_SETS["avx512"] = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni"))]
+    # gcc's own AVX-512 headers warn.
+    INSTRUCTION_SETS["avx512"] += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 
 
 class NinjaBuild(build_ext):
@@ -78,6 +85,7 @@ class NinjaBuild(build_ext):
 def ninja_file(compiler: str, objects: dict[str, tuple[Path, list[str]]], target: Path, libraries: list[str]) -> str:
     """The build as ninja reads it: each object with its source and its own flags, then the shared object."""
     link_flags = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-Wl,--exclude-libs,ALL"]
+    link_flags += SANITIZE
     lines = [
         "rule compile",
         f"  command = {compiler} -MMD -MF $out.d {' '.join(FLAGS)} $flags -c $in -o $out",

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -41,6 +42,7 @@ class KVView:
         window_v: ``[B, H, N, Dv]``.
         fmt: the page format.
         tokens: how many tokens there are, not counting dead slots.
+        queries: how many of them are new; those attend.
         positions: called with a device, gives the position of each slot's token, int32 ``[P * G + N]``.
         has_dead_slots: whether some positions are -1: a token that was removed after it was packed.
         is_current: tells whether the layer still is as it was when it made this view.
@@ -54,12 +56,14 @@ class KVView:
         fmt: PageFormat,
         *,
         tokens: int,
+        queries: int,
         positions: Callable[[torch.device], Tensor],
         has_dead_slots: bool,
         is_current: Callable[[], bool],
     ) -> None:
         self.pages, self.window_k, self.window_v, self.fmt = pages, window_k, window_v, fmt
-        self.tokens, self.positions, self.has_dead_slots, self.is_current = tokens, positions, has_dead_slots, is_current
+        self.tokens, self.queries, self.has_dead_slots = tokens, queries, has_dead_slots
+        self.positions, self.is_current = positions, is_current
         self._dense: tuple[Tensor, Tensor] | None = None
 
     def _check_current(self) -> None:
@@ -84,14 +88,13 @@ class KVView:
             scale: factor of the scores.
             softcap: 0, or the cap of the scores.
             sinks: ``[Hq]``, attention sinks.
-            causal: whether, without a mask, a query sees only positions up to its own.
+            causal: whether a query sees only positions up to its own; goes without a mask.
 
         Returns:
             ``[B, Hq, L, Dv]``.
         """
         self._check_current()
         queries = q.shape[2]
-        causal = causal and mask is None and queries > 1
         if queries > MAX_FUSED_QUERIES or q.dtype != self.window_k.dtype:
             keys, values = self.dense()
             if causal:
@@ -146,7 +149,20 @@ _METADATA = frozenset(
     }
     | {
         getattr(Tensor, name).__get__
-        for name in "device dtype is_cpu is_cuda is_meta is_nested is_quantized is_sparse layout ndim requires_grad shape".split()
+        for name in [
+            "device",
+            "dtype",
+            "is_cpu",
+            "is_cuda",
+            "is_meta",
+            "is_nested",
+            "is_quantized",
+            "is_sparse",
+            "layout",
+            "ndim",
+            "requires_grad",
+            "shape",
+        ]
     }
 )
 
@@ -164,18 +180,18 @@ def _warn_dense(function: str) -> None:
 class KVHandle(Tensor):
     """Stands for the keys or the values of a view; see the module's docstring."""
 
-    view: KVView
-    part: int
+    kv_view: KVView
+    part: int  # 0: keys, 1: values
 
     @staticmethod
-    def __new__(cls, view: KVView, part: int) -> KVHandle:
-        like = (view.window_k, view.window_v)[part]
-        batch, heads, _, dim = like.shape
-        handle = Tensor._make_wrapper_subclass(cls, (batch, heads, view.tokens, dim), dtype=like.dtype, device=like.device)
-        handle.view, handle.part = view, part  # type: ignore[method-assign]
+    def __new__(cls, kv_view: KVView, part: int) -> KVHandle:
+        like = (kv_view.window_k, kv_view.window_v)[part]
+        shape = (*like.shape[:2], kv_view.tokens, like.shape[3])
+        handle: KVHandle = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+        handle.kv_view, handle.part = kv_view, part
         return handle
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"KVHandle({'values' if self.part else 'keys'}, shape={list(self.shape)}, dtype={self.dtype})"
 
     @classmethod
@@ -188,23 +204,23 @@ class KVHandle(Tensor):
             out = _intercept_sdpa(*args, **kwargs)
             if out is not None:
                 return out
-        return func(*_dense_tree(args, func), **_dense_tree(kwargs, func))
+        return _call_dense(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*_dense_tree(args, func), **_dense_tree(kwargs or {}, func))
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return _call_dense(func, args, kwargs or {})
 
 
-def _dense_tree(value: Any, func: Any) -> Any:
-    if isinstance(value, KVHandle):
-        if value.view.window_k.shape[2] and value.view._dense is None:
+def _call_dense(func: Any, args: Any, kwargs: Any) -> Any:
+    """``func`` on the dequantised tensors that handles among its arguments stand for."""
+
+    def dense(handle: KVHandle) -> Tensor:
+        if handle.kv_view.queries == 1:
             _warn_dense(getattr(func, "__name__", str(func)))
-        return value.view.dense()[value.part]
-    if isinstance(value, (list, tuple)):
-        return type(value)(_dense_tree(item, func) for item in value)
-    if isinstance(value, dict):
-        return {key: _dense_tree(item, func) for key, item in value.items()}
-    return value
+        return handle.kv_view.dense()[handle.part]
+
+    args, kwargs = tree_map_only(KVHandle, dense, (args, kwargs))
+    return func(*args, **kwargs)
 
 
 def _intercept_sdpa(
@@ -218,11 +234,11 @@ def _intercept_sdpa(
     enable_gqa: bool = False,
 ) -> Tensor | None:
     """``F.scaled_dot_product_attention`` on handles, or None where the fused operator does not compute the same."""
-    if not (isinstance(key, KVHandle) and isinstance(value, KVHandle) and key.view is value.view):
+    if not (isinstance(key, KVHandle) and isinstance(value, KVHandle) and key.kv_view is value.kv_view):
         return None
     if isinstance(query, KVHandle) or dropout_p or is_causal or (query.shape[1] != key.shape[1] and not enable_gqa):
         return None
-    return key.view.attend(query, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale)
+    return key.kv_view.attend(query, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def exact_attention(
@@ -261,7 +277,9 @@ def exact_attention(
             part = part[..., :tokens]
             scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
         elif causal:
-            seen = torch.arange(tokens, device=q.device) <= torch.arange(rows.start, rows.stop, device=q.device)[:, None]
+            seen = (
+                torch.arange(tokens, device=q.device) <= torch.arange(rows.start, rows.stop, device=q.device)[:, None]
+            )
             scores = scores.masked_fill(~seen, -torch.inf)
         if sinks is not None:
             sink = sinks.float().view(1, -1, 1, 1).expand(batch, -1, scores.shape[2], 1)
@@ -289,8 +307,8 @@ def logquant_attention_forward(
     Raises:
         ValueError: dropout with a softcap or sinks, or a position bias over a cache.
     """
-    fused = isinstance(key, KVHandle)
-    if not fused and not softcap and s_aux is None:
+    packed = key.kv_view if isinstance(key, KVHandle) else None
+    if packed is None and not softcap and s_aux is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -299,15 +317,14 @@ def logquant_attention_forward(
     if kwargs.get("position_bias") is not None:
         raise ValueError('position_bias is not supported by the logquant attention; use attn_implementation="sdpa"')
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    softcap = softcap or 0.0
     is_causal = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    if fused:
-        out = key.view.attend(query, attention_mask, scale, softcap=softcap or 0.0, sinks=s_aux, causal=causal)
+    causal = causal and attention_mask is None and query.shape[2] > 1
+    if packed is not None:
+        out = packed.attend(query, attention_mask, scale, softcap=softcap, sinks=s_aux, causal=causal)
     else:
-        causal = causal and attention_mask is None and query.shape[2] > 1
-        out = exact_attention(
-            query, key, value, attention_mask, scale, softcap=softcap or 0.0, sinks=s_aux, causal=causal
-        )
+        out = exact_attention(query, key, value, attention_mask, scale, softcap=softcap, sinks=s_aux, causal=causal)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -48,9 +48,8 @@ class LogQuantLayer(CacheLayerMixin):
         batch, heads, _, head_dim = key_states.shape
         self.format: PageFormat = self.config.page_format(head_dim, value_states.shape[-1])
         self.dtype, self.device = key_states.dtype, key_states.device
-        capacity = self.config.window_capacity
-        self.window_k = key_states.new_empty(batch, heads, capacity, head_dim)
-        self.window_v = value_states.new_empty(batch, heads, capacity, value_states.shape[-1])
+        self.window_k = key_states.new_empty(batch, heads, 0, head_dim)
+        self.window_v = value_states.new_empty(batch, heads, 0, value_states.shape[-1])
         self.pages = key_states.new_empty(batch, heads, 0, self.format.words, dtype=torch.int32)
         self.is_initialized = True
 
@@ -112,7 +111,8 @@ class LogQuantLayer(CacheLayerMixin):
             if newly_packed:
                 self._evict(before.exact + count)
             self._commit(after)
-            view = self._view(self.window_k[:, :, : after.exact], self.window_v[:, :, : after.exact], after, 0)
+            exact_k, exact_v = self.window_k[:, :, : after.exact], self.window_v[:, :, : after.exact]
+            view = self._view(exact_k, exact_v, after, count)
         else:
             exact_k = torch.cat([self.window_k[:, :, : before.exact], key_states], 2)
             exact_v = torch.cat([self.window_v[:, :, : before.exact], value_states], 2)
@@ -149,12 +149,14 @@ class LogQuantLayer(CacheLayerMixin):
                 raise ValueError(f"{name} must be {need} like the tokens before them, got {list(new.shape)}")
 
     def _reserve_window(self, tokens: int) -> None:
-        """Make room for more exact tokens than the rule keeps, while tokens are recallable."""
-        if tokens > self.window_k.shape[2]:
-            grown = [w.new_empty(*w.shape[:2], tokens, w.shape[3]) for w in (self.window_k, self.window_v)]
-            for new, old in zip(grown, (self.window_k, self.window_v), strict=True):
-                new[:, :, : self.slots.exact] = old[:, :, : self.slots.exact]
-            self.window_k, self.window_v = grown
+        """Make room for ``tokens`` exact tokens."""
+        if tokens <= self.window_k.shape[2]:
+            return
+        capacity = max(tokens, self.config.window_slots(tokens))
+        grown = [w.new_empty(*w.shape[:2], capacity, w.shape[3]) for w in (self.window_k, self.window_v)]
+        for new, old in zip(grown, (self.window_k, self.window_v), strict=True):
+            new[:, :, : self.slots.exact] = old[:, :, : self.slots.exact]
+        self.window_k, self.window_v = grown
 
     def _evict(self, tokens: int) -> None:
         """One step of the rule on a full window of ``tokens`` tokens, in place."""
@@ -194,16 +196,17 @@ class LogQuantLayer(CacheLayerMixin):
         self.slots = slots
         self._version += 1
 
-    def _view(self, exact_k: Tensor, exact_v: Tensor, slots: Slots, new: int) -> KVView:
-        """What attention sees: the packed tokens of ``slots``, then its exact tokens and ``new`` later ones."""
-        version = self._version
+    def _view(self, exact_k: Tensor, exact_v: Tensor, slots: Slots, queries: int) -> KVView:
+        """What the newest ``queries`` tokens attend to: the packed tokens of ``slots``, and all others exactly."""
+        version, tokens = self._version, self.slots.tokens
         return KVView(
             self.pages[:, :, : slots.packed // self.format.page_tokens],
             exact_k,
             exact_v,
             self.format,
-            tokens=slots.tokens + new,
-            positions=lambda device: slots.positions(device, new),
+            tokens=tokens,
+            queries=queries,
+            positions=lambda device: slots.positions(device, tokens - slots.tokens),
             has_dead_slots=slots.has_dead_slots,
             is_current=lambda: self._version == version,
         )
@@ -315,9 +318,7 @@ class LogQuantCache(Cache):
         ValueError: an invalid option, or a head dimension that pages cannot hold.
     """
 
-    def __init__(
-        self, config: PreTrainedConfig, quantization: LogQuantConfig | None = None, **options: Any
-    ) -> None:
+    def __init__(self, config: PreTrainedConfig, quantization: LogQuantConfig | None = None, **options: Any) -> None:
         if quantization is not None and options:
             raise TypeError(f"give either quantization or its fields, got both: {', '.join(options)}")
         if not isinstance(config, PreTrainedConfig):
@@ -329,7 +330,9 @@ class LogQuantCache(Cache):
         slots = Slots(self.quantization.window, self.quantization.rule, self.quantization.sink_tokens)
         layers = DynamicCache(config=config).layers
         super().__init__(
-            layers=[LogQuantLayer(self.quantization, slots) if type(layer) is DynamicLayer else layer for layer in layers]
+            layers=[
+                LogQuantLayer(self.quantization, slots) if type(layer) is DynamicLayer else layer for layer in layers
+            ]
         )
 
     @property

@@ -59,7 +59,8 @@ class LogQuantConfig:
         resolve("sinks", 0 if self.rule == "log" else 4)
         need(is_count(self.sinks), "sinks", "a whole number of tokens, 0 or more")
         need(
-            self.value_group is None or (is_count(self.value_group) and self.value_group > 0 and self.value_group % 16 == 0),
+            self.value_group is None
+            or (is_count(self.value_group) and self.value_group > 0 and self.value_group % 16 == 0),
             "value_group",
             "a positive multiple of 16",
         )
@@ -81,6 +82,10 @@ class LogQuantConfig:
     def window_capacity(self) -> int:
         """Exact tokens there is room for; the cache evicts as soon as this many are there."""
         return self.sink_tokens + 3 * self.window
+
+    def window_slots(self, exact: int) -> int:
+        """Slots that are allocated for ``exact`` exact tokens: room for W more, but not beyond the capacity."""
+        return min(self.window_capacity, exact + self.window)
 
     @property
     def evicted_slots(self) -> slice:
@@ -116,5 +121,6 @@ class LogQuantConfig:
             itemsize: bytes of an exact element.
         """
         fmt = self.page_format(head_dim, value_dim)
-        pages = self.packed_tokens(tokens) // fmt.page_tokens
-        return pages * fmt.nbytes + self.window_capacity * (fmt.head_dim + fmt.value_dim) * itemsize
+        packed = self.packed_tokens(tokens)
+        window = self.window_slots(tokens if packed == 0 else self.window_capacity)
+        return packed // fmt.page_tokens * fmt.nbytes + window * (fmt.head_dim + fmt.value_dim) * itemsize

@@ -103,7 +103,8 @@ def quantize(
     """
     _check_devices(k, v=v, index=index, key_map=key_map)
     if _compiled():
-        return torch.ops.logquant.quantize(k, v, fmt.fields(), index, key_map)
+        pages: Tensor = torch.ops.logquant.quantize(k, v, fmt.fields(), index, key_map)
+        return pages
     return reference.quantize(k, v, fmt, index=index, key_map=key_map)
 
 
@@ -127,7 +128,8 @@ def dequantize(
     """
     _check_devices(pages, key_map=key_map)
     if _compiled():
-        return torch.ops.logquant.dequantize(pages, fmt.fields(), dtype, key_map)
+        both: tuple[Tensor, Tensor] = torch.ops.logquant.dequantize(pages, fmt.fields(), dtype, key_map)
+        return both
     return reference.dequantize(pages, fmt, dtype=dtype, key_map=key_map)
 
 
@@ -163,9 +165,7 @@ def evict_(
     """
     _check_devices(window_k, window_v=window_v, pages=pages, key_map=key_map)
     if _compiled():
-        torch.ops.logquant.evict_(
-            window_k, window_v, pages, fmt.fields(), page, tokens, start, step, count, key_map
-        )
+        torch.ops.logquant.evict_(window_k, window_v, pages, fmt.fields(), page, tokens, start, step, count, key_map)
         return
     reference.evict_(
         window_k,
@@ -238,7 +238,7 @@ def attend(
         lengths=lengths,
     )
     if _compiled():
-        return torch.ops.logquant.attend(
+        out_and_lse: tuple[Tensor, Tensor] = torch.ops.logquant.attend(
             q,
             pages,
             window_k,
@@ -254,6 +254,7 @@ def attend(
             page_table,
             lengths,
         )
+        return out_and_lse
     return reference.attend(
         q,
         pages,
@@ -275,15 +276,15 @@ def attend(
 # ------------------------------------------------------------------------------- shapes for tracing (torch.compile)
 def _register_fakes() -> None:
     @torch.library.register_fake("logquant::quantize")
-    def _(k: Tensor, v: Tensor, fields: list[int], index: Tensor | None = None, key_map: Tensor | None = None) -> Tensor:
+    def _(
+        k: Tensor, v: Tensor, fields: list[int], index: Tensor | None = None, key_map: Tensor | None = None
+    ) -> Tensor:
         fmt = PageFormat.from_fields(fields)
         tokens = k.shape[2] if index is None else index.shape[1]
         return k.new_empty((*k.shape[:2], tokens // fmt.page_tokens, fmt.words), dtype=torch.int32)
 
     @torch.library.register_fake("logquant::dequantize")
-    def _(
-        pages: Tensor, fields: list[int], dtype: torch.dtype, key_map: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def _(pages: Tensor, fields: list[int], dtype: torch.dtype, key_map: Tensor | None = None) -> tuple[Tensor, Tensor]:
         fmt = PageFormat.from_fields(fields)
         batch, heads, page_count, _ = pages.shape
         shape = (batch, heads, page_count * fmt.page_tokens)

@@ -73,7 +73,7 @@ class PageFormat:
             f"a multiple of 16 up to {most}",
         )
         need(
-            16 <= self.value_group and self.value_group % 16 == 0 and self.value_dim % self.value_group == 0,
+            self.value_group >= 16 and self.value_group % 16 == 0 and self.value_dim % self.value_group == 0,
             "value_group",
             f"a multiple of 16 that divides value_dim ({self.value_dim})",
         )
@@ -141,14 +141,15 @@ def _element_shifts(bits: int, device: torch.device) -> Tensor:
 def pack_words(codes: Tensor, bits: int) -> Tensor:
     """Pack codes ``[..., n]`` (integers, n a multiple of 32/bits) into int32 words ``[..., n*bits/32]``."""
     shifts = _element_shifts(bits, codes.device).long()
-    words = (codes.long().unflatten(-1, (-1, 32 // bits)) << shifts).sum(-1)
+    words: Tensor = (codes.long().unflatten(-1, (-1, 32 // bits)) << shifts).sum(-1)
     return torch.where(words < 2**31, words, words - 2**32).int()
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """The inverse of :func:`pack_words`, as int32."""
     shifts = _element_shifts(bits, words.device)
-    return ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
+    codes: Tensor = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    return codes.flatten(-2)
 
 
 def _pack_half(x: Tensor) -> Tensor:
@@ -297,8 +298,8 @@ def evict_(
 ) -> None:
     """Move tokens from the window into pages, in place: quantise every ``step``-th slot, close the gaps.
 
-    Slots ``start, start + step, ...`` (``count`` of them, a multiple of G; :func:`logquant.window.evicted_slots`) become
-    ``pages[:, :, page : page + count/G]``. The other tokens move up, in order, to the first ``tokens - count`` slots;
+    Slots ``start, start + step, ...`` (``count`` of them, a multiple of G; :func:`logquant.window.evicted_slots`)
+    become ``pages[:, :, page : page + count/G]``. The others move up, in order, to the first ``tokens - count`` slots;
     what later slots hold is unspecified.
 
     Args:
@@ -410,7 +411,7 @@ def attend(
         The output ``[B, Hq, L, Dv]`` in q's dtype, 0 for a query that sees nothing, and the log-sum-exp of its scores
         (natural logarithm, sinks included), float32 ``[B, Hq, L]``.
     """
-    batch, heads, queries, _ = q.shape
+    batch, _, queries, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     if page_table is not None:
         pages = pages[page_table.long()].transpose(1, 2)

@@ -8,9 +8,9 @@ Nothing else in the package knows the rule. Stated step by step, with W = ``wind
         packed = packed + head[1::2]            # W tokens leave, quantised once, never again
         window = head[0::2] + window[2 * W:]
 
-so once there are 3W tokens, between 2W and 3W - 1 of them are exact: the newest W or more, then half as many with every
-further W tokens of distance, and the first one. The rule ``recent`` evicts the oldest W tokens instead. Both keep the first ``sinks`` tokens
-apart: those always stay exact and do not count towards the 3W.
+so once there are 3W tokens, between 2W and 3W - 1 of them are exact: the newest W or more, then half as many with
+every further W tokens of distance, and the first one. The rule ``recent`` evicts the oldest W tokens instead. Both keep
+the first ``sinks`` tokens apart: those always stay exact and do not count towards the 3W.
 
 The functions below are the closed form of that loop. Number the blocks of W tokens from 0. A token at offset i of block
 k >= 1 enters the second half of the first 2W slots at slot W + i, in the k-th eviction; every eviction it survives (its
@@ -21,11 +21,12 @@ slot i, and its first token never leaves.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 Rule = Literal["log", "recent"]
 RULES: tuple[str, ...] = get_args(Rule)
 
@@ -127,11 +128,12 @@ class Slots:
         self.exact = settled_exact + self.tokens - self.settled
         self._memo: dict[str, tuple[object, Any]] = {}
 
-    def _once(self, name: str, key: object, make: Callable[[], Any]) -> Any:
+    def _once(self, name: str, key: object, make: Callable[[], T]) -> T:
         """``make()``, or what it gave the last time if that was for the same key."""
         if name not in self._memo or self._memo[name][0] != key:
             self._memo[name] = key, make()
-        return self._memo[name][1]
+        result: T = self._memo[name][1]
+        return result
 
     def _next(self, tokens: int, settled: int, layout: tuple[Tensor, Tensor] | None) -> Slots:
         return Slots(self.window, self.rule, self.sinks, tokens, settled, layout)

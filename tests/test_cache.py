@@ -94,11 +94,11 @@ def test_handles_stand_for_all_tokens_in_logical_order(portions):
     keys, values = layer.update(k[:, :, start:], v[:, :, start:])
     assert isinstance(keys, KVHandle) and keys.shape == k.shape and values.shape == v.shape
     assert keys.dtype == k.dtype and keys.device == k.device
-    assert (keys.view.dense()[0] - k).abs().max() < 0.05
-    assert torch.equal(keys.view.dense()[1][:, :, -portions[-1] :], v[:, :, -portions[-1] :]), "new tokens are exact"
+    assert (keys.kv_view.dense()[0] - k).abs().max() < 0.05
+    assert torch.equal(keys.kv_view.dense()[1][:, :, -portions[-1] :], v[:, :, -portions[-1] :]), "new tokens are exact"
     if portions[-1] > 1:
         exact = split_positions(start, 64)[1].long()
-        assert torch.equal(keys.view.dense()[0][:, :, exact], k[:, :, exact]), "what was exact still is, this once"
+        assert torch.equal(keys.kv_view.dense()[0][:, :, exact], k[:, :, exact]), "what was exact still is, this once"
 
 
 def test_a_stale_handle_refuses():
@@ -108,7 +108,7 @@ def test_a_stale_handle_refuses():
     keys, _ = layer.update(k[:, :, 300:301], v[:, :, 300:301])
     layer.update(k[:, :, 301:], v[:, :, 301:])
     with pytest.raises(RuntimeError, match="stale: their LogQuant cache layer was updated since"):
-        keys.view.attend(torch.zeros(1, 2, 1, 64), None, 1.0)
+        keys.kv_view.attend(torch.zeros(1, 2, 1, 64), None, 1.0)
 
 
 BAD_UPDATES = [
@@ -178,7 +178,12 @@ FAMILIES = {
     "llama": {},
     "qwen3": {},
     "mistral": {"sliding_window": 24},
-    "gemma2": {"attn_logit_softcapping": 5.0, "sliding_window": 24, "query_pre_attn_scalar": 16, "initializer_range": 0.3},
+    "gemma2": {
+        "attn_logit_softcapping": 5.0,
+        "sliding_window": 24,
+        "query_pre_attn_scalar": 16,
+        "initializer_range": 0.3,
+    },
     "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 24, "initializer_range": 0.3},
     "gpt_neox": {},
     "deepseek_v3": {
@@ -232,7 +237,9 @@ def ids():
     return torch.randint(3, 255, (2, 500), generator=torch.Generator().manual_seed(0))
 
 
-def logits_of(model, cache, ids: Tensor, portions: list[int], implementation: str, mask: Tensor | None = None) -> Tensor:
+def logits_of(
+    model, cache, ids: Tensor, portions: list[int], implementation: str, mask: Tensor | None = None
+) -> Tensor:
     """Logits of all tokens, fed in portions."""
     supported = model.config._attn_implementation
     model.set_attn_implementation(implementation)
@@ -458,7 +465,9 @@ def test_beam_search_gives_the_same_through_every_implementation(llama, ids, opt
 
 def test_dequantising_at_every_step_warns_once(llama, ids):
     attention._warn_dense.cache_clear()
-    with pytest.warns(RuntimeWarning, match=r"is dequantised at every step.*set_attn_implementation\(\"logquant\"\)") as caught:
+    with pytest.warns(
+        RuntimeWarning, match=r"is dequantised at every step.*set_attn_implementation\(\"logquant\"\)"
+    ) as caught:
         logits_of(llama, LogQuantCache(llama.config), ids, [100, 1, 1, 1], "eager")
     assert len([w for w in caught if "dequantised" in str(w.message)]) == 1
     with warnings.catch_warnings():

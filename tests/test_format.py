@@ -94,7 +94,10 @@ def test_parameters_saturate():
         (dict(head_dim=64, value_bits=16), "value_bits must be 2, 4 or 8, got 16"),
         (dict(head_dim=64, key_columns=24), "key_columns must be a multiple of 16 up to 256, got 24"),
         (dict(head_dim=64, key_bits=8, key_columns=80), "key_columns must be a multiple of 16 up to 64, got 80"),
-        (dict(head_dim=64, value_group=24), r"value_group must be a multiple of 16 that divides value_dim \(64\), got 24"),
+        (
+            dict(head_dim=64, value_group=24),
+            r"value_group must be a multiple of 16 that divides value_dim \(64\), got 24",
+        ),
         (dict(head_dim=64, value_group=48), "value_group must be a multiple of 16"),
     ],
 )

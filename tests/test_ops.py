@@ -29,7 +29,9 @@ def key_map_of(fmt: PageFormat, seed: int, batch: int, heads: int) -> Tensor | N
 
 # ------------------------------------------------------------------------------------------- quantize, dequantize
 @backends
-@given(fmt=formats(), dtype=dtypes, seed=seeds, batch=st.integers(1, 2), heads=st.integers(1, 3), pages=st.integers(1, 3))
+@given(
+    fmt=formats(), dtype=dtypes, seed=seeds, batch=st.integers(1, 2), heads=st.integers(1, 3), pages=st.integers(1, 3)
+)
 def test_quantize_and_dequantize_bit_for_bit(backend, fmt, dtype, seed, batch, heads, pages):
     k, v = tokens(fmt, seed, batch=batch, heads=heads, count=pages * fmt.page_tokens, dtype=dtype)
     key_map = key_map_of(fmt, seed, batch, heads)
@@ -349,7 +351,7 @@ def test_attend_non_finite_tokens(backend, where):
     q = torch.randn(1, 2, 2, 64)
     seen = torch.ones(1, 1, 2, 148, dtype=torch.bool)
     # A NaN key spoils its channel in the whole page.
-    seen[0, 0, 0, 64:128 if where == "packed keys" else 148] = False
+    seen[0, 0, 0, 64 : 128 if where == "packed keys" else 148] = False
     with on(backend):
         out, lse = ops.attend(q, pages, k[:, :, 128:], v[:, :, 128:], fmt, scale=0.125, mask=seen)
     assert out[:, :, 0].isfinite().all() and lse[:, :, 0].isfinite().all()
@@ -429,7 +431,10 @@ def test_compiles_without_graph_breaks():
 # -------------------------------------------------------------------------------------------------------- fallbacks
 def test_devices_without_kernels_fall_back_with_one_warning(monkeypatch):
     """The dispatcher's fallback is the reference; tried here by calling it as the dispatcher would."""
-    with pytest.raises(ValueError, match="backend must be 'auto', 'reference' or 'cpu', got 'tpu'"), ops.use_backend("tpu"):
+    with (
+        pytest.raises(ValueError, match="backend must be 'auto', 'reference' or 'cpu', got 'tpu'"),
+        ops.use_backend("tpu"),
+    ):
         pass
 
 
