@@ -1,0 +1,142 @@
+"""``logquant bench attend``: one token's attention, fused over a packed cache against torch's over a full one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from ..config import LogQuantConfig
+from ..window import split_positions
+from .timing import ColdCache, Timing, time_interleaved
+
+FUSED = "logquant attend"
+DEQUANTIZE = "dequantize + SDPA"
+FULL = "SDPA, full cache"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention call: ``heads`` query heads of ``dim`` channels share ``kv_heads`` over ``context`` tokens."""
+
+    context: int
+    heads: int = 32
+    kv_heads: int = 8
+    dim: int = 128
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads must be a multiple of kv_heads ({self.kv_heads}), got {self.heads}")
+
+
+@dataclass(frozen=True)
+class AttendResult:
+    """What one shape took.
+
+    Args:
+        shape: what was timed.
+        timings: by contender.
+        packed_nbytes: bytes that the fused operator reads: pages and window.
+        full_nbytes: bytes of the full cache in the same dtype.
+        relative_error: rms of the fused output's difference from dequantise + SDPA in float32, over its rms.
+    """
+
+    shape: Shape
+    timings: dict[str, Timing]
+    packed_nbytes: int
+    full_nbytes: int
+    relative_error: float
+
+    def fastest(self, group: str) -> tuple[str, Timing]:
+        """The fastest form of a contender."""
+        return min(((n, t) for n, t in self.timings.items() if n.startswith(group)), key=lambda item: item[1].median)
+
+    def as_dict(self) -> dict[str, Any]:
+        fused = self.timings[FUSED].median
+        return {
+            **vars(self.shape),
+            "packed_bytes": self.packed_nbytes,
+            "full_bytes": self.full_nbytes,
+            "relative_error": self.relative_error,
+            "bytes_per_second": self.packed_nbytes / fused,
+            "speedup_over_dequantize": self.fastest(DEQUANTIZE)[1].median / fused,
+            "speedup_over_full": self.fastest(FULL)[1].median / fused,
+            "timings": {name: timing.as_dict() for name, timing in self.timings.items()},
+        }
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> Tensor:
+    """Attention of one query token; ``grouped`` hands the query heads of a KV head over as its query tokens."""
+    if not grouped:
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+    return F.scaled_dot_product_attention(q.view(q.shape[0], k.shape[1], -1, q.shape[3]), k, v).view_as(q)
+
+
+@torch.inference_mode()
+def bench_attend(
+    shape: Shape,
+    quantization: LogQuantConfig,
+    dtype: torch.dtype = torch.bfloat16,
+    rounds: int = 20,
+    on_progress: Callable[[], None] = lambda: None,
+) -> AttendResult:
+    """Time one call of every contender, each from cold CPU caches.
+
+    torch's contenders run in ``dtype`` and in float32, with ``enable_gqa`` and grouped: which is fastest depends on the
+    CPU, and a comparison with a slow form would be worth nothing.
+
+    Raises:
+        RuntimeError: no compiled extension, or a fused result that is wrong.
+    """
+    if reason := ops.extension_error():
+        raise RuntimeError(f"there is nothing to measure: {reason}")
+    generator = torch.Generator().manual_seed(0)
+
+    def random(heads: int, tokens: int) -> Tensor:
+        return torch.randn(shape.batch, heads, tokens, shape.dim, generator=generator).to(dtype)
+
+    q, k, v = random(shape.heads, 1), random(shape.kv_heads, shape.context), random(shape.kv_heads, shape.context)
+    packed, exact = split_positions(shape.context, quantization.window, quantization.rule, quantization.sink_tokens)
+    fmt = quantization.page_format(shape.dim)
+    pages = ops.quantize(k, v, fmt, index=packed[None])
+    window_k, window_v = k[:, :, exact], v[:, :, exact]
+    scale = shape.dim**-0.5
+
+    def fused() -> Tensor:
+        return ops.attend(q, pages, window_k, window_v, fmt, scale=scale)[0]
+
+    def dequantize(kind: torch.dtype, grouped: bool) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            parts = zip(ops.dequantize(pages, fmt, dtype=kind), (window_k, window_v), strict=True)
+            keys, values = (torch.cat([old, new.to(kind)], 2) for old, new in parts)
+            return _sdpa(q.to(kind), keys, values, grouped)
+
+        return run
+
+    def full(kind: torch.dtype, grouped: bool) -> Callable[[], Tensor]:
+        kind_q, kind_k, kind_v = q.to(kind), k.to(kind), v.to(kind)
+        return lambda: _sdpa(kind_q, kind_k, kind_v, grouped)
+
+    contenders: dict[str, Callable[[], Tensor]] = {FUSED: fused}
+    forms = itertools.product(((DEQUANTIZE, dequantize), (FULL, full)), dict.fromkeys((dtype, torch.float32)), (0, 1))
+    for (group, make), kind, grouped in forms:
+        form = ("enable_gqa", "grouped")[grouped]
+        contenders[f"{group}, {str(kind).removeprefix('torch.')}, {form}"] = make(kind, bool(grouped))
+
+    expected = dequantize(torch.float32, True)()
+    error = float(((fused() - expected).square().mean() / expected.square().mean()).sqrt())
+    if not error < 0.05:
+        raise RuntimeError(f"attend must agree with dequantised SDPA, got a relative error of {error:.3g}")
+    timings = time_interleaved(contenders, rounds, before_each=ColdCache(), on_progress=on_progress)
+    packed_nbytes = pages.nbytes + window_k.nbytes + window_v.nbytes
+    return AttendResult(shape, timings, packed_nbytes, k.nbytes + v.nbytes, error)

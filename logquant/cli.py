@@ -1,0 +1,387 @@
+"""The command line: ``logquant generate``, ``eval``, ``bench attend``, ``bench memory`` and ``info``."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit(f"the command line needs more packages ({error}): pip install 'logquant[cli]'") from error
+
+import torch
+
+from . import machine
+from .config import LogQuantConfig
+
+if TYPE_CHECKING:
+    from .bench.attend import AttendResult
+    from .specs import CacheSpec
+
+app = typer.Typer(
+    help="A 2-bit KV cache for large language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+class Dtype(str, Enum):
+    """Of weights and exact tokens."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+    @property
+    def torch(self) -> torch.dtype:
+        return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[self.value]
+
+
+Model = Annotated[
+    str | None, typer.Option("--model", help="Directory or hub id; by default the packaged SmolLM2-135M-Instruct.")
+]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+CACHE_HELP = "logquant, recent or full; settings follow a colon, as in logquant:bits=4,window=128."
+
+
+# ---------------------------------------------------------------------------------------------------- shared pieces
+def main() -> None:
+    """The entry point of ``logquant``."""
+    app()
+
+
+@contextmanager
+def errors_of(option: str) -> Iterator[None]:
+    """Report a bad value of ``option`` as such, without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
+
+
+def load_model(model: str | None, dtype: Dtype) -> tuple[Any, Any]:
+    with errors_of("--model"):
+        from . import models  # slow to import, so not for --help
+
+        return models.load(model, dtype=dtype.torch)
+
+
+def write_json(file: Path | None, arguments: dict[str, Any], **result: Any) -> None:
+    """Write a result with what produced it: the arguments and the machine."""
+    if file is None:
+        return
+    with errors_of("--json"):
+        content = {"arguments": arguments, "machine": machine.describe(), **result}
+        file.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def megabytes(nbytes: float) -> str:
+    return f"{nbytes / 1e6:,.1f} MB"
+
+
+def number_list(option: str, text: str) -> list[int]:
+    with errors_of(option):
+        numbers = [int(part) for part in text.split(",")]
+        if min(numbers) < 1:
+            raise ValueError(f"numbers must be at least 1, got {text!r}")
+        return numbers
+
+
+def progress() -> Progress:
+    """On stderr, so that stdout holds the result alone."""
+    return Progress(console=Console(stderr=True), transient=True)
+
+
+# --------------------------------------------------------------------------------------------------------- generate
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Option(help="What to continue, or to answer.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file to read it from; comes before --prompt.")] = None,
+    model: Model = None,
+    cache: Annotated[str, typer.Option(help=CACHE_HELP)] = "logquant",
+    bits: Annotated[int | None, typer.Option(help="Bits of a quantised element: 2, 4 or 8.")] = None,
+    key_bits: Annotated[int | None, typer.Option(help="The same for keys alone.")] = None,
+    value_bits: Annotated[int | None, typer.Option(help="The same for values alone.")] = None,
+    window: Annotated[int | None, typer.Option(help="W: between 2W and 3W tokens stay exact.")] = None,
+    page_tokens: Annotated[int | None, typer.Option(help="Tokens of a page: 32, 64 or 128.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token, always.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this much probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    chat: Annotated[bool | None, typer.Option(help="Use the chat template; by default if there is one.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Stream the model's answer to a prompt, then say what it cost."""
+    arguments = dict(locals())
+    from .specs import cache_nbytes, parse_cache
+
+    fields = {
+        "bits": bits,
+        "key_bits": key_bits,
+        "value_bits": value_bits,
+        "window": window,
+        "page_tokens": page_tokens,
+    }
+    with errors_of("--cache"):
+        spec = parse_cache(cache).replace(**{name: value for name, value in fields.items() if value is not None})
+    text = _prompt_text(prompt, prompt_file)
+    loaded, tokenizer = load_model(model, dtype)
+    ids = _prompt_ids(tokenizer, text, chat)
+
+    kv_cache = spec.make(loaded.config)
+    torch.manual_seed(seed)
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    streamer = _timed_streamer(tokenizer)
+    output = loaded.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=kv_cache,
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        streamer=streamer,
+        **sampling,
+    )
+    new = output[0, ids.shape[1] :]
+    prefill_seconds, decode_seconds = streamer.seconds()
+    result = {
+        "cache": spec.name,
+        "text": tokenizer.decode(new, skip_special_tokens=True),
+        "prompt_tokens": ids.shape[1],
+        "new_tokens": len(new),
+        "prefill_seconds": prefill_seconds,
+        "decode_seconds": decode_seconds,
+        # The first new token comes out of the prefill.
+        "tokens_per_second": (len(new) - 1) / decode_seconds if len(new) > 1 else None,
+        "bytes": cache_nbytes(kv_cache),
+        "full_precision_bytes": getattr(kv_cache, "full_precision_nbytes", cache_nbytes(kv_cache)),
+    }
+    typer.echo(_summary(result), err=True)
+    write_json(json_file, arguments, **result)
+
+
+def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
+    parts = []
+    if prompt_file is not None:
+        with errors_of("--prompt-file"):
+            parts.append(prompt_file.read_text(encoding="utf-8"))
+    if prompt is not None:
+        parts.append(prompt)
+    if not any(part.strip() for part in parts):
+        raise typer.BadParameter("needed: --prompt TEXT, --prompt-file FILE, or both", param_hint="--prompt")
+    return "\n\n".join(parts)
+
+
+def _prompt_ids(tokenizer: Any, text: str, chat: bool | None) -> torch.Tensor:
+    """Token ids ``[1, T]``."""
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    if chat and not has_template:
+        raise typer.BadParameter("this model's tokenizer has no chat template; use --no-chat", param_hint="--chat")
+    if not has_template or chat is False:
+        ids: torch.Tensor = tokenizer(text, return_tensors="pt").input_ids
+        return ids
+    message = [{"role": "user", "content": text}]
+    rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    # The template writes the special tokens itself.
+    ids = tokenizer(rendered, add_special_tokens=False, return_tensors="pt").input_ids
+    return ids
+
+
+def _timed_streamer(tokenizer: Any) -> Any:
+    """transformers' streamer of text, which also notes when tokens come."""
+    from transformers import TextStreamer
+
+    class TimedStreamer(TextStreamer):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            self.times: list[float] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.times.append(time.perf_counter())  # first for the prompt, before the prefill
+            super().put(value)
+
+        def seconds(self) -> tuple[float, float]:
+            """Of the prefill and of all tokens after the first."""
+            return self.times[1] - self.times[0], self.times[-1] - self.times[1]
+
+    return TimedStreamer()
+
+
+def _summary(result: dict[str, Any]) -> str:
+    """One line."""
+    speed = "" if result["tokens_per_second"] is None else f", {result['tokens_per_second']:.1f} tokens/s"
+    held, full = result["bytes"], result["full_precision_bytes"]
+    return (
+        f"[{result['cache']}] {result['prompt_tokens']} + {result['new_tokens']} tokens{speed}; "
+        f"cache {megabytes(held)}, in full precision {megabytes(full)}: {full / held:.2f}x"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- info
+@app.command()
+def info(json_file: Json = None) -> None:
+    """Say what is installed, what runs here, and why a fast path is off."""
+    facts = machine.describe()
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        if name != "extension_error":
+            text = ", ".join(value) or "none" if isinstance(value, list) else str(value)
+            table.add_row(name.replace("_", " "), text)
+    error = facts["extension_error"]
+    table.add_row("compiled operators", "in use" if error is None else f"[bold red]off[/]: {error}")
+    Console().print(table)
+    write_json(json_file, {})
+
+
+# ------------------------------------------------------------------------------------------------------------- eval
+@app.command(name="eval")
+def evaluate(
+    files: Annotated[list[Path] | None, typer.Argument(help="More files of text.", show_default=False)] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="A file of text; may be given several times.")] = None,
+    model: Model = None,
+    caches: Annotated[str, typer.Option(help=f"Separated by commas: {CACHE_HELP}")] = "logquant,recent,full",
+    prefill: Annotated[int, typer.Option(min=1, help="Tokens of the prompt, which attends to itself exactly.")] = 512,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after it, in every text.")] = 1000,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens decoded at once; more than 1 is faster and flatters.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts run at once.")] = 8,
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
+    json_file: Json = None,
+) -> None:
+    """Measure what a cache costs: KL to the full cache, perplexity and agreement, by teacher forcing on real text."""
+    arguments = dict(locals())
+    from . import eval as evaluation
+    from .specs import parse_caches
+
+    with errors_of("--caches"):
+        specs = parse_caches(caches)
+    loaded, tokenizer = load_model(model, dtype)
+    paths = [*(text or []), *(files or [])]
+    with errors_of("--text"):
+        ids = evaluation.read_tokens(tokenizer, paths, prefill + tokens + 1)
+    with progress() as bar:
+        task = bar.add_task(f"{len(paths)} texts, {tokens} tokens each", total=len(paths) * tokens)
+        results = evaluation.evaluate(
+            loaded,
+            ids,
+            specs,
+            prefill=prefill,
+            chunk=chunk,
+            batch_size=batch_size,
+            on_progress=lambda done: bar.advance(task, done),
+        )
+    rows = [result.as_dict() for result in results]
+    table = Table("cache", "KL, nats", "95 % interval", "perplexity", "top-1", "bits", "bytes/text")
+    table.columns[0].no_wrap = True
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(
+            row["cache"],
+            f"{row['kl']:.4f}",
+            "{:.3f} to {:.3f}".format(*row["kl_interval"]) if row["kl_interval"] else "-",
+            f"{row['ppl']:.2f}",
+            f"{row['top1']:.3f}",
+            f"{row['bits_per_element']:.2f}" if row["bits_per_element"] else "-",
+            megabytes(row["bytes"]),
+        )
+    Console().print(table)
+    write_json(json_file, arguments, results=rows)
+
+
+# ------------------------------------------------------------------------------------------------------------ bench
+@bench.command()
+def attend(
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
+    kv_heads: Annotated[int, typer.Option(help="Key-value heads.")] = 8,
+    dim: Annotated[int, typer.Option(help="Channels of a head.")] = 128,
+    context: Annotated[str, typer.Option(help="Cached tokens; several separated by commas.")] = "2048,8192,32768",
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    bits: Annotated[int, typer.Option(help="Bits of a quantised element.")] = 2,
+    window: Annotated[int, typer.Option(help="W: between 2W and 3W tokens stay exact.")] = 64,
+    dtype: Annotated[Dtype, typer.Option(help="Of queries and exact tokens.")] = Dtype.bfloat16,
+    rounds: Annotated[int, typer.Option(min=3, help="Timed calls of each contender.")] = 20,
+    json_file: Json = None,
+) -> None:
+    """Time one token's attention: fused, dequantise + SDPA, and SDPA over a full cache; with cold CPU caches."""
+    arguments = dict(locals())
+    from .bench.attend import Shape, bench_attend
+    from .bench.timing import read_bandwidth
+
+    contexts = number_list("--context", context)
+    with errors_of("arguments"):
+        shapes = [Shape(tokens, heads, kv_heads, dim, batch) for tokens in contexts]
+        quantization = LogQuantConfig(bits=bits, window=window)
+        quantization.page_format(dim)
+    with progress() as bar:
+        task = bar.add_task("rounds", total=len(shapes) * (rounds + 2))
+        bandwidth = read_bandwidth()
+        results = [
+            bench_attend(shape, quantization, dtype.torch, rounds, on_progress=lambda: bar.advance(task))
+            for shape in shapes
+        ]
+    for result in results:
+        Console().print(_attend_table(result, bandwidth))
+    write_json(json_file, arguments, read_bandwidth=bandwidth, results=[result.as_dict() for result in results])
+
+
+def _attend_table(result: AttendResult, bandwidth: float) -> Table:
+    from .bench.attend import FUSED
+
+    fused = result.timings[FUSED].median
+    rate = result.packed_nbytes / fused
+    table = Table(
+        "contender",
+        "median, ms",
+        "quartiles",
+        "against fused",
+        title=f"{result.shape.context:,} tokens",
+        caption=f"fused reads {megabytes(result.packed_nbytes)} (full cache {megabytes(result.full_nbytes)}) "
+        f"at {rate / 1e9:.1f} GB/s, {rate / bandwidth:.0%} of the {bandwidth / 1e9:.1f} GB/s that torch reads here",
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, timing in result.timings.items():
+        quartiles = f"{1e3 * timing.low:.2f} to {1e3 * timing.high:.2f}"
+        table.add_row(name, f"{1e3 * timing.median:.2f}", quartiles, f"{timing.median / fused:.1f}x")
+    return table
+
+
+@bench.command()
+def memory(
+    context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 4000,
+    cache: Annotated[str, typer.Option(help=f"Separated by commas: {CACHE_HELP}")] = "full,logquant",
+    model: Model = None,
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
+    json_file: Json = None,
+) -> None:
+    """Prefill with each cache in a process of its own: the peak, the bytes held, and what the formula says they are."""
+    arguments = dict(locals())
+    from .bench.memory import bench_memory
+    from .specs import parse_caches
+
+    with errors_of("--cache"):
+        specs: list[CacheSpec] = parse_caches(cache)
+    results = []
+    with progress() as bar:
+        for spec in bar.track(specs, description="prefill"):
+            results.append(bench_memory(spec, model, dtype.torch, context))
+    table = Table("cache", "peak rise", "held", "formula", title=f"prefill of {context:,} tokens")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for result in results:
+        verdict = "equal" if result.held == result.predicted else megabytes(result.predicted)
+        table.add_row(result.cache, megabytes(result.peak_rise), megabytes(result.held), verdict)
+    Console().print(table)
+    write_json(json_file, arguments, results=[result.as_dict() for result in results])

@@ -1,0 +1,149 @@
+"""Teacher forcing with several caches in lockstep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from ..specs import CacheSpec, cache_nbytes, packed_bits_per_element
+from .stats import bootstrap_interval
+
+
+@dataclass
+class CacheScores:
+    """What one cache does to a model's predictions.
+
+    Args:
+        cache: the cache's name.
+        kl: by text, mean KL(full cache || this cache) of the next token's distribution, nats a token.
+        nll: by text, mean negative log-likelihood of the text's next token, nats.
+        top1: by text, how often the likeliest token is the full cache's.
+        bits_per_element: of a quantised element, codes and parameters; None where nothing was quantised.
+        nbytes: bytes that the cache of one text holds at the end.
+    """
+
+    cache: str
+    kl: list[float] = field(default_factory=list)
+    nll: list[float] = field(default_factory=list)
+    top1: list[float] = field(default_factory=list)
+    bits_per_element: float | None = None
+    nbytes: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Means over texts, 95 % bootstrap intervals over texts where there are several, and the scores of each."""
+        nll = bootstrap_interval(self.nll)
+        return {
+            "cache": self.cache,
+            "kl": _mean(self.kl),
+            "ppl": math.exp(_mean(self.nll)),
+            "top1": _mean(self.top1),
+            "kl_interval": bootstrap_interval(self.kl),
+            "ppl_interval": nll and [math.exp(bound) for bound in nll],
+            "top1_interval": bootstrap_interval(self.top1),
+            "bits_per_element": self.bits_per_element,
+            "bytes": self.nbytes,
+            "texts": [
+                {"kl": kl, "ppl": math.exp(nll), "top1": top1}
+                for kl, nll, top1 in zip(self.kl, self.nll, self.top1, strict=True)
+            ],
+        }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def evaluate(
+    model: Any,
+    ids: Tensor,
+    caches: Sequence[CacheSpec],
+    *,
+    prefill: int = 512,
+    chunk: int = 1,
+    batch_size: int = 8,
+    on_progress: Callable[[int], None] = lambda tokens: None,
+) -> list[CacheScores]:
+    """Feed texts through a model token by token, once with the full cache and once with each other cache.
+
+    All caches take the same step before any takes the next, so that no logits are kept.
+
+    Args:
+        model: a causal language model of transformers.
+        ids: token ids ``[texts, length]``: the first ``prefill`` tokens are a prompt, which attends to itself exactly;
+            each further one but the last is decoded and predicts the next.
+        caches: what to compare; the full cache always runs, and is scored if it is named.
+        prefill: tokens of the prompt.
+        chunk: tokens decoded at once. Only 1 is decoding as it happens: tokens of a chunk do not see each other
+            quantised, so more is faster and flatters a little.
+        batch_size: texts run at once.
+        on_progress: called after every step with the number of tokens done, over all texts.
+
+    Returns:
+        The scores of each cache, in the order of ``caches``.
+
+    Raises:
+        ValueError: nothing to predict, or a size that is not positive.
+    """
+    for name, value in (("prefill", prefill), ("chunk", chunk), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if ids.shape[1] < prefill + 2:
+        raise ValueError(f"ids must have at least prefill + 2 = {prefill + 2} tokens, got {ids.shape[1]}")
+    model.set_attn_implementation("logquant")
+    results = [CacheScores(spec.name) for spec in caches]
+    for batch in ids.split(batch_size):
+        _evaluate_batch(model, batch.to(model.device), caches, results, prefill, chunk, on_progress)
+    return results
+
+
+@torch.inference_mode()
+def _evaluate_batch(
+    model: Any,
+    ids: Tensor,
+    specs: Sequence[CacheSpec],
+    results: Sequence[CacheScores],
+    prefill: int,
+    chunk: int,
+    on_progress: Callable[[int], None],
+) -> None:
+    texts, decoded = ids.shape[0], ids.shape[1] - prefill - 1
+    full = CacheSpec("full", None)
+    caches = {spec: spec.make(model.config) for spec in {full: None, **dict.fromkeys(specs)}}
+    for cache in caches.values():
+        model(ids[:, :prefill], past_key_values=cache, logits_to_keep=1)
+    sums = {spec: torch.zeros(3, texts, dtype=torch.float64, device=ids.device) for spec in caches}
+    for first in range(prefill, prefill + decoded, chunk):
+        last = min(first + chunk, prefill + decoded)
+        inputs, targets = ids[:, first:last], ids[:, first + 1 : last + 1]
+        truth = _log_probabilities(model, inputs, caches[full])
+        for spec, cache in caches.items():
+            guess = truth if spec == full else _log_probabilities(model, inputs, cache)
+            sums[spec] += _scores(truth, guess, targets)
+        on_progress(texts * (last - first))
+    for result, spec in zip(results, specs, strict=True):
+        kl, nll, top1 = (sums[spec] / decoded).tolist()
+        result.kl += kl
+        result.nll += nll
+        result.top1 += top1
+        result.bits_per_element = packed_bits_per_element(caches[spec])
+        result.nbytes = cache_nbytes(caches[spec]) // texts
+
+
+def _log_probabilities(model: Any, inputs: Tensor, cache: Cache) -> Tensor:
+    """Of every next token, float32 ``[texts, n, vocabulary]``."""
+    logits: Tensor = model(inputs, past_key_values=cache).logits
+    return logits.float().log_softmax(-1)
+
+
+def _scores(truth: Tensor, guess: Tensor, targets: Tensor) -> Tensor:
+    """KL, negative log-likelihood and agreement, summed over the step's tokens: ``[3, texts]``."""
+    kl = (truth.exp() * (truth - guess)).sum(-1)
+    nll = -guess.gather(-1, targets[..., None])[..., 0]
+    top1 = truth.argmax(-1) == guess.argmax(-1)
+    return torch.stack([kl, nll, top1.to(kl.dtype)]).double().sum(-1)
