@@ -282,15 +282,15 @@ def evaluate(
             on_progress=lambda done: bar.advance(task, done),
         )
     rows = [result.as_dict() for result in results]
-    table = Table("cache", "KL, nats", "95 % interval", "perplexity", "top-1", "bits", "bytes/text")
-    table.columns[0].no_wrap = True
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table("cache", "KL", "95 % of KL", "ppl", "top-1", "bits", "bytes/text")
+    for column in table.columns:
+        column.no_wrap, column.justify = True, "right"
+    table.columns[0].justify = "left"
     for row in rows:
         table.add_row(
             row["cache"],
             f"{row['kl']:.4f}",
-            "{:.3f} to {:.3f}".format(*row["kl_interval"]) if row["kl_interval"] else "-",
+            "{:.3f}-{:.3f}".format(*row["kl_interval"]) if row["kl_interval"] else "-",
             f"{row['ppl']:.2f}",
             f"{row['top1']:.3f}",
             f"{row['bits_per_element']:.2f}" if row["bits_per_element"] else "-",
@@ -366,7 +366,10 @@ def memory(
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
     json_file: Json = None,
 ) -> None:
-    """Prefill with each cache in a process of its own: the peak, the bytes held, and what the formula says they are."""
+    """Prefill with each cache in processes of its own: peaks, bytes held, and what the formula says they are.
+
+    The peak is that of the process as malloc leaves it, then without what malloc keeps of freed memory.
+    """
     arguments = dict(locals())
     from .bench.memory import bench_memory
     from .specs import parse_caches
@@ -377,11 +380,12 @@ def memory(
     with progress() as bar:
         for spec in bar.track(specs, description="prefill"):
             results.append(bench_memory(spec, model, dtype.torch, context))
-    table = Table("cache", "peak rise", "held", "formula", title=f"prefill of {context:,} tokens")
+    table = Table("cache", "peak rise", "of live memory", "held", "formula", title=f"prefill of {context:,} tokens")
     for column in table.columns[1:]:
         column.justify = "right"
     for result in results:
         verdict = "equal" if result.held == result.predicted else megabytes(result.predicted)
-        table.add_row(result.cache, megabytes(result.peak_rise), megabytes(result.held), verdict)
+        peaks = megabytes(result.peak_rise), megabytes(result.live_peak_rise)
+        table.add_row(result.cache, *peaks, megabytes(result.held), verdict)
     Console().print(table)
     write_json(json_file, arguments, results=[result.as_dict() for result in results])

@@ -26,12 +26,15 @@ class MemoryResult:
     Args:
         cache: the cache's name.
         peak_rise: how far the process grew during the prefill, at most.
+        live_peak_rise: the same where malloc hands freed tensors back to the system at once. glibc usually keeps them,
+            and how many depends on how small blocks that stay happen to lie between large ones that do not.
         held: bytes of the cache's tensors afterwards.
         predicted: what the formula says they are (:meth:`logquant.LogQuantConfig.head_nbytes`).
     """
 
     cache: str
     peak_rise: int
+    live_peak_rise: int
     held: int
     predicted: int
 
@@ -57,42 +60,51 @@ def _status_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status must have {field}")
 
 
-def _release_free_memory() -> None:
-    """Hand what was freed back to the system, or a later peak would hide in it."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
-    if trim is not None:
-        trim(0)
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim"):
+        raise RuntimeError("bench memory needs the GNU C library, to know what malloc keeps")
+    return libc
 
 
 @torch.inference_mode()
-def _measure(spec: CacheSpec, model_id: str | None, dtype: torch.dtype, tokens: int) -> MemoryResult:
-    """Runs in a process of its own."""
+def _prefill(
+    spec: CacheSpec, model_id: str | None, dtype: torch.dtype, tokens: int, return_freed: bool
+) -> tuple[int, int, int]:
+    """Runs in a process of its own. Returns its peak rise, bytes held and bytes predicted."""
+    libc = _libc()
+    if return_freed:
+        m_mmap_threshold = -3  # malloc.h: larger blocks are mappings of their own
+        libc.mallopt(m_mmap_threshold, 1 << 16)
     model, _ = models.load(model_id, dtype=dtype)
     model.set_attn_implementation("logquant")
     ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     # Weights that are mapped from a file count as the process's memory only once they have been read.
     model(ids[:, :8], past_key_values=spec.make(model.config), logits_to_keep=1)
     cache = spec.make(model.config)
-    _release_free_memory()
+    gc.collect()
+    libc.malloc_trim(0)  # or the peak would hide in what the warm-up has left
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, starts again from here
     before = _status_bytes("VmRSS")
     model(ids, past_key_values=cache, logits_to_keep=1)
     peak = _status_bytes("VmHWM")
-    predicted = predicted_nbytes(spec, cache, model.config, tokens, dtype.itemsize)
-    return MemoryResult(spec.name, peak - before, cache_nbytes(cache), predicted)
+    return peak - before, cache_nbytes(cache), predicted_nbytes(spec, cache, model.config, tokens, dtype.itemsize)
 
 
 def bench_memory(spec: CacheSpec, model_id: str | None, dtype: torch.dtype, tokens: int) -> MemoryResult:
-    """Measure one prefill of ``tokens`` random tokens in a fresh process.
+    """Measure a prefill of ``tokens`` random tokens in fresh processes.
 
     Raises:
-        RuntimeError: not on Linux, whose /proc it reads, or the process died.
+        RuntimeError: not on Linux with the GNU C library, or a process died.
     """
     if not Path("/proc/self/clear_refs").exists():
         raise RuntimeError("bench memory reads /proc, which only Linux has")
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(_measure, spec, model_id, dtype, tokens).result()
-        except BrokenProcessPool as error:
-            raise RuntimeError(f"the process measuring cache {spec.name!r} died; out of memory?") from error
+    peaks = []
+    for return_freed in (False, True):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            try:
+                peak, held, predicted = pool.submit(_prefill, spec, model_id, dtype, tokens, return_freed).result()
+            except BrokenProcessPool as error:
+                raise RuntimeError(f"the process measuring cache {spec.name!r} died; out of memory?") from error
+        peaks.append(peak)
+    return MemoryResult(spec.name, peaks[0], peaks[1], held, predicted)

@@ -1,0 +1,211 @@
+"""The command line, on a tiny random model where any will do and on the real one where sense matters."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from logquant import LogQuantConfig, __version__, machine
+from logquant.bench.attend import DEQUANTIZE, FULL, FUSED
+from logquant.cli import app
+
+from .tiny import one_thread, save_tiny_model  # noqa: F401
+
+# Tables are cut to the terminal's width.
+runner = CliRunner(env={"COLUMNS": "200"})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_tiny_model(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture
+def json_file(tmp_path):
+    return tmp_path / "result.json"
+
+
+def run(*args):
+    return runner.invoke(app, [str(arg) for arg in args], catch_exceptions=False)
+
+
+def succeed(*args):
+    result = run(*args)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_help_names_every_command():
+    output = succeed("--help").output
+    assert all(command in output for command in ("generate", "info", "eval", "bench"))
+    assert all(command in succeed("bench", "--help").output for command in ("attend", "memory"))
+
+
+def test_info_tells_what_is_in_use(json_file):
+    output = succeed("info", "--json", json_file).output
+    facts = json.loads(json_file.read_text())["machine"]
+    assert facts["logquant"] == __version__ and facts["extension_error"] is None
+    assert facts["instruction_set"] in facts["instruction_sets_available"]
+    assert facts["instruction_set"] in output and "in use" in output
+
+
+def test_info_tells_why_the_fast_path_is_off(monkeypatch):
+    monkeypatch.setattr(machine.ops, "extension_error", lambda: "the moon is full")
+    output = succeed("info").output
+    assert "off: the moon is full" in output and "instruction set " not in output
+
+
+# ---------------------------------------------------------------------------------------------------------- generate
+def test_generate_streams_text_and_ends_with_the_cost(model, json_file):
+    result = succeed("generate", "--model", model, "--prompt", "x" * 300, "--max-new-tokens", 8, "--json", json_file)
+    written = json.loads(json_file.read_text())
+    assert written["new_tokens"] == 8 and written["prompt_tokens"] == len("<user>" + "x" * 300 + "<assistant>")
+    assert result.stdout == written["text"] + "\n"
+    config, heads, seen = LogQuantConfig(), 4, written["prompt_tokens"] + 7  # the last token is never cached
+    assert written["bytes"] == heads * config.head_nbytes(seen, 32, itemsize=4)
+    assert written["full_precision_bytes"] == heads * seen * 2 * 32 * 4
+    ratio = written["full_precision_bytes"] / written["bytes"]
+    summary = result.stderr.splitlines()[-1]
+    assert summary.startswith("[logquant] 317 + 8 tokens, ") and "tokens/s" in summary and f"{ratio:.2f}x" in summary
+
+
+def test_generate_without_eviction_writes_what_the_full_cache_writes(model):
+    outputs = {
+        cache: succeed("generate", "--model", model, "--prompt", "abc", "--cache", cache, "--max-new-tokens", 20).stdout
+        for cache in ("logquant", "recent", "full")
+    }
+    assert len(set(outputs.values())) == 1
+
+
+def test_generate_takes_settings_and_prompts_from_files(model, tmp_path, json_file):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("a" * 100)
+    args = ("generate", "--model", model, "--prompt-file", prompt, "--prompt", "b", "--no-chat", "--json", json_file)
+    settings = ("--bits", 4, "--value-bits", 2, "--window", 32, "--page-tokens", 32, "--dtype", "bfloat16")
+    succeed(*args, *settings, "--max-new-tokens", 2)
+    written = json.loads(json_file.read_text())
+    assert written["cache"] == "logquant:bits=4,value_bits=2,window=32,page_tokens=32"
+    assert written["prompt_tokens"] == 103  # the file, an empty line, the prompt
+    config = LogQuantConfig(bits=4, value_bits=2, window=32, page_tokens=32)
+    assert written["bytes"] == 4 * config.head_nbytes(104, 32)
+
+
+def test_generate_samples_the_same_with_the_same_seed(model):
+    args = ("generate", "--model", model, "--prompt", "abc", "--max-new-tokens", 20, "--temperature", 1.5)
+    first, again, other = (succeed(*args, "--seed", seed).stdout for seed in (1, 1, 2))
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "--prompt"),
+        (("--prompt", " "), "needed: --prompt TEXT"),
+        (("--prompt-file", "nowhere.txt"), "nowhere.txt"),
+        (("--prompt", "a", "--cache", "snapkv"), "cache must be one of logquant, recent, full, got 'snapkv'"),
+        (("--prompt", "a", "--bits", "3"), "bits must be 2, 4 or 8, got 3"),
+        (("--prompt", "a", "--window", "100"), "window must be a multiple of page_tokens (32), got 100"),
+        (("--prompt", "a", "--cache", "full", "--bits", "2"), "cache 'full' has no settings, got bits"),
+        (("--prompt", "a", "--max-new-tokens", "0"), "max-new-tokens"),
+        (("--prompt", "a", "--model", "no/such/model"), "--model"),
+    ],
+)
+def test_generate_explains_bad_arguments(args, message):
+    result = run("generate", *args)
+    assert result.exit_code == 2
+    # Rich frames errors and breaks their lines.
+    assert message in " ".join(result.output.replace("│", "").split())
+
+
+def test_chat_needs_a_template(tmp_path):
+    bare = save_tiny_model(tmp_path, chat_template=None)
+    assert run("generate", "--model", bare, "--prompt", "a", "--chat").exit_code == 2
+    succeed("generate", "--model", bare, "--prompt", "a", "--max-new-tokens", 2)
+
+
+def test_generate_writes_english_with_the_packaged_model(smollm2_and_tokenizer):
+    result = succeed("generate", "--prompt", "What is the capital of France?", "--max-new-tokens", 20)
+    assert "Paris" in result.stdout
+
+
+# -------------------------------------------------------------------------------------------------------------- eval
+def test_eval_writes_a_table_and_json(model, tmp_path, json_file):
+    texts = [tmp_path / f"{name}.txt" for name in "ab"]
+    for text in texts:
+        text.write_text(text.name * 60)
+    sizes = ("--prefill", 100, "--tokens", 20)
+    caches = ("--caches", "logquant:window=32,recent:window=32,sinks=0,full")
+    output = succeed("eval", "--model", model, "--text", *texts, *caches, *sizes, "--json", json_file).output
+    written = json.loads(json_file.read_text())
+    assert [row["cache"] for row in written["results"]] == ["logquant:window=32", "recent:window=32,sinks=0", "full"]
+    log, recent, full = written["results"]
+    assert full["kl"] == 0 and full["top1"] == 1 and full["bits_per_element"] is None
+    assert log["kl"] > 0 and log["bytes"] == recent["bytes"] < full["bytes"]
+    assert len(log["texts"]) == 2 and log["kl_interval"][0] <= log["kl"] <= log["kl_interval"][1]
+    assert f"{log['kl']:.4f}" in output and f"{full['ppl']:.2f}" in output
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--caches", "snapkv"), "cache must be one of"),
+        ((), "text must name at least one file, got none"),
+        (("--text", "nowhere.txt"), "nowhere.txt"),
+    ],
+)
+def test_eval_explains_bad_arguments(model, args, message):
+    result = run("eval", "--model", model, *args)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+# ------------------------------------------------------------------------------------------------------------- bench
+def test_bench_attend_times_every_contender(json_file):
+    shape = ("--heads", 4, "--kv-heads", 2, "--dim", 64, "--context", "100,300")
+    output = succeed("bench", "attend", *shape, "--rounds", 3, "--json", json_file).output
+    written = json.loads(json_file.read_text())
+    assert written["read_bandwidth"] > 0 and [row["context"] for row in written["results"]] == [100, 300]
+    row = written["results"][1]
+    assert row["full_bytes"] == 2 * 300 * 2 * 64 * 2
+    assert row["relative_error"] < 0.01
+    groups = [name.partition(",")[0] for name in row["timings"]]
+    assert groups == [FUSED] + 4 * [DEQUANTIZE] + 4 * [FULL.partition(",")[0]]
+    for timing in row["timings"].values():
+        assert 0 < timing["quartile1"] <= timing["median"] <= timing["quartile3"] and len(timing["samples"]) == 3
+    assert "300 tokens" in output and DEQUANTIZE in output
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--context", "many"), "--context"),
+        (("--context", "0"), "numbers must be at least 1, got '0'"),
+        (("--heads", "3", "--kv-heads", "2"), "heads must be a multiple of kv_heads (2), got 3"),
+        (("--bits", "5"), "bits must be 2, 4 or 8, got 5"),
+        (("--dim", "100"), "head_dim must be a multiple of 16 up to 1024, got 100"),
+    ],
+)
+def test_bench_attend_explains_bad_arguments(args, message):
+    result = run("bench", "attend", *args)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_bench_attend_does_not_time_the_reference(monkeypatch):
+    monkeypatch.setattr("logquant.ops.extension_error", lambda: "the moon is full")
+    with pytest.raises(RuntimeError, match="there is nothing to measure: the moon is full"):
+        run("bench", "attend", "--context", "100")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="bench memory reads /proc")
+def test_bench_memory_holds_what_the_formula_says(model, json_file):
+    args = ("--model", model, "--context", 700, "--cache", "full,logquant:window=32", "--dtype", "bfloat16")
+    output = succeed("bench", "memory", *args, "--json", json_file).output
+    full, packed = json.loads(json_file.read_text())["results"]
+    assert full["held"] == full["predicted"] == 4 * 700 * 2 * 32 * 2
+    assert packed["held"] == packed["predicted"] == 4 * LogQuantConfig(window=32).head_nbytes(700, 32)
+    assert all(row["peak_rise"] > 0 and row["live_peak_rise"] > 0 for row in (full, packed))
+    assert output.count("equal") == 2

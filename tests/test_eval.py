@@ -1,0 +1,142 @@
+"""The accuracy harness: scores that are known beforehand, and how caches are named."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from logquant import LogQuantConfig
+from logquant.eval import bootstrap_interval, evaluate, read_tokens
+from logquant.specs import cache_nbytes, packed_bits_per_element, parse_cache, parse_caches
+
+from .tiny import one_thread, save_tiny_model, tiny_model  # noqa: F401
+
+PREFILL, TOKENS = 100, 60
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(256, (3, PREFILL + TOKENS + 1), generator=torch.Generator().manual_seed(1))
+
+
+def scores(model, ids, caches, **options):
+    results = evaluate(model, ids, parse_caches(caches), **{"prefill": PREFILL, **options})
+    return {result.cache: result for result in results}
+
+
+def test_the_full_cache_has_no_divergence_and_the_models_own_perplexity(model, ids):
+    (full,) = scores(model, ids, "full").values()
+    with torch.no_grad():
+        logp = model(ids).logits.log_softmax(-1)
+    own = -logp[:, PREFILL:-1].gather(-1, ids[:, PREFILL + 1 :, None]).mean((1, 2))
+    assert full.kl == [0, 0, 0] and full.top1 == [1, 1, 1] and full.bits_per_element is None
+    torch.testing.assert_close(torch.tensor(full.nll, dtype=torch.float32), own, rtol=1e-4, atol=1e-4)
+    assert full.as_dict()["ppl"] == pytest.approx(math.exp(own.mean()), rel=1e-3)
+
+
+def test_more_bits_diverge_less_and_an_exact_window_not_at_all(model, ids):
+    by_name = scores(model, ids, "logquant:window=32,logquant:window=32,bits=4,logquant:window=32,bits=8,logquant")
+    two, four, eight, exact = (sum(result.kl) / 3 for result in by_name.values())
+    assert two > 4 * four > 16 * eight > 0
+    assert eight < 1e-3
+    assert abs(exact) < 1e-6 and by_name["logquant"].bits_per_element is None  # 160 tokens all fit in 3 * 64
+    assert by_name["logquant"].top1 == [1, 1, 1]
+
+
+def test_bits_and_bytes_are_those_of_the_format(model, ids):
+    by_name = scores(model, ids, "logquant:window=32,full")
+    config, seen = LogQuantConfig(window=32), PREFILL + TOKENS
+    assert by_name["logquant:window=32"].bits_per_element == config.page_format(32).bits_per_element
+    heads = 4  # of two layers
+    assert by_name["full"].nbytes == heads * seen * 2 * 32 * 4
+    # Pages grow by an eighth, so a cache that has decoded may hold a little more than one after a prompt.
+    formula = heads * config.head_nbytes(seen, 32, itemsize=4)
+    assert formula <= by_name["logquant:window=32"].nbytes <= 1.1 * formula
+
+
+def test_batches_and_chunks_of_one_window_do_not_change_the_result(model, ids):
+    once = scores(model, ids, "recent:window=32")["recent:window=32"]
+    split = scores(model, ids, "recent:window=32", batch_size=2)["recent:window=32"]
+    assert split.kl == pytest.approx(once.kl, rel=1e-3) and split.nbytes == once.nbytes
+    chunked = scores(model, ids, "full,recent:window=32", chunk=7)
+    assert chunked["full"].nll == pytest.approx(scores(model, ids, "full")["full"].nll, rel=1e-4)
+    assert 0 < sum(chunked["recent:window=32"].kl) < 2 * sum(once.kl)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prefill": 0}, "prefill must be at least 1, got 0"),
+        ({"chunk": 0}, "chunk must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"prefill": 160}, "ids must have at least prefill [+] 2 = 162 tokens, got 161"),
+    ],
+)
+def test_bad_sizes_are_named(model, ids, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, ids, parse_caches("full"), **options)
+
+
+# ------------------------------------------------------------------------------------------------------------- names
+def test_names_stand_for_settings():
+    assert parse_cache("full").quantization is None
+    assert parse_cache("logquant").quantization == LogQuantConfig()
+    assert parse_cache("recent:window=128,bits=4").quantization == LogQuantConfig(rule="recent", window=128, bits=4)
+    assert parse_cache("logquant:bits=4").replace(window=128).name == "logquant:bits=4,window=128"
+    names = [spec.name for spec in parse_caches("logquant:bits=4,window=128, recent,full")]
+    assert names == ["logquant:bits=4,window=128", "recent", "full"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("snapkv", "cache must be one of logquant, recent, full, got 'snapkv'"),
+        ("logquant:bit=4", "a setting must be one of bits, .*, got 'bit'"),
+        ("logquant:bits=two", "bits must be a whole number, got 'two'"),
+        ("logquant:bits=3", "'logquant:bits=3': bits must be 2, 4 or 8, got 3"),
+        ("logquant:rule=1", "a setting must be one of"),
+        ("full:bits=2", "cache 'full' has no settings, got bits"),
+        ("", "caches must name at least one of logquant, recent, full"),
+        ("full,full", "caches must differ"),
+    ],
+)
+def test_bad_names_are_explained(name, message):
+    with pytest.raises(ValueError, match=message):
+        parse_caches(name)
+
+
+@pytest.mark.parametrize("name", ["full", "logquant", "recent:bits=8"])
+def test_an_unused_cache_holds_nothing(model, name):
+    cache = parse_cache(name).make(model.config)
+    assert cache_nbytes(cache) == 0 and packed_bits_per_element(cache) is None
+
+
+# ------------------------------------------------------------------------------------------------- text and intervals
+def test_texts_are_cut_to_one_length(tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(save_tiny_model(tmp_path / "model"))
+    long, short = tmp_path / "long.txt", tmp_path / "short.txt"
+    long.write_text("abcdef")
+    short.write_text("abc")
+    assert read_tokens(tokenizer, [long, short], 3).shape == (2, 3)
+    with pytest.raises(ValueError, match=r"short.txt must have at least 5 tokens \(prefill \+ tokens \+ 1\), got 3"):
+        read_tokens(tokenizer, [long, short], 5)
+    with pytest.raises(ValueError, match="text must name at least one file, got none"):
+        read_tokens(tokenizer, [], 5)
+
+
+def test_the_interval_holds_the_mean_and_narrows_with_more_texts():
+    few, many = [1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0] * 25
+    low, high = bootstrap_interval(few)
+    assert 1 <= low < 2.5 < high <= 4
+    tighter = bootstrap_interval(many)
+    assert low < tighter[0] < 2.5 < tighter[1] < high
+    assert bootstrap_interval([1.0]) is None
