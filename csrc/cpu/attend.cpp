@@ -41,40 +41,43 @@ struct Prefetcher {
 // Everything a task holds, in scratch memory. Rows are padded to NR; padding rows hold zeros and are never written out.
 template <int NR>
 struct Block {
-  float *q, *q_columns;             // [NR][D], [NR][C]: times scale * log2(e), or scale / softcap
-  float* sums;                      // [NR][Dv]
-  float* zero_sums;                 // [NR][groups][kLanes]: what value zeros add to every channel of a group
-  float* denominators;              // [NR][kLanes]
-  float* weights;                   // [NR][kUnitTokens]: scores (base 2), then softmax weights
-  float* bias;                      // [NR][kUnitTokens]: of masks
-  float *key_scale, *key_zero;      // [D]
-  float* column_scale;              // [C]
-  float *value_scale, *value_zero;  // [groups][G]
-  int32_t* channels;                // [C]: of each column
-  int32_t* words;                   // [key_code_words][G]: the key codes, tokens side by side
-  int16_t* q_codes;                 // [NR][C]
-  int16_t* weight_codes;            // [NR][groups][G]
+  float *q, *q_columns;   // [NR][D], [NR][C]: times scale * log2(e), or scale / softcap
+  float* q_scaled;        // [NR][C]: q_columns / score_scale
+  float* sums;            // [NR][Dv]
+  float* zero_sums;       // [NR][groups][kLanes]: what value zeros add to every channel of a group
+  float* denominators;    // [NR][kLanes]
+  float* weights;         // [NR][kUnitTokens]: scores (base 2), then softmax weights
+  float* bias;            // [NR][kUnitTokens]: of masks
+  float* key_scale;       // [D]
+  float* column_scale;    // [C]
+  float* scaled_weights;  // [NR][G]: weights times the value scales of one group
+  float* weight_scale;    // [groups][NR], rows padded to kMaxRows + kLanes
+  int32_t* channels;      // [C]: of each column
+  int32_t* words;         // [key_code_words][G]: the key codes, tokens side by side
+  int16_t* q_codes;       // [NR][C]
+  int16_t* weight_codes;  // [groups][NR][G]
   float maximum[NR];
-  float score_scale[kMaxRows], score_zero[kMaxRows], inverse[kMaxRows];
+  float score_scale[NR] = {};                // 0 before the first page
+  float score_zero[kMaxRows + kLanes] = {};  // room for a whole vector
 
   Block(const PageFormat& f, Arena& arena) {
     const int64_t groups = f.value_groups(), tokens = f.page_tokens;
     q = arena.take<float>(NR * f.head_dim);
     q_columns = arena.take<float>(NR * f.key_columns);
+    q_scaled = arena.take<float>(NR * f.key_columns);
     sums = arena.take<float>(NR * f.value_dim);
     zero_sums = arena.take<float>(NR * groups * kLanes);
     denominators = arena.take<float>(NR * kLanes);
     weights = arena.take<float>(NR * kUnitTokens);
     bias = arena.take<float>(NR * kUnitTokens);
     key_scale = arena.take<float>(f.head_dim);
-    key_zero = arena.take<float>(f.head_dim);
     column_scale = arena.take<float>(f.key_columns);
-    value_scale = arena.take<float>(groups * tokens);
-    value_zero = arena.take<float>(groups * tokens);
+    scaled_weights = arena.take<float>(NR * tokens);
     channels = arena.take<int32_t>(f.key_columns);
     words = arena.take<int32_t>(f.key_code_words() * tokens);
     q_codes = arena.take<int16_t>(NR * f.key_columns);
-    weight_codes = arena.take<int16_t>(NR * groups * tokens);
+    weight_codes = arena.take<int16_t>(groups * NR * tokens);
+    weight_scale = arena.take<float>(groups * (kMaxRows + kLanes));
   }
 };
 
@@ -83,6 +86,13 @@ struct Range {
   int64_t batch, kv_head;
   int first_row, rows;
 };
+
+// Calls f(first row, vector of the rows' results), kLanes rows at most at a time; lanes past NR are unspecified.
+template <int NR, class Op, class F>
+LOGQUANT_INLINE void reduce_rows(const F32 (&v)[NR], Op op, F&& f) {
+  constexpr int kStep = NR < kLanes ? NR : kLanes;
+  for (int r = 0; r < NR; r += kStep) f(r, reduce_lanes<kStep>(v + r, op));
+}
 
 // ------------------------------------------------------------------------------------------------------------ keys
 // [G][KW] words to [KW][G]: log2(KW) rounds of separating even from odd elements.
@@ -120,71 +130,134 @@ LOGQUANT_INLINE void load_key_words(const PageFormat& f, const int32_t* page, in
   }
 }
 
-// Folds the page's key scales into q: int16 codes with one scale per row, and the sum of q times the zeros.
+// Writes kLanes of a row's codes; adds to rounding what they lack of x.
+LOGQUANT_INLINE void store_codes(int16_t* codes, F32 x, F32& rounding) {
+  const I32 rounded = round_to_int(x);
+  rounding += x - to_float(rounded);
+  store_u16(reinterpret_cast<uint16_t*>(codes), rounded);
+}
+
+// Gives row r a scale that its q times the page's key scales fits, with some room for the next pages. Returns the sum
+// of what rounding took.
 template <int NR>
+__attribute__((noinline)) F32 refit_queries(int columns, const float* scales, float most, int r, Block<NR>& b) {
+  F32 largest = splat(0.0f), rounding = splat(0.0f);
+  for (int j = 0; j < columns; j += kLanes) {
+    largest = max_abs(largest, load(b.q_columns + r * columns + j) * load(scales + j));
+  }
+  const float top = 1.125f * reduce(largest, Max{}) + 1e-30f;
+  b.score_scale[r] = top / most;
+  const F32 inverse = splat(most / top);
+  for (int j = 0; j < columns; j += kLanes) {
+    const F32 x = load(b.q_columns + r * columns + j) * inverse;
+    store(b.q_scaled + r * columns + j, x);
+    store_codes(b.q_codes + r * columns + j, x * load(scales + j), rounding);
+  }
+  return rounding;
+}
+
+// Folds the page's key scales into q: int16 codes with one scale per row, and the sum of q times the zeros. The scale
+// lasts until a page needs a larger one: what matters is the absolute error of a score, not that relative to its page.
+// What rounding took, times the middle of the codes' range, joins the zeros: that halves the error.
+template <int NR, int bits>
 LOGQUANT_INLINE void fold_queries(const PageFormat& f, const int32_t* page, bool has_map, float most, Block<NR>& b) {
   const int dim = f.head_dim, columns = f.key_columns;
   const uint16_t* const params = reinterpret_cast<const uint16_t*>(page + f.key_params());
+  F32 largest[NR] = {}, zeros[NR] = {}, rounding[NR] = {};
   for (int c = 0; c < dim; c += kLanes) {
     store(b.key_scale + c, load_half(params + c));
-    store(b.key_zero + c, load_half(params + f.key_zeros() + c));
+    const F32 zero = load_half(params + f.key_zeros() + c);
+    for (int r = 0; r < NR; ++r) zeros[r] = fma(load(b.q + r * dim + c), zero, zeros[r]);
   }
-  const float* scale = b.key_scale;
+  const float* scales = b.key_scale;
   if (has_map) {
     for (int j = 0; j < columns; j += kLanes) store(b.column_scale + j, gather(b.key_scale, load(b.channels + j)));
-    scale = b.column_scale;
+    scales = b.column_scale;
   }
-  F32 largest[NR], zeros[NR];
+  for (int j = 0; j < columns; j += kLanes) {
+    const F32 scale = load(scales + j);
+    for (int r = 0; r < NR; ++r) {
+      const F32 x = load(b.q_scaled + r * columns + j) * scale;
+      largest[r] = max_abs(largest[r], x);
+      store_codes(b.q_codes + r * columns + j, x, rounding[r]);
+    }
+  }
+  constexpr float kMiddle = 0.5f * static_cast<float>(code_mask(bits));
   for (int r = 0; r < NR; ++r) {
-    F32 top = splat(0.0f), sum = splat(0.0f);
-    for (int j = 0; j < columns; j += kLanes) top = max_abs(top, load(b.q_columns + r * columns + j) * load(scale + j));
-    for (int c = 0; c < dim; c += kLanes) sum = fma(load(b.q + r * dim + c), load(b.key_zero + c), sum);
-    largest[r] = top;
-    zeros[r] = sum;
+    if (b.score_scale[r] == 0.0f || any_above(largest[r], splat(most))) {
+      rounding[r] = refit_queries<NR>(columns, scales, most, r, b);
+    }
+    zeros[r] = fma(rounding[r], splat(kMiddle * b.score_scale[r]), zeros[r]);
+  }
+  reduce_rows<NR>(zeros, Add{}, [&](int r, F32 sums) { store(b.score_zero + r, sums); });
+}
+
+// How many accumulators a row has for each vector of lanes. With few rows, codes stay where they are in the word, and
+// those of each place have a sum of their own: fewer shifts, and more additions that do not wait for each other.
+template <int NR, int bits>
+constexpr int kSums = kAccumulators / (4 * NR) < 1          ? 1
+                      : kAccumulators / (4 * NR) < 8 / bits ? kAccumulators / (4 * NR)
+                                                            : 8 / bits;
+
+// The largest magnitude of an int16 code that cannot overflow the sums over count elements.
+template <int NR, int bits>
+constexpr float most_code(int count) {
+  constexpr int kLargest = static_cast<int>(code_mask(bits)) << (bits * (kSums<NR, bits> - 1));
+  const float most = 2147483520.0f / (static_cast<float>(count / kSums<NR, bits>) * kLargest);
+  return most < 32767.0f ? most : 32767.0f;
+}
+
+// Integer dot products of NR rows of int16 pairs with kBlock vectors of codes, down `count` words of each lane;
+// finish(r, k, sum) takes the results.
+template <int NR, int bits, int kBlock, class Finish>
+LOGQUANT_INLINE void dot_codes(const int32_t* words, int count, int64_t stride, const int16_t* row_codes,
+                               int codes_per_row, Prefetcher& ahead, int lines, Finish&& finish) {
+  constexpr int kPairs = 16 / bits;  // pairs of elements in a word
+  constexpr int kSets = kSums<NR, bits>;
+  const int32_t* const row_pairs = reinterpret_cast<const int32_t*>(row_codes);
+  I32 sum[kSets][NR][kBlock] = {};
+  for (int w = 0; w < count; ++w) {
+    ahead.lines(lines);
+    I32 x[kBlock];
+    for (int k = 0; k < kBlock; ++k) x[k] = load(words + w * stride + k * kLanes);
+    unroll<kPairs>([&](auto i) __attribute__((always_inline)) {
+      constexpr int kSet = i % kSets, kShift = bits * (i - kSet);
+      constexpr int kMask = static_cast<int>(lane_mask(bits)) << (bits * kSet);
+      I32 codes[kBlock];
+      for (int k = 0; k < kBlock; ++k) codes[k] = (kShift == 0 ? x[k] : shift_right(x[k], kShift)) & kMask;
+      for (int r = 0; r < NR; ++r) {
+        const I32 pair = splat(row_pairs[r * (codes_per_row / 2) + w * kPairs + i]);
+        for (int k = 0; k < kBlock; ++k) sum[kSet][r][k] = dot_pairs(sum[kSet][r][k], codes[k], pair);
+      }
+    });
   }
   for (int r = 0; r < NR; ++r) {
-    const float top = reduce(largest[r], Max{}) + 1e-30f;
-    b.score_zero[r] = reduce(zeros[r], Add{});
-    b.score_scale[r] = top / most;
-    b.inverse[r] = most / top;
-  }
-  for (int r = 0; r < NR; ++r) {
-    for (int j = 0; j < columns; j += kLanes) {
-      const F32 x = load(b.q_columns + r * columns + j) * splat(b.inverse[r]) * load(scale + j);
-      store_u16(reinterpret_cast<uint16_t*>(b.q_codes + r * columns + j), round_to_int(x));
+    for (int k = 0; k < kBlock; ++k) {
+      I32 total = sum[0][r][k];
+      for (int set = 1; set < kSets; ++set) total += sum[set][r][k] >> (bits * set);
+      finish(r, k, to_float(total));
     }
   }
 }
 
+template <int NR>
+constexpr int kVectors = kAccumulators / NR < 4 ? kAccumulators / NR : 4;  // of lanes in a dot_codes
+
 // weights[r][t] = score_scale[r] * (q_codes[r] . codes[t]) + score_zero[r]
 template <int NR, int bits>
 LOGQUANT_INLINE void key_scores(const PageFormat& f, Block<NR>& b, Prefetcher& ahead, int lines) {
-  constexpr int kPairs = 16 / bits;  // pairs of elements in a word
-  constexpr int kBlock = kAccumulators / NR < 4 ? kAccumulators / NR : 4;
-  const int tokens = f.page_tokens, count = f.key_code_words(), pairs_per_row = f.key_columns / 2;
-  const int32_t* const q_pairs = reinterpret_cast<const int32_t*>(b.q_codes);
-  for (int t = 0; t < tokens; t += kBlock * kLanes) {
-    ahead.lines(lines);
-    I32 sum[NR][kBlock] = {};
-    for (int w = 0; w < count; ++w) {
-      I32 x[kBlock];
-      for (int k = 0; k < kBlock; ++k) x[k] = load(b.words + w * tokens + t + k * kLanes);
-      unroll<kPairs>([&](auto i) __attribute__((always_inline)) {
-        I32 codes[kBlock];
-        for (int k = 0; k < kBlock; ++k) codes[k] = shift_right(x[k], bits * i) & static_cast<int>(lane_mask(bits));
-        for (int r = 0; r < NR; ++r) {
-          const I32 pair = splat(q_pairs[r * pairs_per_row + w * kPairs + i]);
-          for (int k = 0; k < kBlock; ++k) sum[r][k] = dot_pairs(sum[r][k], codes[k], pair);
-        }
-      });
-    }
-    for (int r = 0; r < NR; ++r) {
-      for (int k = 0; k < kBlock; ++k) {
-        store(b.weights + r * kUnitTokens + t + k * kLanes,
-              fma(to_float(sum[r][k]), splat(b.score_scale[r]), splat(b.score_zero[r])));
-      }
-    }
+  const auto block = [&](auto vectors, int t) __attribute__((always_inline)) {
+    dot_codes<NR, bits, vectors>(b.words + t, f.key_code_words(), f.page_tokens, b.q_codes, f.key_columns, ahead, lines,
+                                 [&](int r, int k, F32 sum) __attribute__((always_inline)) {
+                                   store(b.weights + r * kUnitTokens + t + k * kLanes,
+                                         fma(sum, splat(b.score_scale[r]), splat(b.score_zero[r])));
+                                 });
+  };
+  int t = 0;
+  for (; t + kVectors<NR> * kLanes <= f.page_tokens; t += kVectors<NR> * kLanes) {
+    block(std::integral_constant<int, kVectors<NR>>{}, t);
   }
+  if (t < f.page_tokens) block(std::integral_constant<int, 2>{}, t);  // 32 tokens in vectors of 16
 }
 
 // ----------------------------------------------------------------------------------------------------------- masks
@@ -204,37 +277,51 @@ LOGQUANT_INLINE float float_of(AttendArgs::MaskKind kind, const void* mask, int6
 }
 
 // bias[r][i] = what is added to the score (base 2) of slot first_slot + i; -infinity where row r does not see it.
+// Returns whether any of it is not 0.
 template <int NR>
-void load_bias(const AttendArgs& args, const Range& range, int64_t first_slot, int tokens, Block<NR>& b) {
+bool load_bias(const AttendArgs& args, const Range& range, int64_t first_slot, int tokens, Block<NR>& b) {
   const int32_t* const positions =
       args.positions == nullptr ? nullptr : args.positions + range.batch * args.positions_batch_stride + first_slot;
+  const bool has_mask = args.mask_kind != AttendArgs::MaskKind::kNone;
+  I32 lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+  I32 nonzero = splat(0);
   for (int r = 0; r < range.rows; ++r) {
     const int64_t row = range.first_row + r, query = row % args.queries;
     float* const out = b.bias + r * kUnitTokens;
     // Heads that share a mask share its rows.
     if (r >= args.queries && args.mask_head_stride == 0) {
-      __builtin_memcpy(out, out - args.queries * kUnitTokens, sizeof(float) * tokens);
+      __builtin_memcpy(out, out - args.queries * kUnitTokens, sizeof(float) * kUnitTokens);
       continue;
+    }
+    const int32_t last = args.query_positions == nullptr
+                             ? INT32_MAX
+                             : args.query_positions[range.batch * args.query_positions_batch_stride + query];
+    int i = 0;
+    if (!has_mask) {
+      for (; i + kLanes <= tokens; i += kLanes) {
+        const I32 position = positions == nullptr ? lanes + static_cast<int32_t>(first_slot + i) : load(positions + i);
+        const F32 value = select((position < 0) | (position > last), splat(-kInfinity), splat(0.0f));
+        nonzero |= bits_as<I32>(value);
+        store(out + i, value);
+      }
     }
     const int64_t head = range.kv_head * args.group + row / args.queries;
     const int64_t base =
         range.batch * args.mask_batch_stride + head * args.mask_head_stride + query * args.mask_query_stride;
-    const int64_t last = args.query_positions == nullptr
-                             ? INT64_MAX
-                             : args.query_positions[range.batch * args.query_positions_batch_stride + query];
-    for (int i = 0; i < tokens; ++i) {
+    for (; i < tokens; ++i) {
       const int64_t position = positions == nullptr ? first_slot + i : positions[i];
       float value = 0.0f;
-      if (position < 0 || position > last) {
+      if (position < 0 || position > last || (has_mask && position >= args.mask_positions)) {
         value = -kInfinity;
-      } else if (args.mask_kind != AttendArgs::MaskKind::kNone) {
-        value = position < args.mask_positions
-                    ? float_of(args.mask_kind, args.mask, base + position * args.mask_position_stride)
-                    : -kInfinity;
+      } else if (has_mask) {
+        value = float_of(args.mask_kind, args.mask, base + position * args.mask_position_stride);
       }
       out[i] = value <= kHidden ? -kInfinity : value * kLog2e;
+      nonzero[0] |= out[i] != 0.0f;
     }
   }
+  return any_above(abs(to_float(nonzero)), splat(0.0f));
 }
 
 // --------------------------------------------------------------------------------------------------------- softmax
@@ -267,7 +354,6 @@ LOGQUANT_INLINE void softmax(const AttendArgs& args, int tokens, bool biased, Bl
     float* const row = b.weights + r * kUnitTokens;
     const float* const bias = b.bias + r * kUnitTokens;
     F32 top = splat(-kInfinity);
-    I32 above = splat(0);
     for (int t = 0; t < tokens; t += kLanes) {
       F32 x = load(row + t);
       if (args.softcap > 0.0f) x = splat(args.softcap * kLog2e) * tanh(x);
@@ -276,15 +362,17 @@ LOGQUANT_INLINE void softmax(const AttendArgs& args, int tokens, bool biased, Bl
         x = select(add == splat(-kInfinity), add, x + add);
       }
       if (args.softcap > 0.0f || biased) store(row + t, x);
-      above |= ~(x <= splat(b.maximum[r] + kSlack));  // true for a NaN, too
       top = max(top, x);
     }
-    if (any(above)) raise_maximum(args.format, r, reduce(max(splat(b.maximum[r]), top), Max{}), b);
+    if (any_above(top, splat(b.maximum[r] + kSlack))) {
+      raise_maximum(args.format, r, reduce(max(splat(b.maximum[r]), top), Max{}), b);
+    }
     const F32 maximum = splat(b.maximum[r]);
     F32 sum = load(b.denominators + r * kLanes);
     for (int t = 0; t < tokens; t += kLanes) {
       const F32 x = load(row + t);
-      const F32 weight = select(x == splat(-kInfinity), splat(0.0f), exp2(x - maximum));
+      F32 weight = exp2(x - maximum);
+      if (biased) weight = select(x == splat(-kInfinity), splat(0.0f), weight);
       sum += weight;
       store(row + t, weight);
     }
@@ -293,84 +381,67 @@ LOGQUANT_INLINE void softmax(const AttendArgs& args, int tokens, bool biased, Bl
 }
 
 // ---------------------------------------------------------------------------------------------------------- values
-// Folds the value scales into the weights: int16 codes with one scale per row and group; sums up the zeros.
+// Folds the value scales of a group into the weights: int16 codes with one scale per row; sums up the zeros.
 template <int NR>
-LOGQUANT_INLINE void fold_weights(const PageFormat& f, const int32_t* page, bool biased, float (&scale)[NR], int group,
-                                  Block<NR>& b) {
+LOGQUANT_INLINE void fold_weights(const PageFormat& f, const int32_t* page, bool biased, int group, float* scale,
+                                  int16_t* codes, Block<NR>& b) {
   const int tokens = f.page_tokens, groups = f.value_groups();
   const uint16_t* const params = reinterpret_cast<const uint16_t*>(page + f.value_params()) + group * tokens;
-  float* const scales = b.value_scale;
-  float* const zeros = b.value_zero;
+  F32 largest[NR] = {}, zero_sums[NR];
+  for (int r = 0; r < NR; ++r) zero_sums[r] = load(b.zero_sums + (r * groups + group) * kLanes);
   for (int t = 0; t < tokens; t += kLanes) {
-    store(scales + t, load_half(params + t));
-    store(zeros + t, load_half(params + f.value_zeros() + t));
-  }
-  for (int r = 0; r < NR; ++r) {
-    const float* const weights = b.weights + r * kUnitTokens;
-    float* const zero_sum = b.zero_sums + (r * groups + group) * kLanes;
-    F32 top = splat(0.0f), sum = load(zero_sum);
-    for (int t = 0; t < tokens; t += kLanes) {
-      const F32 weight = load(weights + t);
-      top = max_abs(top, weight * load(scales + t));
-      F32 zero = load(zeros + t);
+    const F32 scale_t = load_half(params + t), zero_t = load_half(params + f.value_zeros() + t);
+    for (int r = 0; r < NR; ++r) {
+      const F32 weight = load(b.weights + r * kUnitTokens + t), scaled = weight * scale_t;
+      store(b.scaled_weights + r * tokens + t, scaled);
+      largest[r] = max_abs(largest[r], scaled);
       // A token that the row does not see must not poison it with a NaN.
-      if (biased) zero = select(weight == splat(0.0f), splat(0.0f), zero);
-      sum = fma(weight, zero, sum);
-    }
-    store(zero_sum, sum);
-    const float largest = reduce(top, Max{}) + 1e-30f;
-    scale[r] = largest / 32767.0f;
-    const F32 inverse = splat(32767.0f / largest);
-    int16_t* const codes = b.weight_codes + r * tokens;
-    for (int t = 0; t < tokens; t += kLanes) {
-      const F32 x = load(weights + t) * inverse * load(scales + t);
-      store_u16(reinterpret_cast<uint16_t*>(codes + t), round_to_int(x));
+      const F32 zero = biased ? select(weight == splat(0.0f), splat(0.0f), zero_t) : zero_t;
+      zero_sums[r] = fma(weight, zero, zero_sums[r]);
     }
   }
-}
-
-// sums[r][c ..] += scale[r] * (weight_codes[r] . codes of kBlock vectors of channels)
-template <int NR, int bits, int kBlock>
-LOGQUANT_INLINE void value_sums(const PageFormat& f, const int32_t* page, const float (&scale)[NR], int c,
-                                Block<NR>& b) {
-  constexpr int kPairs = 16 / bits;
-  const int32_t* const weight_pairs = reinterpret_cast<const int32_t*>(b.weight_codes);
-  const int pairs_per_row = f.page_tokens / 2;
-  I32 sum[NR][kBlock] = {};
-  for (int row = 0; row < f.value_code_rows(); ++row) {
-    I32 x[kBlock];
-    for (int k = 0; k < kBlock; ++k) x[k] = load(page + f.value_codes() + row * f.value_dim + c + k * kLanes);
-    unroll<kPairs>([&](auto i) __attribute__((always_inline)) {
-      I32 codes[kBlock];
-      for (int k = 0; k < kBlock; ++k) codes[k] = shift_right(x[k], bits * i) & static_cast<int>(lane_mask(bits));
-      for (int r = 0; r < NR; ++r) {
-        const I32 pair = splat(weight_pairs[r * pairs_per_row + row * kPairs + i]);
-        for (int k = 0; k < kBlock; ++k) sum[r][k] = dot_pairs(sum[r][k], codes[k], pair);
-      }
-    });
-  }
+  for (int r = 0; r < NR; ++r) store(b.zero_sums + (r * groups + group) * kLanes, zero_sums[r]);
+  float inverse[kMaxRows + kLanes];
+  reduce_rows<NR>(largest, Max{}, [&](int r, F32 tops) {
+    tops += 1e-30f;
+    store(scale + r, tops * (1.0f / 32767.0f));
+    store(inverse + r, 32767.0f / tops);
+  });
   for (int r = 0; r < NR; ++r) {
-    for (int k = 0; k < kBlock; ++k) {
-      float* const p = b.sums + r * f.value_dim + c + k * kLanes;
-      store(p, fma(to_float(sum[r][k]), splat(scale[r]), load(p)));
+    const F32 factor = splat(inverse[r]);
+    for (int t = 0; t < tokens; t += kLanes) {
+      const F32 x = load(b.scaled_weights + r * tokens + t) * factor;
+      store_u16(reinterpret_cast<uint16_t*>(codes + r * tokens + t), round_to_int(x));
     }
   }
 }
 
+// sums[r][c] += scale[r] * (weight_codes[r] . codes of channel c), group by group
 template <int NR, int bits>
 LOGQUANT_INLINE void add_values(const PageFormat& f, const int32_t* page, bool biased, Block<NR>& b, Prefetcher& ahead,
                                 int lines) {
-  constexpr int kBlock = kAccumulators / NR < 4 ? kAccumulators / NR : 4;
+  // Every group is folded before the first is summed: they wait for their divisions together.
+  const int scale_size = kMaxRows + kLanes, codes_size = NR * f.page_tokens;
   for (int group = 0; group < f.value_groups(); ++group) {
-    float scale[NR];
-    fold_weights<NR>(f, page, biased, scale, group, b);
+    fold_weights<NR>(f, page, biased, group, b.weight_scale + group * scale_size, b.weight_codes + group * codes_size,
+                     b);
+  }
+  for (int group = 0; group < f.value_groups(); ++group) {
+    const float* const scale = b.weight_scale + group * scale_size;
+    const auto block = [&](auto vectors, int c) __attribute__((always_inline)) {
+      dot_codes<NR, bits, vectors>(page + f.value_codes() + c, f.value_code_rows(), f.value_dim,
+                                   b.weight_codes + group * codes_size, f.page_tokens, ahead, lines,
+                                   [&](int r, int k, F32 sum) __attribute__((always_inline)) {
+                                     float* const p = b.sums + r * f.value_dim + c + k * kLanes;
+                                     store(p, fma(sum, splat(scale[r]), load(p)));
+                                   });
+    };
     int c = group * f.value_group;
     const int end = c + f.value_group;
-    for (; c + kBlock * kLanes <= end; c += kBlock * kLanes) {
-      ahead.lines(lines);
-      value_sums<NR, bits, kBlock>(f, page, scale, c, b);
+    for (; c + kVectors<NR> * kLanes <= end; c += kVectors<NR> * kLanes) {
+      block(std::integral_constant<int, kVectors<NR>>{}, c);
     }
-    for (; c < end; c += kLanes) value_sums<NR, bits, 1>(f, page, scale, c, b);
+    for (; c < end; c += kLanes) block(std::integral_constant<int, 1>{}, c);
   }
 }
 
@@ -488,6 +559,7 @@ void attend_rows(const AttendArgs& args, const AttendPlan& plan, const Range& ra
           ? nullptr
           : args.key_map.data + range.batch * args.key_map.batch_stride + range.kv_head * args.key_map.head_stride;
   load_queries(args, range, map, b);
+  for (int i = 0; i < NR * f.key_columns; i += kLanes) store(b.q_scaled + i, splat(0.0f));
   for (int i = 0; i < NR * f.value_dim; i += kLanes) store(b.sums + i, splat(0.0f));
   for (int i = 0; i < NR * f.value_groups() * kLanes; i += kLanes) store(b.zero_sums + i, splat(0.0f));
   for (int i = 0; i < NR * kLanes; i += kLanes) store(b.denominators + i, splat(0.0f));
@@ -499,10 +571,10 @@ void attend_rows(const AttendArgs& args, const AttendPlan& plan, const Range& ra
     pages = args.lengths[range.batch * args.lengths_batch_stride];
     window_tokens = args.lengths[range.batch * args.lengths_batch_stride + 1];
   }
-  const bool biased =
+  const bool has_bias =
       args.mask_kind != AttendArgs::MaskKind::kNone || args.query_positions != nullptr || args.positions != nullptr;
-  const float overflow = 2147483520.0f / static_cast<float>(f.key_columns * static_cast<int>(code_mask(f.key_bits)));
-  const float most = overflow < 32767.0f ? overflow : 32767.0f;
+  float most = 0.0f;
+  with_bits(f.key_bits, [&](auto bits) { most = most_code<NR, bits>(f.key_columns); });
   const auto page_at = [&](int64_t p) {
     const int64_t block =
         args.page_table == nullptr ? p : args.page_table[range.batch * args.page_table_batch_stride + p];
@@ -512,20 +584,22 @@ void attend_rows(const AttendArgs& args, const AttendPlan& plan, const Range& ra
 
   const int64_t first = split * plan.units_per_split, last = smaller(plan.units, first + plan.units_per_split);
   const int64_t page_end = smaller(last, pages);
-  constexpr int kBlock = kAccumulators / NR < 4 ? kAccumulators / NR : 4;
-  const int steps = (f.page_tokens + f.value_dim) / (kBlock * kLanes) + 1;
+  const int steps =
+      (f.page_tokens * f.key_code_words() + f.value_dim * f.value_code_rows()) / (kVectors<NR> * kLanes) + 1;
   const int lines = (4 * f.words() / kCacheLine + steps - 1) / steps;
   for (int64_t p = first; p < page_end; ++p) {
     const int32_t* const page = page_at(p);
     Prefetcher ahead;
-    if (p + kPrefetchPages < page_end) {
+    if (p + kPrefetchPages < pages) {  // of the next split, too: the same thread mostly
       ahead.at = reinterpret_cast<const char*>(page_at(p + kPrefetchPages));
       ahead.end = ahead.at + 4 * f.words();
     }
-    fold_queries<NR>(f, page, map != nullptr, most, b);
     load_key_words(f, page, b.words);
-    with_bits(f.key_bits, [&](auto bits) { key_scores<NR, bits>(f, b, ahead, lines); });
-    if (biased) load_bias(args, range, p * f.page_tokens, f.page_tokens, b);
+    with_bits(f.key_bits, [&](auto bits) {
+      fold_queries<NR, bits>(f, page, map != nullptr, most, b);
+      key_scores<NR, bits>(f, b, ahead, lines);
+    });
+    const bool biased = has_bias && load_bias(args, range, p * f.page_tokens, f.page_tokens, b);
     softmax<NR>(args, f.page_tokens, biased, b);
     with_bits(f.value_bits, [&](auto bits) { add_values<NR, bits>(f, page, biased, b, ahead, lines); });
   }
@@ -545,8 +619,8 @@ void attend_rows(const AttendArgs& args, const AttendPlan& plan, const Range& ra
       for (int r = 0; r < NR; ++r) {
         for (int t = tokens; t < padded; ++t) b.weights[r * kUnitTokens + t] = -kInfinity;
       }
+      const bool biased = has_bias && load_bias(args, range, args.page_count * f.page_tokens + start, tokens, b);
       if (biased) {
-        load_bias(args, range, args.page_count * f.page_tokens + start, tokens, b);
         for (int r = 0; r < NR; ++r) {
           for (int t = tokens; t < padded; ++t) b.bias[r * kUnitTokens + t] = -kInfinity;
         }
@@ -593,7 +667,7 @@ void attend_merge(const AttendArgs& args, const AttendPlan& plan, int64_t head) 
     if (args.sinks != nullptr) {
       const float sink = args.sinks[query_head] * kLog2e;
       maximum = sink > maximum ? sink : maximum;
-      denominator = exp2(splat(sink - maximum))[0];
+      if (sink > kNothingSeen) denominator = exp2(splat(sink - maximum))[0];
     }
     float* const sums = partial(0);
     for (int64_t s = 0; s < plan.splits; ++s) {

@@ -79,7 +79,7 @@ LOGQUANT_INLINE I32 select(I32 mask, I32 yes, I32 no) { return mask ? yes : no; 
 LOGQUANT_INLINE F32 abs(F32 x) { return bits_as<F32>(bits_as<I32>(x) & 0x7FFFFFFF); }
 LOGQUANT_INLINE I32 is_nonfinite(F32 x) { return (bits_as<I32>(x) & 0x7F800000) == 0x7F800000; }
 
-// Of min and max with a NaN, the second argument comes out.
+// Of min and max with a NaN, the second argument comes out; any_above is true for a NaN.
 #if defined(LOGQUANT_AVX512)
 LOGQUANT_INLINE F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
 LOGQUANT_INLINE F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
@@ -87,7 +87,7 @@ LOGQUANT_INLINE F32 max_abs(F32 a, F32 b) { return _mm512_range_ps(a, b, 0x0B); 
 LOGQUANT_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 LOGQUANT_INLINE F32 to_float(I32 x) { return _mm512_cvtepi32_ps(bits_as<__m512i>(x)); }
 LOGQUANT_INLINE I32 round_to_int(F32 x) { return bits_as<I32>(_mm512_cvtps_epi32(x)); }
-LOGQUANT_INLINE bool any(I32 mask) { return _mm512_movepi32_mask(bits_as<__m512i>(mask)) != 0; }
+LOGQUANT_INLINE bool any_above(F32 x, F32 limit) { return _mm512_cmp_ps_mask(x, limit, _CMP_NLE_UQ) != 0; }
 LOGQUANT_INLINE I32 dot_pairs(I32 sum, I32 a, I32 b) {
   return bits_as<I32>(_mm512_dpwssd_epi32(bits_as<__m512i>(sum), bits_as<__m512i>(a), bits_as<__m512i>(b)));
 }
@@ -115,7 +115,9 @@ LOGQUANT_INLINE F32 max_abs(F32 a, F32 b) { return _mm256_max_ps(a, abs(b)); }
 LOGQUANT_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
 LOGQUANT_INLINE F32 to_float(I32 x) { return _mm256_cvtepi32_ps(bits_as<__m256i>(x)); }
 LOGQUANT_INLINE I32 round_to_int(F32 x) { return bits_as<I32>(_mm256_cvtps_epi32(x)); }
-LOGQUANT_INLINE bool any(I32 mask) { return _mm256_movemask_ps(bits_as<F32>(mask)) != 0; }
+LOGQUANT_INLINE bool any_above(F32 x, F32 limit) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_NLE_UQ)) != 0;
+}
 LOGQUANT_INLINE I32 dot_pairs(I32 sum, I32 a, I32 b) {
   return sum + bits_as<I32>(_mm256_madd_epi16(bits_as<__m256i>(a), bits_as<__m256i>(b)));
 }
@@ -143,7 +145,7 @@ LOGQUANT_INLINE void store_u16(uint16_t* p, I32 x) {
 LOGQUANT_INLINE F32 min(F32 a, F32 b) { return _mm_min_ps(a, b); }
 LOGQUANT_INLINE F32 max(F32 a, F32 b) { return _mm_max_ps(a, b); }
 LOGQUANT_INLINE I32 round_to_int(F32 x) { return bits_as<I32>(_mm_cvtps_epi32(x)); }
-LOGQUANT_INLINE bool any(I32 mask) { return _mm_movemask_ps(bits_as<F32>(mask)) != 0; }
+LOGQUANT_INLINE bool any_above(F32 x, F32 limit) { return _mm_movemask_ps(_mm_cmpnle_ps(x, limit)) != 0; }
 LOGQUANT_INLINE I32 dot_pairs(I32 sum, I32 a, I32 b) {
   return sum + bits_as<I32>(_mm_madd_epi16(bits_as<__m128i>(a), bits_as<__m128i>(b)));
 }
@@ -159,7 +161,10 @@ LOGQUANT_INLINE I32 round_to_int(F32 x) {
   return bits_as<I32>(x + magic) - bits_as<I32>(magic);
 #endif
 }
-LOGQUANT_INLINE bool any(I32 mask) { return (mask[0] | mask[1] | mask[2] | mask[3]) != 0; }
+LOGQUANT_INLINE bool any_above(F32 x, F32 limit) {
+  const I32 below = x <= limit;
+  return (below[0] & below[1] & below[2] & below[3]) == 0;
+}
 // a holds codes, so its halves are not negative.
 LOGQUANT_INLINE I32 dot_pairs(I32 sum, I32 a, I32 b) {
   return sum + (a & 0xFFFF) * bits_as<I32>(bits_as<I32>(bits_as<U32>(b) << 16u) >> 16) + (a >> 16) * (b >> 16);
