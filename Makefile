@@ -35,8 +35,8 @@ build: venv
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 
 demo: build
-	$(BIN)/logquant generate --max-new-tokens 200 \
-	  --prompt "Explain in a few sentences how photosynthesis works and why it matters for life on Earth."
+	$(BIN)/logquant generate --max-new-tokens 400 \
+	  --prompt "Write a short story about a lighthouse keeper and a storm, in three paragraphs."
 
 test: build
 	$(BIN)/python -m pytest

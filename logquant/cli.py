@@ -345,15 +345,16 @@ def _attend_table(result: AttendResult, bandwidth: float) -> Table:
         "contender",
         "median, ms",
         "quartiles",
-        "against fused",
+        "slower by",
         title=f"{result.shape.context:,} tokens",
         caption=f"fused reads {megabytes(result.packed_nbytes)} (full cache {megabytes(result.full_nbytes)}) "
         f"at {rate / 1e9:.1f} GB/s, {rate / bandwidth:.0%} of the {bandwidth / 1e9:.1f} GB/s that torch reads here",
     )
-    for column in table.columns[1:]:
-        column.justify = "right"
+    for column in table.columns:
+        column.no_wrap, column.justify = True, "right"
+    table.columns[0].justify = "left"
     for name, timing in result.timings.items():
-        quartiles = f"{1e3 * timing.low:.2f} to {1e3 * timing.high:.2f}"
+        quartiles = f"{1e3 * timing.low:.2f}-{1e3 * timing.high:.2f}"
         table.add_row(name, f"{1e3 * timing.median:.2f}", quartiles, f"{timing.median / fused:.1f}x")
     return table
 

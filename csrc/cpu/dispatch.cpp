@@ -15,17 +15,33 @@
 
 namespace logquant::cpu {
 
-void* thread_scratch(size_t bytes) {
+namespace {
+
+// Memory that grows and is kept, 64-byte aligned: allocating at every call would have malloc give memory back to the
+// system and fetch it again, which can take longer than the call.
+class Scratch {
+ public:
+  void* at_least(size_t bytes) {
+    if (bytes > capacity_) {
+      memory_.reset(new (std::align_val_t{64}) char[bytes]);
+      capacity_ = bytes;
+    }
+    return memory_.get();
+  }
+
+ private:
   struct Free {
     void operator()(char* p) const { ::operator delete[](p, std::align_val_t{64}); }
   };
-  thread_local std::unique_ptr<char[], Free> memory;
-  thread_local size_t capacity = 0;
-  if (bytes > capacity) {
-    memory.reset(new (std::align_val_t{64}) char[bytes]);
-    capacity = bytes;
-  }
-  return memory.get();
+  std::unique_ptr<char[], Free> memory_;
+  size_t capacity_ = 0;
+};
+
+}  // namespace
+
+void* thread_scratch(size_t bytes) {
+  thread_local Scratch scratch;
+  return scratch.at_least(bytes);
 }
 
 AttendPlan::AttendPlan(const AttendArgs& args) {
@@ -59,8 +75,9 @@ template <auto split_task, auto merge_task>
 void attend(const AttendArgs& args, const ParallelFor& parallel_for) {
   AttendPlan plan(args);
   const int64_t heads = args.batch * args.kv_heads, tasks_per_head = plan.tasks_per_head();
-  const auto partials = std::make_unique_for_overwrite<float[]>(plan.partial_count(args));
-  plan.partials = partials.get();
+  // Not the tasks' own scratch: this thread runs tasks, too.
+  thread_local Scratch partials;
+  plan.partials = static_cast<float*>(partials.at_least(sizeof(float) * plan.partial_count(args)));
   // The last task of a head merges it: no second start of all threads, and the same order of additions always.
   const auto left = std::make_unique<std::atomic<int64_t>[]>(heads);
   for (int64_t h = 0; h < heads; ++h) left[h].store(tasks_per_head, std::memory_order_relaxed);

@@ -19,6 +19,7 @@ from .timing import ColdCache, Timing, time_interleaved
 FUSED = "logquant attend"
 DEQUANTIZE = "dequantize + SDPA"
 FULL = "SDPA, full cache"
+DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def bench_attend(
     forms = itertools.product(((DEQUANTIZE, dequantize), (FULL, full)), dict.fromkeys((dtype, torch.float32)), (0, 1))
     for (group, make), kind, grouped in forms:
         form = ("enable_gqa", "grouped")[grouped]
-        contenders[f"{group}, {str(kind).removeprefix('torch.')}, {form}"] = make(kind, bool(grouped))
+        contenders[f"{group}, {DTYPE_NAMES[kind]}, {form}"] = make(kind, bool(grouped))
 
     expected = dequantize(torch.float32, True)()
     error = float(((fused() - expected).square().mean() / expected.square().mean()).sqrt())
