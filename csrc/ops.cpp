@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <bitset>
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -52,7 +53,7 @@ void parallel_for(int64_t count, const cpu::Task& task) {
   });
 }
 
-// Every entry names an existing channel and a digit that its code can have.
+// Every entry names an existing channel and a digit that its code can have, and no other entry names the same.
 cpu::KeyMap checked_key_map(const OptionalTensor& key_map, const PageFormat& format, int64_t batch, int64_t heads) {
   if (!key_map) {
     LOGQUANT_CHECK(format.key_columns == format.head_dim, "key_map is needed: the format has ", format.key_columns,
@@ -68,11 +69,15 @@ cpu::KeyMap checked_key_map(const OptionalTensor& key_map, const PageFormat& for
   for (int64_t b = 0; b < map.size(0); ++b) {
     for (int64_t h = 0; h < map.size(1); ++h) {
       const int16_t* row = entries + b * map.stride(0) + h * map.stride(1);
+      std::bitset<4 * kMaxHeadDim> seen;
       for (int64_t c = 0; c < format.key_columns; ++c) {
         const int channel = column_channel(row[c]), digit = column_digit(row[c]);
         LOGQUANT_CHECK(channel >= 0 && channel < format.head_dim && (digit + 1) * format.key_bits <= kMaxCodeBits,
                        "key_map must hold 4 * channel + digit with a channel below ", format.head_dim,
                        " and a digit below ", kMaxCodeBits / format.key_bits, ", got ", row[c], " in column ", c);
+        LOGQUANT_CHECK(!seen[row[c]], "key_map must name each digit of a channel once, got ", row[c],
+                       " again in column ", c);
+        seen[row[c]] = true;
       }
     }
   }

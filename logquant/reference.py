@@ -323,7 +323,7 @@ def evict_(
 
 # -------------------------------------------------------------------------------------------------------- attention
 # An additive mask value at or below this hides a slot, as False does; models write finfo.min and -inf.
-HIDDEN = -1e38
+HIDDEN = -1e30
 
 
 def visible_scores(

@@ -60,6 +60,7 @@ def check_error(call: Any, message: str, error: type[Exception] = RuntimeError) 
         (dict(fmt=COLUMNS, key_map=int16(1, 1, 80, value=256)), "key_map must hold .* channel below 64 .* got 256"),
         (dict(fmt=COLUMNS, key_map=int16(1, 1, 80, value=-4)), "key_map must hold .* got -4 in column 0"),
         (dict(fmt=PageFormat(64, key_bits=8), key_map=int16(1, 1, 64, value=1)), "a digit below 1, got 1"),
+        (dict(fmt=COLUMNS, key_map=int16(1, 1, 80)), "key_map must name each digit .* once, got 0 again in column 1"),
     ],
 )
 def test_quantize(changes, message):

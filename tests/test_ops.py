@@ -429,12 +429,30 @@ def test_compiles_without_graph_breaks():
 
 
 # -------------------------------------------------------------------------------------------------------- fallbacks
-def test_devices_without_kernels_fall_back_with_one_warning(monkeypatch):
-    """The dispatcher's fallback is the reference; tried here by calling it as the dispatcher would."""
-    with (
-        pytest.raises(ValueError, match="backend must be 'auto', 'reference' or 'cpu', got 'tpu'"),
-        ops.use_backend("tpu"),
-    ):
+def test_a_device_without_kernels_gets_the_reference_with_one_warning():
+    """What the dispatcher runs for a device it has no kernel for, here the first that nobody compiled for."""
+    fmt = PageFormat(64)
+    problem = Problem(fmt, packed=128, exact=192, seed=3)
+    tensors = problem.q, problem.pages, problem.window_k, problem.window_v
+
+    def elsewhere() -> tuple[Tensor, Tensor, Tensor]:
+        keys, operators = torch._C.DispatchKeySet(torch._C.DispatchKey.MAIA), torch.ops.logquant
+        packed = operators.quantize.default.redispatch(keys, *tensors[2:], fmt.fields(), None, None)
+        return packed, *operators.attend.default.redispatch(keys, *tensors, fmt.fields(), 0.125)
+
+    ops._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="has no kernels for 'cpu' tensors and runs in plain torch") as caught:
+        pages, out, lse = elsewhere()
+    assert len(caught) == 1
+    assert torch.equal(pages, reference.quantize(problem.window_k, problem.window_v, fmt))
+    want = problem.run("reference")
+    assert torch.equal(out, want[0])
+    assert torch.equal(lse, want[1])
+
+
+def test_an_unknown_backend_is_refused():
+    message = "backend must be 'auto', 'reference' or 'cpu', got 'tpu'"
+    with pytest.raises(ValueError, match=message), ops.use_backend("tpu"):
         pass
 
 

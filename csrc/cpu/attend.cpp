@@ -16,8 +16,8 @@ namespace logquant::cpu::LOGQUANT_ISA {
 namespace {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr float kNothingSeen = -1e30f;  // the running maximum before the first token
-constexpr float kHidden = -1e38f;       // additive mask values up to here hide a slot (HIDDEN in reference.py)
+constexpr float kNothingSeen = -1e31f;  // the running maximum before the first token
+constexpr float kHidden = -1e30f;       // additive mask values up to here hide a slot (HIDDEN in reference.py)
 constexpr float kSlack = 8.0f;          // the maximum is raised only when weights would pass 2^8: rarely
 constexpr int kMaxRows = AttendPlan::kRowsPerBlock;
 constexpr int kUnitTokens = 128;  // the largest unit
