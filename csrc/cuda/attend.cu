@@ -1,0 +1,70 @@
+// attend: the choice of kernel, the cut into splits, and the combination of their partial results.
+
+#include "attend.cuh"
+
+namespace logquant::cuda {
+namespace {
+
+constexpr int kCombineThreads = 128;
+
+// One softmax out of the splits' parts. A block is one row of one KV head; its threads are channels. Splits are added
+// in their order, so that the same input gives the same bits. Memory: 4 Dv + 8 bytes a split. Budget: 40 registers.
+template <class T>
+__global__ void __launch_bounds__(kCombineThreads) attend_combine(__grid_constant__ const AttendArgs a) {
+  const int64_t batch = blockIdx.y / a.kv_heads, kv_head = blockIdx.y % a.kv_heads;
+  const int splits = a.page_splits + a.window_splits, dim = a.format.value_dim;
+  const Row row = row_of(a, batch, kv_head, blockIdx.x);
+  const auto at = [&](int split) { return partial_index(a, batch, kv_head, split, blockIdx.x); };
+
+  const float sink = a.sinks != nullptr ? a.sinks[row.head] * kLog2e : -INFINITY;
+  float top = sink;
+  for (int s = 0; s < splits; ++s) top = fmaxf(top, a.partial_sums[2 * at(s)]);
+  const float reference = top == -INFINITY ? 0.0f : top;
+  float total = ptx::exp2(sink - reference);
+  for (int s = 0; s < splits; ++s) {
+    total += a.partial_sums[2 * at(s) + 1] * ptx::exp2(a.partial_sums[2 * at(s)] - reference);
+  }
+  const int64_t out_row = (batch * a.kv_heads * a.group + row.head) * a.queries + row.query;
+  T* const out = static_cast<T*>(a.out) + out_row * dim;
+  for (int c = threadIdx.x; c < dim; c += kCombineThreads) {
+    float sum = 0.0f;
+    for (int s = 0; s < splits; ++s) {
+      sum += a.partial_out[at(s) * dim + c] * ptx::exp2(a.partial_sums[2 * at(s)] - reference);
+    }
+    out[c] = Element<T>::narrow(total == 0.0f ? 0.0f : sum / total);
+  }
+  if (threadIdx.x == 0) a.lse[out_row] = total == 0.0f ? -INFINITY : (top + log2f(total)) / kLog2e;
+}
+
+int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+}  // namespace
+
+const char* attend_path(const AttendArgs& args) { return find_tensor_kernel(args) ? "tensor" : "general"; }
+
+int64_t plan(AttendArgs& args, int multiprocessors) {
+  // Three blocks fit on a multiprocessor. At batch 1 there are few heads, and many splits fill the GPU; at batch 128
+  // one split a head does. A split has at least two pages for each of its four warps, or 64 tokens of the window.
+  const int64_t heads = args.batch * args.kv_heads * ceil_div(row_count(args), 8);
+  const int64_t wanted = ceil_div(3 * int64_t{multiprocessors}, heads);
+  args.page_splits = args.page_count == 0 ? 0 : static_cast<int>(clamp(wanted, 1, ceil_div(args.page_count, 8)));
+  args.window_splits =
+      args.window_tokens == 0 ? 0 : static_cast<int>(clamp(wanted, 1, ceil_div(args.window_tokens, 64)));
+  const int64_t parts = args.batch * args.kv_heads * row_count(args) * (args.page_splits + args.window_splits);
+  return parts * (args.format.value_dim + 2);
+}
+
+cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
+  if (args.page_splits + args.window_splits > 0) {
+    const TensorKernel* const kernel = find_tensor_kernel(args);
+    const cudaError_t error = kernel ? kernel->launch(args, stream) : attend_general(args, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return with_element(args.q.dtype, [&](auto element) {
+    return ptx::launch(&attend_combine<decltype(element)>, dim3(row_count(args), args.batch * args.kv_heads),
+                       kCombineThreads, 0, stream, args);
+  });
+}
+
+}  // namespace logquant::cuda

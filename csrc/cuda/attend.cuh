@@ -1,0 +1,95 @@
+// What the attention kernels share: query rows, which slots a query sees, and partial results.
+//
+// A query *row* of a KV head is one of its group * queries query vectors; kernels work on tiles of rows. Scores are
+// kept in units of log2: weights are 2^(score - reference).
+#pragma once
+
+#include "elements.cuh"
+
+namespace logquant::cuda {
+
+inline constexpr float kLog2e = 1.4426950408889634f;
+inline constexpr float kHidden = -1e38f;  // an additive mask at or below hides a slot (reference.HIDDEN)
+
+struct Row {
+  int64_t batch, head, query;  // head: of the queries
+};
+
+LOGQUANT_DEVICE Row row_of(const AttendArgs& a, int64_t batch, int64_t kv_head, int row) {
+  return {batch, kv_head * a.group + row % a.group, row / a.group};
+}
+LOGQUANT_DEVICE int64_t query_offset(const AttendArgs& a, const Row& r) {
+  return r.batch * a.q.batch_stride + r.head * a.q.head_stride + r.query * a.q.token_stride;
+}
+inline int64_t row_count(const AttendArgs& a) { return a.group * a.queries; }
+
+// Pages and window tokens of a batch row that are in use.
+LOGQUANT_DEVICE int used(const AttendArgs& a, int64_t batch, int part) {
+  const int64_t all = part == 0 ? a.page_count : a.window_tokens;
+  if (a.lengths == nullptr) return static_cast<int>(all);
+  const int64_t length = a.lengths[batch * a.lengths_batch_stride + part];
+  return static_cast<int>(max(int64_t{0}, min(length, all)));
+}
+
+LOGQUANT_DEVICE const uint32_t* page_at(const AttendArgs& a, int64_t batch, int64_t kv_head, int64_t page) {
+  int64_t block = page, base = batch * a.pages.batch_stride;
+  if (a.page_table != nullptr) {
+    block = a.page_table[batch * a.page_table_batch_stride + page];
+    block = max(int64_t{0}, min(block, a.page_blocks - 1));
+    base = 0;
+  }
+  return reinterpret_cast<const uint32_t*>(a.pages.data) + base + kv_head * a.pages.head_stride +
+         block * a.pages.page_stride;
+}
+
+// Does a slot's score depend on more than query and key?
+LOGQUANT_DEVICE bool is_plain(const AttendArgs& a) {
+  return a.softcap == 0.0f && a.positions == nullptr && a.query_positions == nullptr &&
+         a.mask_kind == AttendArgs::MaskKind::kNone;
+}
+
+// The score (log2) of a slot for a row: softcap, additive mask, and -inf where the row does not see the slot.
+LOGQUANT_DEVICE float seen_score(const AttendArgs& a, const Row& r, int64_t slot, float score) {
+  using Kind = AttendArgs::MaskKind;
+  if (a.softcap != 0.0f) score = a.softcap * kLog2e * tanhf(score / (a.softcap * kLog2e));
+  const int64_t position = a.positions != nullptr ? a.positions[r.batch * a.positions_batch_stride + slot] : slot;
+  bool seen = position >= 0;
+  if (a.query_positions != nullptr) {
+    seen = seen && position <= a.query_positions[r.batch * a.query_positions_batch_stride + r.query];
+  }
+  if (a.mask_kind != Kind::kNone) {
+    seen = seen && position < a.mask_positions;
+    if (seen) {
+      const int64_t at = r.batch * a.mask_batch_stride + r.head * a.mask_head_stride + r.query * a.mask_query_stride +
+                         position * a.mask_position_stride;
+      if (a.mask_kind == Kind::kBool) {
+        seen = static_cast<const uint8_t*>(a.mask)[at] != 0;
+      } else {
+        const float bias = a.mask_kind == Kind::kFloat32 ? static_cast<const float*>(a.mask)[at]
+                           : a.mask_kind == Kind::kFloat16
+                               ? Element<__half>::wide(static_cast<const __half*>(a.mask)[at])
+                               : Element<__nv_bfloat16>::wide(static_cast<const __nv_bfloat16*>(a.mask)[at]);
+        seen = !(bias <= kHidden);
+        score += bias * kLog2e;
+      }
+    }
+  }
+  return seen ? score : -INFINITY;
+}
+
+// Where split `split` of this KV head leaves its part of row `row`.
+LOGQUANT_DEVICE int64_t partial_index(const AttendArgs& a, int64_t batch, int64_t kv_head, int64_t split, int64_t row) {
+  return ((batch * a.kv_heads + kv_head) * (a.page_splits + a.window_splits) + split) * (a.group * a.queries) + row;
+}
+
+cudaError_t attend_general(const AttendArgs& args, cudaStream_t stream);
+
+// A kernel compiled for one format and dtype (attend_pages.cuh).
+struct TensorKernel {
+  PageFormat format;
+  Dtype dtype;
+  cudaError_t (*launch)(const AttendArgs& args, cudaStream_t stream);
+};
+const TensorKernel* find_tensor_kernel(const AttendArgs& args);
+
+}  // namespace logquant::cuda

@@ -1,0 +1,273 @@
+// Attention over pages of any format and an exact window of any dtype, in fp32 on CUDA cores.
+//
+// The path for formats without a tensor-core kernel (attend_pages.cuh) and for float32 models. A block takes a part of
+// the slots of one KV head for kRows query rows, one tile at a time: a page, or 128 tokens of the window.
+//   1. threads are tokens: scores; the page's scales are folded into q, its zeros into one constant a row
+//   2. the tile's maximum moves the reference exponent
+//   3. threads are channels: out += weight * value, kept in shared memory between tiles
+// Grid (splits, batch * KV heads, row tiles), 128 threads. Memory: each page once, 16 bytes of partial sums a channel.
+// Budget: 128 registers; 4 * kRows * (2 D + Dv + 128 + 9) bytes of shared memory.
+
+#include "attend.cuh"
+
+namespace logquant::cuda {
+namespace {
+
+constexpr int kThreads = 128;  // at least page_tokens
+constexpr int kWarps = kThreads / 32;
+
+template <int rows>
+int shared_bytes(const PageFormat& f) {
+  return 4 * rows * (2 * f.head_dim + f.value_dim + kThreads + kWarps + 5);
+}
+
+template <class T, int rows>
+class GeneralAttention {
+ public:
+  LOGQUANT_DEVICE GeneralAttention(const AttendArgs& args, unsigned char* shared)
+      : a(args),
+        batch(blockIdx.y / args.kv_heads),
+        kv_head(blockIdx.y % args.kv_heads),
+        first_row(blockIdx.z * rows),
+        row_total(static_cast<int>(args.group * args.queries)),
+        q(reinterpret_cast<float*>(shared)),
+        scaled_q(q + rows * args.format.head_dim),
+        out(scaled_q + rows * args.format.head_dim),
+        weights(out + rows * args.format.value_dim),
+        warp_max(weights + rows * kThreads),
+        constants(warp_max + rows * kWarps),
+        rescale(constants + rows) {}
+
+  LOGQUANT_DEVICE void run() {
+    const int dim = a.format.head_dim;
+    for (int i = threadIdx.x; i < rows * dim; i += kThreads) {
+      const int c = i / rows, row = first_row + i % rows;
+      float x = 0.0f;
+      if (row < row_total) {
+        x = Element<T>::wide(static_cast<const T*>(a.q.data)[query_offset(a, row_of(a, batch, kv_head, row)) + c]);
+      }
+      q[i] = x * a.scale * kLog2e;
+    }
+    for (int i = threadIdx.x; i < rows * a.format.value_dim; i += kThreads) out[i] = 0.0f;
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+      top[r] = -INFINITY;
+      sum[r] = 0.0f;
+    }
+    __syncthreads();
+
+    const int split = blockIdx.x;
+    if (split < a.page_splits) {
+      const int pages = used(a, batch, 0);
+      for (int p = split; p < pages; p += a.page_splits) page_tile(p);
+    } else {
+      const int tokens = used(a, batch, 1);
+      for (int t = (split - a.page_splits) * kThreads; t < tokens; t += a.window_splits * kThreads) {
+        window_tile(t, min(kThreads, tokens - t));
+      }
+    }
+    store(split);
+  }
+
+ private:
+  LOGQUANT_DEVICE void page_tile(int p) {
+    const PageFormat& f = a.format;
+    const int dim = f.head_dim, self = threadIdx.x, bits = f.key_bits;
+    const uint32_t* const page = page_at(a, batch, kv_head, p);
+    const uint16_t* const key_params = reinterpret_cast<const uint16_t*>(page + f.key_params());
+    for (int i = self; i < rows * dim; i += kThreads) scaled_q[i] = q[i] * half_to_float(key_params[i / rows]);
+    for (int r = self / 32; r < rows; r += kWarps) {
+      float zeros = 0.0f;
+      for (int c = self % 32; c < dim; c += 32) {
+        zeros += q[c * rows + r] * half_to_float(key_params[f.key_zeros() + c]);
+      }
+      for (int step = 16; step > 0; step /= 2) zeros += __shfl_xor_sync(ptx::kFullMask, zeros, step);
+      if (self % 32 == 0) constants[r] = zeros;
+    }
+    __syncthreads();
+
+    float score[rows];
+#pragma unroll
+    for (int r = 0; r < rows; ++r) score[r] = constants[r];
+    if (self < f.page_tokens) {
+      const int16_t* const map =
+          a.key_map.data == nullptr ? nullptr
+                                    : a.key_map.data + batch * a.key_map.batch_stride + kv_head * a.key_map.head_stride;
+      const int elements = elements_per_word(bits);
+      for (int w = 0; w < f.key_code_words(); ++w) {
+        const uint32_t word = page[f.key_codes() + self * f.key_code_words() + w];
+        for (int e = 0; e < elements; ++e) {
+          int c = w * elements + e;
+          uint32_t code = extract(word, bits, e);
+          if (map != nullptr) {
+            const int entry = map[c];
+            c = channel_of(entry, dim);
+            code <<= bits * column_digit(entry);
+          }
+          const float x = static_cast<float>(code);
+#pragma unroll
+          for (int r = 0; r < rows; ++r) score[r] = fmaf(scaled_q[c * rows + r], x, score[r]);
+        }
+      }
+    }
+    softmax(score, static_cast<int64_t>(p) * f.page_tokens, f.page_tokens);
+
+    const uint16_t* const value_params = reinterpret_cast<const uint16_t*>(page + f.value_params());
+    const int value_elements = elements_per_word(f.value_bits);
+    for (int c = self; c < f.value_dim; c += kThreads) {
+      const uint16_t* const scales = value_params + c / f.value_group * f.page_tokens;
+      const uint16_t* const zeros = scales + f.value_zeros();
+      float acc[rows];
+      begin(acc, c);
+      for (int row = 0; row < f.value_code_rows(); ++row) {
+        const uint32_t word = page[f.value_codes() + row * f.value_dim + c];
+        for (int e = 0; e < value_elements; ++e) {
+          const int t = row * value_elements + e;
+          const float code = static_cast<float>(extract(word, f.value_bits, e));
+          add(acc, t, fmaf(half_to_float(scales[t]), code, half_to_float(zeros[t])));
+        }
+      }
+      end(acc, c);
+    }
+    __syncthreads();
+  }
+
+  LOGQUANT_DEVICE void window_tile(int first, int count) {
+    const PageFormat& f = a.format;
+    const int self = threadIdx.x;
+    const T* const keys = static_cast<const T*>(a.window_k.data) + batch * a.window_k.batch_stride +
+                          kv_head * a.window_k.head_stride + first * a.window_k.token_stride;
+    const T* const values = static_cast<const T*>(a.window_v.data) + batch * a.window_v.batch_stride +
+                            kv_head * a.window_v.head_stride + first * a.window_v.token_stride;
+    float score[rows] = {};
+    if (self < count) {
+      const T* const key = keys + self * a.window_k.token_stride;
+      for (int c = 0; c < f.head_dim; ++c) {
+        const float x = Element<T>::wide(key[c]);
+#pragma unroll
+        for (int r = 0; r < rows; ++r) score[r] = fmaf(q[c * rows + r], x, score[r]);
+      }
+    }
+    softmax(score, a.page_count * f.page_tokens + first, count);
+    for (int c = self; c < f.value_dim; c += kThreads) {
+      float acc[rows];
+      begin(acc, c);
+      for (int t = 0; t < count; ++t) add(acc, t, Element<T>::wide(values[t * a.window_v.token_stride + c]));
+      end(acc, c);
+    }
+    __syncthreads();
+  }
+
+  // Scores of this thread's token into weights for all; `count` of the threads have a token.
+  LOGQUANT_DEVICE void softmax(float (&score)[rows], int64_t first_slot, int count) {
+    const int self = threadIdx.x;
+    const bool plain = is_plain(a);
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+      const int row = first_row + r;
+      if (self >= count || row >= row_total) {
+        score[r] = -INFINITY;
+      } else if (!plain) {
+        score[r] = seen_score(a, row_of(a, batch, kv_head, row), first_slot + self, score[r]);
+      }
+      float most = score[r];
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(ptx::kFullMask, most, step));
+      if (self % 32 == 0) warp_max[r * kWarps + self / 32] = most;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+      float most = top[r];
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) most = fmaxf(most, warp_max[r * kWarps + w]);
+      const float reference = most == -INFINITY ? 0.0f : most;
+      const float factor = ptx::exp2(top[r] - reference);
+      const bool seen = score[r] != -INFINITY;
+      const float weight = seen ? ptx::exp2(score[r] - reference) : -0.0f;  // the sign says: not seen
+      top[r] = most;
+      sum[r] = sum[r] * factor + weight;
+      weights[self * rows + r] = weight;
+      if (self == 0) rescale[r] = factor;
+    }
+    __syncthreads();
+  }
+
+  LOGQUANT_DEVICE void begin(float (&acc)[rows], int c) {
+#pragma unroll
+    for (int r = 0; r < rows; ++r) acc[r] = out[c * rows + r] * rescale[r];
+  }
+  LOGQUANT_DEVICE void add(float (&acc)[rows], int t, float value) {
+    const float* const weight = weights + t * rows;
+    if (is_finite(value)) {
+#pragma unroll
+      for (int r = 0; r < rows; ++r) acc[r] = fmaf(weight[r], value, acc[r]);
+    } else {  // a token that is not seen has no influence, even if it holds a NaN
+#pragma unroll
+      for (int r = 0; r < rows; ++r) acc[r] = __float_as_uint(weight[r]) >> 31 ? acc[r] : NAN;
+    }
+  }
+  LOGQUANT_DEVICE void end(const float (&acc)[rows], int c) {
+#pragma unroll
+    for (int r = 0; r < rows; ++r) out[c * rows + r] = acc[r];
+  }
+
+  LOGQUANT_DEVICE void store(int split) {
+    const int self = threadIdx.x, dim = a.format.value_dim;
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+      float total = sum[r];
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(ptx::kFullMask, total, step);
+      if (self % 32 == 0) warp_max[r * kWarps + self / 32] = total;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+      const int row = first_row + r;
+      if (row >= row_total) continue;
+      const int64_t at = partial_index(a, batch, kv_head, split, row);
+      for (int c = self; c < dim; c += kThreads) a.partial_out[at * dim + c] = out[c * rows + r];
+      if (self != 0) continue;
+      float total = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) total += warp_max[r * kWarps + w];
+      a.partial_sums[2 * at] = top[r];
+      a.partial_sums[2 * at + 1] = total;
+    }
+  }
+
+  const AttendArgs& a;
+  const int64_t batch, kv_head;
+  const int first_row, row_total;
+  // Shared memory. q is times scale * log2(e); [channel or token][row] so that a thread reads all rows at once.
+  float *q, *scaled_q, *out, *weights, *warp_max, *constants, *rescale;
+  float top[rows];  // the largest score so far: the reference exponent, the same in all threads
+  float sum[rows];  // of the weights of this thread's tokens
+};
+
+template <class T, int rows>
+__global__ void __launch_bounds__(kThreads, 4) attend_general_kernel(__grid_constant__ const AttendArgs args) {
+  LOGQUANT_DYNAMIC_SHARED(shared);
+  GeneralAttention<T, rows>(args, shared).run();
+}
+
+template <class T, int rows>
+cudaError_t launch(const AttendArgs& args, cudaStream_t stream) {
+  const dim3 grid(args.page_splits + args.window_splits, args.batch * args.kv_heads,
+                  (row_count(args) + rows - 1) / rows);
+  return ptx::launch(&attend_general_kernel<T, rows>, grid, kThreads, shared_bytes<rows>(args.format), stream, args);
+}
+
+}  // namespace
+
+cudaError_t attend_general(const AttendArgs& args, cudaStream_t stream) {
+  const bool wide = args.format.head_dim > 512 || args.format.value_dim > 512;
+  return with_element(args.q.dtype, [&](auto element) {
+    using T = decltype(element);
+    if (row_count(args) == 1) return launch<T, 1>(args, stream);
+    return row_count(args) <= 4 || wide ? launch<T, 4>(args, stream) : launch<T, 8>(args, stream);
+  });
+}
+
+}  // namespace logquant::cuda

@@ -1,0 +1,1106 @@
+// Split-K decode attention over packed pages and the exact window, on tensor cores, compiled for one page format.
+//
+// A block is four warps and one split of a KV head's slots, for a tile of 8 or 16 query rows. Blocks of the first
+// page_splits take pages, a warp one page at a time; the others take the window. Grid (splits, batch * KV heads,
+// tiles).
+//
+// Notation: lane = 4g + t. Keys (tokens) and values (channels) are the M = 16 operand A of mma.m16n8k16, eight query
+// rows are N = 8, operand B, so that few rows cost no padding and every code is turned into an operand once.
+//   S[token, row]    = sum over columns K[token, column] * q'[row, column]
+//   O[channel, row] += sum over tokens V[token, channel] * p'[row, token]
+// * A lane owns whole words of a token's columns where there are four or more, then halves, then quarters of a word
+//   (Pairs); of values, the page_tokens / 4 tokens from page_tokens / 4 * t on. The order of k is thus not that of the
+//   page, which a sum does not mind; q', p' and the parameters follow it by being read in the same order.
+// * Rows of the m-tile i of S are the tokens G/4 * (r % 8 / 2) + 4i + 2 (r / 8) + r % 2: then movmatrix.trans of the
+//   packed accumulators is the B operand of the second product, in the order of the value words.
+// * No dequantisation. word & (lane_mask << b*i) is the fp16 subnormal code * 2^(b*i - 24), for the low eight bits of
+//   both halves of the word and, shifted by eight, for the others. 2^-(b*i) and the scale sit in q' or p', 2^24 in the
+//   fp32 factor of the exponent or in the epilogue. LOGQUANT_NORMAL_CODES computes (1024 + code * 2^(b*i)) - 1024
+//   instead, one HADD2 a pair more, should an mma ever flush subnormals. Do not fold the 1024 into a correction: sums
+//   of tensor cores truncate, and 1024 * sum p' is 1000 times the result.
+// * Zeros: sum q * zero is mma whose rows of A are all the zero vector: the sum arrives where S is. sum p * zero and
+//   sum p are mma with rows 0.. = zeros of the value groups and then a row of ones. A quad of words is the A operand as
+//   LDS.128 left it: rows 0-7 see words 0 and 2, rows 8-15 words 1 and 3, each with its own B and accumulator, of which
+//   the other half is garbage.
+// * fp16 models are compensated: q' and p' are rounded, and codes have a mean, so half of the rounding noise is common
+//   to all tokens of a page. mean * (sum q * scale - sum q' * 2^(b*i)) is added back, by mma, and the same for p'.
+// * bf16 models use fp16 arithmetic for pages: q is scaled per row by a power of two into [1, 2), p is relative to a
+//   reference exponent that leaves p and p' inside fp16. The reference moves only when p' reaches 2^15: a vote.
+// * Masks, positions and softcap are a branch that the plain loop skips.
+//
+// Memory: each page once, by cp.async into a ring of two pages for each warp, plus 4 (Dv + 2) bytes a row and split.
+// Budget for D = 128, 2 bits, 8 rows: 168 registers, 48 KB of shared memory, so that three blocks fit on an SM: 12
+// warps with a page each in flight, 61 KB, and an H100 needs 20 KB an SM (3.35 TB/s * 800 ns / 132). At most 10
+// instructions a token (tests/test_cuda_budget.py).
+#pragma once
+
+#include "attend.cuh"
+
+#ifndef LOGQUANT_NORMAL_CODES
+#define LOGQUANT_NORMAL_CODES 0
+#endif
+
+namespace logquant::cuda {
+
+template <int D, int DV, int C, int KeyBits, int ValueBits, int G, int GV>
+struct Shape {
+  static constexpr int kDim = D, kValueDim = DV, kColumns = C, kKeyBits = KeyBits, kValueBits = ValueBits, kTokens = G;
+  static constexpr int kGroup = GV, kGroups = DV / GV;
+  static constexpr bool kMapped = C != D;
+  static constexpr PageFormat kFormat{D, DV, G, KeyBits, ValueBits, C, GV};
+  static_assert(format_error(kFormat) == nullptr && kGroups <= 4);
+};
+
+namespace tensor {
+
+inline constexpr int kWarps = 4, kThreads = 32 * kWarps, kStages = 2;
+inline constexpr float kUnit = LOGQUANT_NORMAL_CODES ? 1.0f : 16777216.0f;  // 1 / what a code of 1 is as an operand
+// The lowest reference: finite, so that a row that sees nothing does not compute inf - inf.
+inline constexpr float kLowest = -1e37f;
+
+constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
+// The smallest multiple of 16 from x on that is `remainder` modulo 128: for rows that must fall on different banks.
+constexpr int pitch(int x, int remainder) {
+  return round_up(x, 16) + ((remainder - round_up(x, 16)) % 128 + 128) % 128;
+}
+
+// How `count` pairs of 16-bit elements fall to the four lanes t: first `whole` (of whole words), then `half`, then
+// `quarter` consecutive pairs each. Pair n of lane t is at byte offset(t, n) of a row of 4 * count pairs.
+template <int count, int bits>
+struct Pairs {
+  static constexpr int kPerWord = 16 / bits, kUnitPairs = kPerWord > 4 ? kPerWord : 4;
+  static constexpr int kCount = count, kWhole = count / kUnitPairs * kUnitPairs;
+  static constexpr int kHalf = (count - kWhole) & 4, kQuarter = count & 2, kQuads = (count + 3) / 4;
+  static_assert(kWhole + kHalf + kQuarter == count);
+  static LOGQUANT_DEVICE constexpr int offset(int t, int n) {
+    const int first = n < kWhole ? 0 : n < kWhole + kHalf ? kWhole : kWhole + kHalf;
+    const int size = n < kWhole ? kWhole : n < kWhole + kHalf ? kHalf : kQuarter;
+    return 16 * first + 4 * size * t + 4 * (n - first);
+  }
+  static LOGQUANT_DEVICE constexpr int element(int t, int n) { return offset(t, n) / 2; }
+  // Rows whose lanes lie 64 bytes apart get 16 bytes after each such part, against bank conflicts.
+  static constexpr int kSkew = kWhole % 16 == 0 ? 4 * kWhole : 0;
+  static LOGQUANT_DEVICE constexpr int skewed(int byte) {
+    return kSkew ? byte + byte / (kSkew ? kSkew : 1) * 16 : byte;
+  }
+};
+
+// The words of one row (a token's columns, a channel's tokens) that lane t holds.
+template <int words, int bits>
+struct Words {
+  static constexpr int kWhole = words / 4, kHalf = words / 2 % 2, kQuarter = words % 2;
+  static constexpr int kCount = kWhole + kHalf + kQuarter, kPairs = words * 16 / bits / 4;
+};
+
+// One page in shared memory, and what a block keeps beside the ring.
+template <class S, bool compensated, int tiles>
+struct Layout {
+  static constexpr int kKeyWords = S::kColumns * S::kKeyBits / 32, kValueRows = S::kTokens * S::kValueBits / 32;
+  using KeyWords = Words<kKeyWords, S::kKeyBits>;
+  using ValueWords = Words<kValueRows, S::kValueBits>;
+  using Columns = Pairs<S::kColumns / 8, S::kKeyBits>;
+  using Channels = Pairs<S::kDim / 8, S::kKeyBits>;
+  static_assert(KeyWords::kPairs == Columns::kCount);
+
+  static constexpr int kKeyBlock = S::kTokens / 4 * kKeyWords * 4;
+  static constexpr int kKeyPitch =
+      kKeyWords % 16 == 0 ? kKeyBlock : pitch(kKeyBlock, round_up(8 * kKeyWords, 16) % 128);
+  static constexpr int kValueBlocks = kValueRows < 4 ? kValueRows : 4;
+  static constexpr int kValueBlock = kValueRows / kValueBlocks * S::kValueDim * 4;
+  static constexpr int kValuePitch = pitch(kValueBlock, 32);
+  static constexpr int kKeyParams = 4 * kKeyPitch;
+  static constexpr int kKeyZeros = Channels::skewed(2 * S::kDim);
+  static constexpr int kValues = kKeyParams + Channels::skewed(4 * S::kDim);
+  static constexpr int kValueParams = kValues + kValueBlocks * kValuePitch;
+  static constexpr int kStage = kValueParams + 4 * S::kGroups * S::kTokens;
+
+  // Before the rings: a row of ones, one of zeros, a quad of negative weights, one of zeros; the tables of q; scales by
+  // column, one row a warp.
+  static constexpr int kZeros = 2 * S::kTokens, kMinus = 4 * S::kTokens, kConstants = kMinus + 32;
+  static constexpr bool kQueryInRegisters = Columns::kCount <= 16 && tiles == 1 && !S::kMapped;
+  static constexpr int kTable = Columns::kQuads * 512, kZeroTable = Channels::kQuads * 512;
+  static constexpr int kQuery = kConstants, kScaledQuery = kQuery + (kQueryInRegisters ? 0 : tiles * kTable);
+  static constexpr int kZeroQuery = kScaledQuery + (kQueryInRegisters ? 0 : tiles * kTable);
+  static constexpr int kColumnScales = kZeroQuery + (S::kMapped ? tiles * kZeroTable : 0);
+  static constexpr int kRings = kColumnScales + (S::kMapped ? kWarps * Columns::skewed(2 * S::kColumns) : 0);
+  static constexpr int kRingBytes = kRings + kWarps * kStages * kStage;
+  static constexpr int kMergeBytes = kWarps * 8 * tiles * (S::kValueDim + 2) * 4;
+  static constexpr int kBytes = kRingBytes > kMergeBytes ? kRingBytes : kMergeBytes;
+
+  // Rows of the small product of parameters and p: zeros of each group, ones, and scales of each group; the last in a
+  // product of their own where nine rows would be needed.
+  static constexpr bool kScalesApart = compensated && 2 * S::kGroups + 1 > 8;
+  // Value channels of an m-tile: 32 at a time where a group has them.
+  static constexpr bool kWide = S::kGroup % 32 == 0 || S::kGroups == 1;
+  static constexpr int kWideBlocks = kWide ? S::kValueDim / 32 : 0, kTiles = S::kValueDim / 16;
+  static_assert(kRings % 16 == 0 && kStage % 16 == 0);
+};
+
+template <class T>
+struct Operand;
+template <>
+struct Operand<__half> {
+  static constexpr uint32_t kOnes = 0x3C003C00u, kExponent = 0x7C00u;
+  static LOGQUANT_DEVICE uint32_t pack(float a, float b) { return ptx::pack_f16(a, b); }
+  static LOGQUANT_DEVICE float low(uint32_t w) { return half_to_float(static_cast<uint16_t>(w)); }
+  static LOGQUANT_DEVICE float high(uint32_t w) { return half_to_float(static_cast<uint16_t>(w >> 16)); }
+};
+template <>
+struct Operand<__nv_bfloat16> {
+  static constexpr uint32_t kOnes = 0x3F803F80u, kExponent = 0x7F80u;
+  static LOGQUANT_DEVICE uint32_t pack(float a, float b) { return ptx::pack_bf16(a, b); }
+  static LOGQUANT_DEVICE float low(uint32_t w) { return __uint_as_float(w << 16); }
+  static LOGQUANT_DEVICE float high(uint32_t w) { return __uint_as_float(w & 0xFFFF0000u); }
+};
+
+template <class U>
+LOGQUANT_DEVICE U read(const unsigned char* p) {
+  return *reinterpret_cast<const U*>(p);
+}
+LOGQUANT_DEVICE void put(uint32_t* to, uint4 v) {
+  to[0] = v.x;
+  to[1] = v.y;
+  to[2] = v.z;
+  to[3] = v.w;
+}
+
+// Pair i of a word as the two fp16 code * 2^(bits * (i % (8 / bits))) / kUnit; shifted = word >> 8.
+template <int bits>
+LOGQUANT_DEVICE uint32_t code_pair(uint32_t word, uint32_t shifted, int i) {
+  constexpr int kPerByte = 8 / bits;
+  const uint32_t mask = lane_mask(bits) << bits * (i % kPerByte), x = i < kPerByte ? word : shifted;
+  return LOGQUANT_NORMAL_CODES ? ptx::sub_f16x2(ptx::and_or(x, mask, 0x64006400u), 0x64006400u) : x & mask;
+}
+// Both halves 2^(bits * (i % (8 / bits))), or its inverse, or its negative.
+template <int bits>
+LOGQUANT_DEVICE constexpr uint32_t weight(int i) {
+  return 0x3C003C00u + 0x04000400u * static_cast<uint32_t>(bits * (i % (8 / bits)));
+}
+template <int bits>
+LOGQUANT_DEVICE constexpr uint32_t inverse_weight(int i) {
+  return 0x3C003C00u - 0x04000400u * static_cast<uint32_t>(bits * (i % (8 / bits)));
+}
+template <int bits>
+LOGQUANT_DEVICE constexpr uint32_t negative_weight(int i) {
+  return weight<bits>(i) | 0x80008000u;
+}
+
+template <int n>
+LOGQUANT_DEVICE uint32_t max_of(const uint32_t* v) {
+  if constexpr (n == 1) {
+    return v[0];
+  } else {
+    return ptx::max_nan_f16x2(max_of<n / 2>(v), max_of<n - n / 2>(v + n / 2));
+  }
+}
+
+LOGQUANT_DEVICE float max_over_tokens(float x) {  // over g
+  x = fmaxf(x, __shfl_xor_sync(ptx::kFullMask, x, 4));
+  x = fmaxf(x, __shfl_xor_sync(ptx::kFullMask, x, 8));
+  return fmaxf(x, __shfl_xor_sync(ptx::kFullMask, x, 16));
+}
+
+template <class T, class S, int tiles>
+class TensorAttention {
+  static constexpr bool kCompensated = std::is_same_v<T, __half>;
+  using L = Layout<S, kCompensated, tiles>;
+  using KeyWords = typename L::KeyWords;
+  using ValueWords = typename L::ValueWords;
+  using Columns = typename L::Columns;
+  using Channels = typename L::Channels;
+  static constexpr int kTokenPairs = S::kTokens / 8, kKeyTiles = S::kTokens / 16;
+  static constexpr bool kAllGroups = S::kGroups * tiles <= 2;  // keep p' of all groups, not of one at a time
+  static constexpr float kKeyMean = code_mask(S::kKeyBits) / 2.0f, kValueMean = code_mask(S::kValueBits) / 2.0f;
+  using A4 = uint32_t[4];
+  using B2 = uint32_t[2];
+
+ public:
+  LOGQUANT_DEVICE TensorAttention(const AttendArgs& args, unsigned char* shared_memory)
+      : a(args),
+        shared(shared_memory),
+        warp(threadIdx.x / 32),
+        lane(threadIdx.x % 32),
+        g(lane / 4),
+        t(lane % 4),
+        batch(blockIdx.y / args.kv_heads),
+        kv_head(blockIdx.y % args.kv_heads),
+        first_row(blockIdx.z * 8 * tiles),
+        row_total(static_cast<int>(args.group * args.queries)),
+        plain(is_plain(args)) {}
+
+  LOGQUANT_DEVICE void run() {
+    const int split = blockIdx.x;
+#pragma unroll
+    for (int u = 0; u < tiles; ++u) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) top[u][r] = -INFINITY, sum[u][r] = 0.0f;
+#pragma unroll
+      for (int j = 0; j < L::kTiles; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[u][j][i] = 0.0f;
+      }
+    }
+    const bool pages = split < a.page_splits;
+    if (pages) {
+      page_part(split);
+    } else {
+      window_part(split - a.page_splits);
+    }
+    merge(split, pages);
+  }
+
+ private:
+  LOGQUANT_DEVICE const T* query(int row) const {
+    return static_cast<const T*>(a.q.data) + query_offset(a, row_of(a, batch, kv_head, row));
+  }
+
+  // ---------------------------------------------------------------------------------------------------------- pages
+  // Where the next page of this warp lies: a step from the last, or in the table.
+  LOGQUANT_DEVICE void seek(int page) {
+    if (a.page_table != nullptr) {
+      source = reinterpret_cast<const unsigned char*>(page_at(a, batch, kv_head, page));
+    } else {
+      source += source_step;
+    }
+  }
+
+  // `bytes` of the page from `first` on, in blocks that get `to_pitch` each in shared memory.
+  template <int bytes, int block, int to_pitch>
+  LOGQUANT_DEVICE void copy(unsigned char* to, int first) const {
+    constexpr int kAtOnce = 512 % block == 0 ? 512 : block;  // whole blocks, so that offsets are constants
+    const int own = 16 * lane / block * (to_pitch - block) + 16 * lane;
+#pragma unroll
+    for (int start = 0; start < bytes; start += kAtOnce) {
+      const int end = start + kAtOnce < bytes ? start + kAtOnce : bytes, target = start / block * to_pitch;
+#pragma unroll
+      for (int i = start; i < end; i += 512) {
+        if (i + 512 <= end || i + 16 * lane < end) {
+          ptx::cp_async16(to + target + i - start + own, source + first + i + 16 * lane);
+        }
+      }
+    }
+  }
+
+  LOGQUANT_DEVICE void fetch(unsigned char* stage) const {
+    constexpr PageFormat f = S::kFormat;
+    constexpr int kSkew = Channels::kSkew ? Channels::kSkew : 4 * S::kDim;
+    copy<4 * L::kKeyBlock, L::kKeyBlock, L::kKeyPitch>(stage, 0);
+    copy<4 * S::kDim, kSkew, kSkew + 16>(stage + L::kKeyParams, 4 * f.key_params());
+    copy<L::kValueBlocks * L::kValueBlock, L::kValueBlock, L::kValuePitch>(stage + L::kValues, 4 * f.value_codes());
+    copy<4 * S::kGroups * S::kTokens, 512, 512>(stage + L::kValueParams, 4 * f.value_params());
+  }
+
+  // Four pairs of a row of 16-bit elements from pair n on; zeros past the last.
+  template <class P>
+  LOGQUANT_DEVICE void read_quad(uint32_t (&to)[4], const unsigned char* row, int n) const {
+    const unsigned char* const p = row + P::skewed(P::offset(t, n));
+    if (n + 4 <= P::kCount) {
+      put(to, read<uint4>(p));
+    } else {
+      const uint2 two = read<uint2>(p);
+      to[0] = two.x;
+      to[1] = two.y;
+      to[2] = to[3] = 0;
+    }
+  }
+
+  // q of 8 rows a tile as B operands, scaled by a power of two a row into fp16's best range.
+  LOGQUANT_DEVICE void load_query() {
+    const int16_t* const map =
+        S::kMapped ? a.key_map.data + batch * a.key_map.batch_stride + kv_head * a.key_map.head_stride : nullptr;
+    const float sign = a.scale > 0.0f ? 1.0f : a.scale < 0.0f ? -1.0f : 0.0f;
+    const float size = a.scale != 0.0f ? fabsf(a.scale) * kLog2e : 1.0f;
+#pragma unroll
+    for (int u = 0; u < tiles; ++u) {
+      const int row = first_row + 8 * u + g;
+      const T* const q = query(min(row, row_total - 1));
+      const float use = row < row_total ? 1.0f : 0.0f;
+      float most = 0.0f;
+      for (int n = 0; n < Channels::kCount; ++n) {
+        const int c = Channels::element(t, n);
+        most = fmaxf(most, fmaxf(fabsf(Element<T>::wide(q[c])), fabsf(Element<T>::wide(q[c + 1]))) * use);
+      }
+      most = fmaxf(most, __shfl_xor_sync(ptx::kFullMask, most, 1));
+      most = fmaxf(most, __shfl_xor_sync(ptx::kFullMask, most, 2));
+      int exponent = most > 0.0f ? static_cast<int>(__float_as_uint(most) >> 23) - 127 : 0;
+      exponent = min(max(exponent, -120), 120);
+      const float down = __uint_as_float(static_cast<uint32_t>(127 - exponent) << 23) * sign;
+      const float up = __uint_as_float(static_cast<uint32_t>(127 + exponent) << 23) * size;
+      const auto pair = [&](int c, int d, float x, float y) {
+        return row < row_total ? ptx::pack_f16(Element<T>::wide(q[c]) * (down * x), Element<T>::wide(q[d]) * (down * y))
+                               : 0u;
+      };
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        constant_factor[u][r] = __shfl_sync(ptx::kFullMask, up, (2 * t + r) * 4);
+        code_factor[u][r] = constant_factor[u][r] * kUnit;
+      }
+      if constexpr (L::kQueryInRegisters) {
+#pragma unroll
+        for (int n = 0; n < 4 * Columns::kQuads; ++n) {
+          const int c = Columns::element(t, n);
+          query_pairs[n] = n < Columns::kCount ? pair(c, c + 1, 1.0f, 1.0f) : 0u;
+          scaled_pairs[n] = ptx::mul_f16x2(query_pairs[n], inverse_weight<S::kKeyBits>(n));
+        }
+      } else if (warp == 0) {
+        uint32_t* const table = reinterpret_cast<uint32_t*>(shared + L::kQuery + u * L::kTable);
+        uint32_t* const scaled = reinterpret_cast<uint32_t*>(shared + L::kScaledQuery + u * L::kTable);
+        for (int n = 0; n < 4 * Columns::kQuads; ++n) {
+          uint32_t x = 0;
+          if (n < Columns::kCount) {
+            int c = Columns::element(t, n), d = c + 1;
+            float digit_c = 1.0f, digit_d = 1.0f;
+            if constexpr (S::kMapped) {
+              const int first = map[c], second = map[d];
+              c = channel_of(first, S::kDim);
+              d = channel_of(second, S::kDim);
+              digit_c = static_cast<float>(1u << S::kKeyBits * column_digit(first));
+              digit_d = static_cast<float>(1u << S::kKeyBits * column_digit(second));
+            }
+            x = pair(c, d, digit_c, digit_d);
+          }
+          table[(n / 4 * 32 + lane) * 4 + n % 4] = x;
+          scaled[(n / 4 * 32 + lane) * 4 + n % 4] = ptx::mul_f16x2(x, inverse_weight<S::kKeyBits>(n));
+        }
+        if constexpr (S::kMapped) {
+          uint32_t* const zeros = reinterpret_cast<uint32_t*>(shared + L::kZeroQuery + u * L::kZeroTable);
+          for (int n = 0; n < 4 * Channels::kQuads; ++n) {
+            const int c = Channels::element(t, n);
+            zeros[(n / 4 * 32 + lane) * 4 + n % 4] = n < Channels::kCount ? pair(c, c + 1, 1.0f, 1.0f) : 0u;
+          }
+        }
+      }
+    }
+    if constexpr (S::kMapped) {  // where the scale of each of this lane's columns lies in a page's parameters
+#pragma unroll
+      for (int i = 0; i < kGathers; ++i) {
+        const int j = i * 32 + lane;
+        gather[i] = Channels::skewed(2 * channel_of(map[min(j, S::kColumns - 1)], S::kDim));
+      }
+    }
+  }
+
+  LOGQUANT_DEVICE void read_query(uint32_t (&to)[4], int table, int bytes, int u, int quad) const {
+    put(to, read<uint4>(shared + table + u * bytes + (quad * 32 + lane) * 16));
+  }
+
+  LOGQUANT_DEVICE void page_part(int split) {
+    uint32_t* const constants = reinterpret_cast<uint32_t*>(shared);
+    for (int i = threadIdx.x; i < L::kConstants / 4; i += kThreads) {
+      constexpr int b = S::kValueBits;
+      const int quad = i - L::kMinus / 4;
+      constants[i] = i < L::kZeros / 4       ? Operand<__half>::kOnes
+                     : quad >= 0 && quad < 4 ? negative_weight<b>(quad == 1   ? 2
+                                                                  : quad == 2 ? 1
+                                                                              : quad)
+                                             : 0u;
+    }
+    row_in_stage = g < S::kGroups;
+    row_offset = (g == S::kGroups ? 0 : L::kZeros) + t * 4 * kTokenPairs;
+    if (row_in_stage) row_offset = L::kValueParams + 2 * (S::kGroups + g) * S::kTokens + t * 4 * kTokenPairs;
+    if (kCompensated && !L::kScalesApart && g > S::kGroups && g <= 2 * S::kGroups) {
+      row_in_stage = true;
+      row_offset = L::kValueParams + 2 * (g - S::kGroups - 1) * S::kTokens + t * 4 * kTokenPairs;
+    }
+    unsigned char* const ring = shared + L::kRings + warp * kStages * L::kStage;
+    const int pages = used(a, batch, 0), step = a.page_splits * kWarps;
+    const int first = split * kWarps + warp;
+    unsigned char* stage = ring;
+    source_step = step * a.pages.page_stride * 4;
+    if (first < pages) {
+      source = reinterpret_cast<const unsigned char*>(page_at(a, batch, kv_head, first));
+      fetch(stage);
+    }
+    ptx::cp_async_commit();
+    load_query();
+    __syncthreads();  // constants and tables
+
+    for (int page = first; page < pages; page += step) {
+      ptx::cp_async_wait<0>();
+      __syncwarp();  // the page is there for all lanes, and all lanes are done with the other stage
+      unsigned char* const other = stage == ring ? ring + L::kStage : ring;
+      if (page + step < pages) {
+        seek(page + step);
+        fetch(other);
+      }
+      ptx::cp_async_commit();
+      attend_page(stage, page);
+      stage = other;
+    }
+    ptx::cp_async_wait<0>();
+    finish_pages();
+  }
+
+  LOGQUANT_DEVICE void attend_page(unsigned char* stage, int page) {
+    float constant[tiles][2];
+    float s[tiles][kKeyTiles][4];
+    scores(stage, s, constant);
+    if (!plain) mask_scores(s, constant, static_cast<int64_t>(page) * S::kTokens);
+
+    uint32_t p[tiles][kTokenPairs];                                    // weights as B operands
+    uint32_t scaled[tiles][kAllGroups ? S::kGroups : 1][kTokenPairs];  // p', or p times the largest scale
+    uint32_t scales[kAllGroups ? S::kGroups : 1][kTokenPairs];
+    const unsigned char* const value_scales = stage + L::kValueParams + t * 4 * kTokenPairs;
+    if constexpr (kAllGroups) {
+#pragma unroll
+      for (int group = 0; group < S::kGroups; ++group) read_token_pairs(scales[group], value_scales, group);
+    } else {
+      read_token_pairs(scales[0], value_scales, 0);
+#pragma unroll
+      for (int group = 1; group < S::kGroups; ++group) {
+        uint32_t others[kTokenPairs];
+        read_token_pairs(others, value_scales, group);
+#pragma unroll
+        for (int i = 0; i < kTokenPairs; ++i) scales[0][i] = ptx::max_nan_f16x2(scales[0][i], others[i]);
+      }
+    }
+    const auto weigh = [&]() __attribute__((always_inline)) {
+#pragma unroll
+      for (int u = 0; u < tiles; ++u) {
+        const float low = fmaf(constant[u][0], constant_factor[u][0], -top[u][0]);
+        const float high = fmaf(constant[u][1], constant_factor[u][1], -top[u][1]);
+#pragma unroll
+        for (int i = 0; i < kTokenPairs; ++i) {
+          const float* const x = s[u][i / 2] + 2 * (i % 2);
+          p[u][i] = ptx::movmatrix_trans(ptx::pack_f16(ptx::exp2(fmaf(x[0], code_factor[u][0], low)),
+                                                       ptx::exp2(fmaf(x[1], code_factor[u][1], high))));
+          const uint32_t y = plain_weight(i) ? p[u][i] : ptx::mul_f16x2(p[u][i], inverse_weight<S::kValueBits>(i));
+#pragma unroll
+          for (int group = 0; group < (kAllGroups ? S::kGroups : 1); ++group) {
+            scaled[u][group][i] = ptx::mul_f16x2(y, scales[group][i]);
+          }
+        }
+      }
+    };
+    weigh();
+    // p' >= 2^15, infinite or NaN anywhere (an infinite p ends up there too): the first page, then almost never.
+    constexpr int kScaled = sizeof scaled / 4;
+    const bool far = ((max_of<kScaled>(&scaled[0][0][0]) + 0x08000800u) & 0x80008000u) != 0;
+    if (__any_sync(ptx::kFullMask, far)) {
+      move_reference(s, constant, max_of<sizeof scales / 4>(&scales[0][0]));
+      weigh();
+    }
+    parameter_sums(stage, p, s);
+    if constexpr (kCompensated && kAllGroups) {
+#pragma unroll
+      for (int u = 0; u < tiles; ++u) {
+#pragma unroll
+        for (int group = 0; group < S::kGroups; ++group) subtract_rounded(u, group, scaled[u][group]);
+      }
+    }
+
+    // Values. Groups follow each other, so p' of one at a time is enough.
+#pragma unroll
+    for (int group = 0; group < S::kGroups; ++group) {
+      uint32_t own[tiles][kTokenPairs] = {};
+      if constexpr (!kAllGroups) {
+        uint32_t group_scales[kTokenPairs];
+        read_token_pairs(group_scales, value_scales, group);
+#pragma unroll
+        for (int u = 0; u < tiles; ++u) {
+#pragma unroll
+          for (int i = 0; i < kTokenPairs; ++i) {
+            const uint32_t y = plain_weight(i) ? p[u][i] : ptx::mul_f16x2(p[u][i], inverse_weight<S::kValueBits>(i));
+            own[u][i] = ptx::mul_f16x2(y, group_scales[i]);
+          }
+          if constexpr (kCompensated) subtract_rounded(u, group, own[u]);
+        }
+      }
+      const auto operand = [&](int u, int i) { return kAllGroups ? scaled[u][kAllGroups ? group : 0][i] : own[u][i]; };
+      constexpr int kTilesPerGroup = S::kGroup / 16;
+#pragma unroll
+      for (int j = group * kTilesPerGroup; j < (group + 1) * kTilesPerGroup; ++j) {
+        if (L::kWide && j % 2 && j / 2 < L::kWideBlocks) continue;  // done with its neighbour
+        const bool wide = j / 2 < L::kWideBlocks;
+        const unsigned char* const words =
+            stage + L::kValues + (L::kValueBlocks == 4 ? t : t / 2) * L::kValuePitch + 64 * j + (wide ? 16 : 8) * g;
+        if (wide) {
+          uint4 held[ValueWords::kCount];
+#pragma unroll
+          for (int f = 0; f < ValueWords::kCount; ++f) held[f] = read<uint4>(words + f * 4 * S::kValueDim);
+          value_tile(j, operand, [&](int f, int h) { return h ? held[f].y : held[f].x; });
+          value_tile(j + 1, operand, [&](int f, int h) { return h ? held[f].w : held[f].z; });
+        } else {
+          uint2 held[ValueWords::kCount];
+#pragma unroll
+          for (int f = 0; f < ValueWords::kCount; ++f) held[f] = read<uint2>(words + f * 4 * S::kValueDim);
+          value_tile(j, operand, [&](int f, int h) { return h ? held[f].y : held[f].x; });
+        }
+      }
+    }
+  }
+
+  static LOGQUANT_DEVICE constexpr bool plain_weight(int i) { return i % (8 / S::kValueBits) == 0; }
+
+  LOGQUANT_DEVICE void read_token_pairs(uint32_t (&to)[kTokenPairs], const unsigned char* rows, int row) const {
+#pragma unroll
+    for (int i = 0; i < kTokenPairs; i += 4) put(to + i, read<uint4>(rows + row * 2 * S::kTokens + 4 * i));
+  }
+
+  // S, and for each row of q the part of the score that all tokens share.
+  LOGQUANT_DEVICE void scores(const unsigned char* stage, float (&s)[tiles][kKeyTiles][4],
+                              float (&constant)[tiles][2]) {
+    const unsigned char* scale_row = stage + L::kKeyParams;
+    if constexpr (S::kMapped) {
+      unsigned char* const by_column = shared + L::kColumnScales + warp * Columns::skewed(2 * S::kColumns);
+#pragma unroll
+      for (int i = 0; i < kGathers; ++i) {
+        const int j = i * 32 + lane;
+        const uint16_t scale = read<uint16_t>(scale_row + gather[i]);
+        if (i * 32 + 32 <= S::kColumns || j < S::kColumns) {
+          *reinterpret_cast<uint16_t*>(by_column + Columns::skewed(2 * j)) = scale;
+        }
+      }
+      __syncwarp();
+      scale_row = by_column;
+    }
+    uint32_t q[tiles][4 * Columns::kQuads];  // q' = q * scale * 2^-(b*i)
+    float zero_even[tiles][4], zero_odd[tiles][4], mean_even[tiles][4], mean_odd[tiles][4];
+#pragma unroll
+    for (int u = 0; u < tiles; ++u) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) zero_even[u][i] = zero_odd[u][i] = mean_even[u][i] = mean_odd[u][i] = 0.0f;
+    }
+#pragma unroll
+    for (int quad = 0; quad < Columns::kQuads; ++quad) {
+      A4 scale, zero;
+      read_quad<Columns>(scale, scale_row, 4 * quad);
+      if constexpr (!S::kMapped) read_quad<Channels>(zero, stage + L::kKeyParams + L::kKeyZeros, 4 * quad);
+#pragma unroll
+      for (int u = 0; u < tiles; ++u) {
+        A4 original = {}, reduced = {};
+        if constexpr (L::kQueryInRegisters) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) original[i] = query_pairs[4 * quad + i], reduced[i] = scaled_pairs[4 * quad + i];
+        } else {
+          if (kCompensated || !S::kMapped) read_query(original, L::kQuery, L::kTable, u, quad);
+          read_query(reduced, L::kScaledQuery, L::kTable, u, quad);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) q[u][4 * quad + i] = ptx::mul_f16x2(reduced[i], scale[i]);
+        const B2 even = {original[0], original[2]}, odd = {original[1], original[3]};
+        if constexpr (!S::kMapped) {
+          ptx::mma<__half>(zero_even[u], zero, even);
+          ptx::mma<__half>(zero_odd[u], zero, odd);
+        }
+        if constexpr (kCompensated) {
+          ptx::mma<__half>(mean_even[u], scale, even);
+          ptx::mma<__half>(mean_odd[u], scale, odd);
+          constexpr int b = S::kKeyBits;
+          const A4 minus = {negative_weight<b>(0), negative_weight<b>(2), negative_weight<b>(1), negative_weight<b>(3)};
+          const B2 first = {q[u][4 * quad], q[u][4 * quad + 1]}, second = {q[u][4 * quad + 2], q[u][4 * quad + 3]};
+          ptx::mma<__half>(mean_even[u], minus, first);
+          ptx::mma<__half>(mean_odd[u], minus, second);
+        }
+      }
+    }
+    if constexpr (S::kMapped) {
+#pragma unroll
+      for (int quad = 0; quad < Channels::kQuads; ++quad) {
+        A4 zero;
+        read_quad<Channels>(zero, stage + L::kKeyParams + L::kKeyZeros, 4 * quad);
+#pragma unroll
+        for (int u = 0; u < tiles; ++u) {
+          A4 original;
+          read_query(original, L::kZeroQuery, L::kZeroTable, u, quad);
+          const B2 even = {original[0], original[2]}, odd = {original[1], original[3]};
+          ptx::mma<__half>(zero_even[u], zero, even);
+          ptx::mma<__half>(zero_odd[u], zero, odd);
+        }
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < tiles; ++u) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        constant[u][r] = zero_even[u][r] + zero_odd[u][2 + r];
+        if constexpr (kCompensated)
+          constant[u][r] = fmaf(kKeyMean, mean_even[u][r] + mean_odd[u][2 + r], constant[u][r]);
+      }
+    }
+
+    const unsigned char* const rows = stage + (g / 2) * L::kKeyPitch + g % 2 * 4 * L::kKeyWords;
+#pragma unroll
+    for (int i = 0; i < kKeyTiles; ++i) {
+#pragma unroll
+      for (int u = 0; u < tiles; ++u) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) s[u][i][k] = 0.0f;
+      }
+      uint32_t words[2][KeyWords::kCount];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) read_key_words(words[h], rows + (4 * i + 2 * h) * 4 * L::kKeyWords);
+#pragma unroll
+      for (int w = 0; w < KeyWords::kCount; ++w) {
+        const uint32_t x = words[0][w], y = words[1][w], x8 = x >> 8, y8 = y >> 8;
+        constexpr int b = S::kKeyBits, kPerWord = 16 / b;
+        const int pairs = w < KeyWords::kWhole                     ? kPerWord
+                          : w < KeyWords::kWhole + KeyWords::kHalf ? kPerWord / 2
+                                                                   : kPerWord / 4;
+        const int first = w * kPerWord - (w > KeyWords::kWhole ? kPerWord / 2 : 0);
+#pragma unroll
+        for (int n = 0; n < pairs; n += 2) {
+          const A4 codes = {code_pair<b>(x, x8, n), code_pair<b>(y, y8, n), code_pair<b>(x, x8, n + 1),
+                            code_pair<b>(y, y8, n + 1)};
+#pragma unroll
+          for (int u = 0; u < tiles; ++u) {
+            const B2 rows_of_q = {q[u][first + n], q[u][first + n + 1]};
+            ptx::mma<__half>(s[u][i], codes, rows_of_q);
+          }
+        }
+      }
+    }
+  }
+
+  LOGQUANT_DEVICE void read_key_words(uint32_t (&to)[KeyWords::kCount], const unsigned char* row) const {
+    constexpr int whole = KeyWords::kWhole;
+    const unsigned char* const own = row + t * 4 * whole;
+    if constexpr (whole % 4 == 0 && L::kKeyWords % 4 == 0) {
+#pragma unroll
+      for (int w = 0; w < whole; w += 4) put(to + w, read<uint4>(own + 4 * w));
+    } else if constexpr (whole % 2 == 0 && L::kKeyWords % 2 == 0) {
+#pragma unroll
+      for (int w = 0; w < whole; w += 2) {
+        const uint2 two = read<uint2>(own + 4 * w);
+        to[w] = two.x;
+        to[w + 1] = two.y;
+      }
+    } else {
+#pragma unroll
+      for (int w = 0; w < whole; ++w) to[w] = read<uint32_t>(own + 4 * w);
+    }
+    if constexpr (KeyWords::kHalf) to[whole] = read<uint32_t>(row + 4 * (4 * whole + t / 2)) >> 8 * (t % 2);
+    if constexpr (KeyWords::kQuarter) {
+      to[whole + KeyWords::kHalf] = read<uint32_t>(row + 4 * (L::kKeyWords - 1)) >> 4 * t;
+    }
+  }
+
+  // Puts into S what gives the masked score by the plain formula, and -inf where a row does not see a slot.
+  LOGQUANT_DEVICE void mask_scores(float (&s)[tiles][kKeyTiles][4], const float (&constant)[tiles][2], int64_t first) {
+#pragma unroll
+    for (int u = 0; u < tiles; ++u) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = first_row + 8 * u + 2 * t + r;
+        if (row >= row_total) continue;
+        const Row where = row_of(a, batch, kv_head, row);
+        const float shared_part = constant[u][r] * constant_factor[u][r];
+#pragma unroll
+        for (int i = 0; i < kKeyTiles; ++i) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int token = S::kTokens / 4 * (g / 2) + 4 * i + 2 * h + g % 2;
+            float& x = s[u][i][2 * h + r];
+            const float score = seen_score(a, where, first + token, fmaf(x, code_factor[u][r], shared_part));
+            x = (score - shared_part) / code_factor[u][r];
+            if (score == -INFINITY) x = -INFINITY;  // even if the key holds a NaN
+          }
+        }
+      }
+    }
+  }
+
+  // Moves the reference to where this page's largest weight, with its scale, is 2^8.
+  LOGQUANT_DEVICE void move_reference(const float (&s)[tiles][kKeyTiles][4], float (&constant)[tiles][2],
+                                      uint32_t largest_scales) {
+    float scale = fmaxf(Operand<__half>::low(largest_scales), Operand<__half>::high(largest_scales));
+    scale = fmaxf(scale, __shfl_xor_sync(ptx::kFullMask, scale, 1));
+    scale = fmaxf(scale, __shfl_xor_sync(ptx::kFullMask, scale, 2));
+    const float margin = static_cast<float>(max(static_cast<int>(__float_as_uint(scale) >> 23) - 126, 0)) - 8.0f;
+#pragma unroll
+    for (int u = 0; u < tiles; ++u) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float most = s[u][0][r];
+#pragma unroll
+        for (int i = 0; i < kKeyTiles; ++i) most = fmaxf(most, fmaxf(s[u][i][r], s[u][i][2 + r]));
+        most = max_over_tokens(most);
+        // A page that a row does not see must not leave the NaN of its keys behind.
+        if (most == -INFINITY) constant[u][r] = 0.0f;
+        const float score = fmaf(most, code_factor[u][r], constant[u][r] * constant_factor[u][r]) + margin;
+        const float moved = fmaxf(fmaxf(top[u][r], score), kLowest), factor = ptx::exp2(top[u][r] - moved);
+        top[u][r] = moved;
+        sums_even[u][r] *= factor;
+        sums_odd[u][2 + r] *= factor;
+        if constexpr (L::kScalesApart) means_even[u][r] *= factor, means_odd[u][2 + r] *= factor;
+#pragma unroll
+        for (int j = 0; j < L::kTiles; ++j) out[u][j][r] *= factor, out[u][j][2 + r] *= factor;
+      }
+    }
+  }
+
+  // sum p * zero and sum p (and, for the compensation, sum p * scale).
+  LOGQUANT_DEVICE void parameter_sums(const unsigned char* stage, const uint32_t (&p)[tiles][kTokenPairs],
+                                      const float (&s)[tiles][kKeyTiles][4]) {
+    const unsigned char* const row = (row_in_stage ? stage : shared) + row_offset;
+#pragma unroll
+    for (int n = 0; n < kTokenPairs; n += 4) {
+      A4 words;
+      put(words, read<uint4>(row + 4 * n));
+      if (!plain) spare_hidden(words, n, s);
+#pragma unroll
+      for (int u = 0; u < tiles; ++u) {
+        const B2 even = {p[u][n], p[u][n + 2]}, odd = {p[u][n + 1], p[u][n + 3]};
+        ptx::mma<__half>(sums_even[u], words, even);
+        ptx::mma<__half>(sums_odd[u], words, odd);
+        if constexpr (L::kScalesApart) {
+          A4 scale_words;
+          put(scale_words, read<uint4>((row_in_stage ? row - 2 * S::kGroups * S::kTokens : row) + 4 * n));
+          ptx::mma<__half>(means_even[u], scale_words, even);
+          ptx::mma<__half>(means_odd[u], scale_words, odd);
+        }
+      }
+    }
+  }
+
+  // A NaN zero times a weight of 0 would be a NaN for rows that do not see the token: takes NaNs out of the operand and
+  // puts one into the sum of each row that does see one.
+  LOGQUANT_DEVICE void spare_hidden(A4& words, int n, const float (&s)[tiles][kKeyTiles][4]) {
+    A4 bad;
+    bool any = false;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t low = (words[i] & 0x7C00u) == 0x7C00u ? 0xFFFFu : 0u;
+      const uint32_t high = (words[i] & 0x7C000000u) == 0x7C000000u ? 0xFFFF0000u : 0u;
+      bad[i] = (low | high) & 0x3C003C00u;
+      words[i] &= ~(low | high);
+      any = any || bad[i] != 0;
+    }
+    if (!__any_sync(ptx::kFullMask, any)) return;
+#pragma unroll
+    for (int u = 0; u < tiles; ++u) {
+      uint32_t seen[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* const x = s[u][(n + i) / 2] + 2 * (i % 2);
+        seen[i] = ptx::movmatrix_trans(ptx::pack_f16(x[0] == -INFINITY ? 0.0f : 1.0f, x[1] == -INFINITY ? 0.0f : 1.0f));
+      }
+      float count_even[4] = {}, count_odd[4] = {};
+      ptx::mma<__half>(count_even, bad, {seen[0], seen[2]});
+      ptx::mma<__half>(count_odd, bad, {seen[1], seen[3]});
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (count_even[r] + count_odd[2 + r] > 0.0f) sums_even[u][r] = NAN;
+      }
+    }
+  }
+
+  // Compensation of p': minus sum p' * 2^(b*i), into the row of the group's scales.
+  LOGQUANT_DEVICE void subtract_rounded(int u, int group, const uint32_t* scaled) {
+    const bool mine = g == (L::kScalesApart ? group : S::kGroups + 1 + group);
+    A4 minus;
+    put(minus, read<uint4>(shared + L::kMinus + (mine ? 0 : 16)));
+#pragma unroll
+    for (int n = 0; n < kTokenPairs; n += 4) {
+      const B2 first = {scaled[n], scaled[n + 1]}, second = {scaled[n + 2], scaled[n + 3]};
+      ptx::mma<__half>(L::kScalesApart ? means_even[u] : sums_even[u], minus, first);
+      ptx::mma<__half>(L::kScalesApart ? means_odd[u] : sums_odd[u], minus, second);
+    }
+  }
+
+  // The m-tile j of O: word(f, h) is the f-th word of this lane's channel in the tile's half h.
+  template <class Operands, class Word>
+  LOGQUANT_DEVICE void value_tile(int j, const Operands& operand, const Word& word) {
+    constexpr int b = S::kValueBits;
+    constexpr int kPairs = ValueWords::kWhole ? 16 / b : 8 / b;  // of a word that are this lane's
+#pragma unroll
+    for (int f = 0; f < ValueWords::kCount; ++f) {
+      uint32_t x = word(f, 0), y = word(f, 1);
+      if constexpr (!ValueWords::kWhole) x >>= 8 * (t % 2), y >>= 8 * (t % 2);
+      const uint32_t x8 = x >> 8, y8 = y >> 8;
+#pragma unroll
+      for (int n = 0; n < kPairs; n += 2) {
+        const A4 codes = {code_pair<b>(x, x8, n), code_pair<b>(y, y8, n), code_pair<b>(x, x8, n + 1),
+                          code_pair<b>(y, y8, n + 1)};
+#pragma unroll
+        for (int u = 0; u < tiles; ++u) {
+          const B2 weights = {operand(u, f * kPairs + n), operand(u, f * kPairs + n + 1)};
+          ptx::mma<__half>(out[u][j], codes, weights);
+        }
+      }
+    }
+  }
+
+  LOGQUANT_DEVICE void finish_pages() {
+#pragma unroll
+    for (int u = 0; u < tiles; ++u) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float total = sums_even[u][r] + sums_odd[u][2 + r];
+        const float apart = means_even[u][r] + means_odd[u][2 + r];
+        sum[u][r] = __shfl_sync(ptx::kFullMask, total, 4 * S::kGroups + t);
+#pragma unroll
+        for (int group = 0; group < S::kGroups; ++group) {
+          float zeros = __shfl_sync(ptx::kFullMask, total, 4 * group + t);
+          if constexpr (kCompensated) {
+            const float mean = L::kScalesApart ? __shfl_sync(ptx::kFullMask, apart, 4 * group + t)
+                                               : __shfl_sync(ptx::kFullMask, total, 4 * (S::kGroups + 1 + group) + t);
+            zeros = fmaf(kValueMean, mean, zeros);
+          }
+#pragma unroll
+          for (int j = group * (S::kGroup / 16); j < (group + 1) * (S::kGroup / 16); ++j) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) out[u][j][2 * h + r] = fmaf(out[u][j][2 * h + r], kUnit, zeros);
+          }
+        }
+      }
+    }
+  }
+
+  // --------------------------------------------------------------------------------------------------------- window
+  // Exact tokens, 16 at a time and warp, straight from global memory. A lane takes 8 of every 32 channels, then 4 of
+  // the last 16: the same order of k for q and keys.
+  template <int dim>
+  struct WindowRow {
+    static constexpr int kWords = dim / 8;
+    uint32_t words[kWords];
+    LOGQUANT_DEVICE void load(const T* row, int t, bool ok) {
+#pragma unroll
+      for (int n = 0; n < kWords; ++n) words[n] = 0;
+      if (!ok) return;
+#pragma unroll
+      for (int c = 0; c + 32 <= dim; c += 32) put(words + c / 8, ptx::load<uint4>(row + c + 8 * t));
+      if constexpr (dim % 32 != 0) {
+        const uint2 two = ptx::load<uint2>(row + dim - 16 + 4 * t);
+        words[kWords - 2] = two.x;
+        words[kWords - 1] = two.y;
+      }
+    }
+  };
+
+  LOGQUANT_DEVICE void window_part(int split) {
+    WindowRow<S::kDim> q[tiles];
+    float totals[tiles][4];
+#pragma unroll
+    for (int u = 0; u < tiles; ++u) {
+      const int row = first_row + 8 * u + g;
+      q[u].load(query(min(row, row_total - 1)), t, row < row_total);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) totals[u][i] = 0.0f;
+    }
+    const int tokens = used(a, batch, 1);
+    const int64_t first_slot = a.page_count * S::kTokens;
+    const T* const keys =
+        static_cast<const T*>(a.window_k.data) + batch * a.window_k.batch_stride + kv_head * a.window_k.head_stride;
+    const T* const values =
+        static_cast<const T*>(a.window_v.data) + batch * a.window_v.batch_stride + kv_head * a.window_v.head_stride;
+    for (int base = (split * kWarps + warp) * 16; base < tokens; base += a.window_splits * kWarps * 16) {
+      WindowRow<S::kDim> k[2];
+      WindowRow<S::kValueDim> v[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        k[h].load(keys + (base + g + 8 * h) * a.window_k.token_stride, t, base + g + 8 * h < tokens);
+      B2 p[tiles];
+      B2 seen[tiles];
+#pragma unroll
+      for (int u = 0; u < tiles; ++u) {
+        float s[4] = {};
+#pragma unroll
+        for (int n = 0; n < S::kDim / 8; n += 2) {
+          const A4 operand = {k[0].words[n], k[1].words[n], k[0].words[n + 1], k[1].words[n + 1]};
+          const B2 rows = {q[u].words[n], q[u].words[n + 1]};
+          ptx::mma<T>(s, operand, rows);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int token = base + g + 8 * (i / 2), row = first_row + 8 * u + 2 * t + i % 2;
+          s[i] *= a.scale * kLog2e;
+          if (!plain && token < tokens && row < row_total) {
+            s[i] = seen_score(a, row_of(a, batch, kv_head, row), first_slot + token, s[i]);
+          }
+          if (token >= tokens) s[i] = -INFINITY;
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          seen[u][h] = Operand<T>::pack(s[2 * h] == -INFINITY ? 0.0f : 1.0f, s[2 * h + 1] == -INFINITY ? 0.0f : 1.0f);
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const float most = max_over_tokens(fmaxf(s[r], s[2 + r]));
+          const float moved = fmaxf(fmaxf(top[u][r], most), kLowest), factor = ptx::exp2(top[u][r] - moved);
+          top[u][r] = moved;
+          totals[u][r] *= factor;
+#pragma unroll
+          for (int j = 0; j < L::kTiles; ++j) out[u][j][r] *= factor, out[u][j][2 + r] *= factor;
+          s[r] = ptx::exp2(s[r] - moved);
+          s[2 + r] = ptx::exp2(s[2 + r] - moved);
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) p[u][h] = ptx::movmatrix_trans(Operand<T>::pack(s[2 * h], s[2 * h + 1]));
+        const A4 ones = {Operand<T>::kOnes, Operand<T>::kOnes, Operand<T>::kOnes, Operand<T>::kOnes};
+        ptx::mma<T>(totals[u], ones, p[u]);
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        v[h].load(values + (base + g + 8 * h) * a.window_v.token_stride, t, base + g + 8 * h < tokens);
+      if (!plain) spare_hidden_values(v, seen);
+#pragma unroll
+      for (int j = 0; j < L::kTiles;
+           ++j) {  // m-tile j: words 2j (rows 0-7) and 2j + 1 (rows 8-15) of the lanes' values
+        const A4 operand = {ptx::movmatrix_trans(v[0].words[2 * j]), ptx::movmatrix_trans(v[0].words[2 * j + 1]),
+                            ptx::movmatrix_trans(v[1].words[2 * j]), ptx::movmatrix_trans(v[1].words[2 * j + 1])};
+#pragma unroll
+        for (int u = 0; u < tiles; ++u) ptx::mma<T>(out[u][j], operand, p[u]);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < tiles; ++u) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) sum[u][r] = totals[u][r];
+    }
+  }
+
+  // As spare_hidden, for values of the window that are not finite.
+  LOGQUANT_DEVICE void spare_hidden_values(WindowRow<S::kValueDim> (&v)[2], const B2 (&seen_tokens)[tiles]) {
+    constexpr uint32_t kLow = Operand<T>::kExponent, kHigh = kLow << 16;
+    bool any = false;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int n = 0; n < S::kValueDim / 8; ++n) {
+        any = any || (v[h].words[n] & kLow) == kLow || (v[h].words[n] & kHigh) == kHigh;
+      }
+    }
+    if (!__any_sync(ptx::kFullMask, any)) return;
+    B2 seen[tiles];
+#pragma unroll
+    for (int u = 0; u < tiles; ++u) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) seen[u][h] = ptx::movmatrix_trans(seen_tokens[u][h]);
+    }
+#pragma unroll
+    for (int j = 0; j < L::kTiles; ++j) {
+      A4 bad;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        uint32_t& word = v[i / 2].words[2 * j + i % 2];
+        const uint32_t mask = ((word & kLow) == kLow ? 0xFFFFu : 0u) | ((word & kHigh) == kHigh ? 0xFFFF0000u : 0u);
+        word &= ~mask;
+        bad[i] = ptx::movmatrix_trans(mask & Operand<T>::kOnes);
+      }
+#pragma unroll
+      for (int u = 0; u < tiles; ++u) {
+        float count[4] = {};
+        ptx::mma<T>(count, bad, seen[u]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (count[i] > 0.0f) out[u][j][i] = NAN;
+        }
+      }
+    }
+  }
+
+  // ---------------------------------------------------------------------------------------------------------- merge
+  // The warps' parts into one, and that to global memory.
+  LOGQUANT_DEVICE void merge(int split, bool pages) {
+    constexpr int kRows = 8 * tiles, kDim = S::kValueDim;
+    float* const parts = reinterpret_cast<float*>(shared);  // [warp][row][channel]
+    float* const sums = parts + kWarps * kRows * kDim;      // [warp][row][2]
+    __syncthreads();
+#pragma unroll
+    for (int u = 0; u < tiles; ++u) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = warp * kRows + 8 * u + 2 * t + r;
+        if (g == 0) sums[2 * row] = top[u][r], sums[2 * row + 1] = sum[u][r];
+#pragma unroll
+        for (int j = 0; j < L::kTiles; ++j) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            parts[row * kDim + (pages ? page_channel(j, h) : window_channel(j, h))] = out[u][j][2 * h + r];
+          }
+        }
+      }
+    }
+    __syncthreads();
+    for (int row = 0; row < min(kRows, row_total - first_row); ++row) {
+      float reference = -INFINITY, total = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) reference = fmaxf(reference, sums[2 * (w * kRows + row)]);
+      const float finite = reference == -INFINITY ? 0.0f : reference;
+      float factor[kWarps];
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        factor[w] = ptx::exp2(sums[2 * (w * kRows + row)] - finite);
+        total += factor[w] * sums[2 * (w * kRows + row) + 1];
+      }
+      const int64_t at = partial_index(a, batch, kv_head, split, first_row + row);
+      for (int c = threadIdx.x; c < kDim; c += kThreads) {
+        float x = 0.0f;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) x += factor[w] * parts[(w * kRows + row) * kDim + c];
+        a.partial_out[at * kDim + c] = x;
+      }
+      if (threadIdx.x == 0) {
+        a.partial_sums[2 * at] = reference;
+        a.partial_sums[2 * at + 1] = total;
+      }
+    }
+  }
+
+  LOGQUANT_DEVICE int page_channel(int j, int h) const {
+    return j / 2 < L::kWideBlocks ? 32 * (j / 2) + 4 * g + 2 * (j % 2) + h : 16 * j + 2 * g + h;
+  }
+  LOGQUANT_DEVICE int window_channel(int j, int h) const {
+    return j / 2 < S::kValueDim / 32 ? 32 * (j / 2) + 8 * (g / 2) + 4 * (j % 2) + 2 * h + g % 2
+                                     : 16 * j + 4 * (g / 2) + 2 * h + g % 2;
+  }
+
+  static constexpr int kGathers = S::kMapped ? (S::kColumns + 31) / 32 : 1;
+
+  const AttendArgs& a;
+  unsigned char* const shared;
+  const int warp, lane, g, t;
+  const int64_t batch, kv_head;
+  const int first_row, row_total;
+  const bool plain;
+  // Of rows 8 * tile + 2t and 2t + 1.
+  float top[tiles][2];  // the reference exponent
+  float sum[tiles][2];  // of weights relative to it
+  float code_factor[tiles][2], constant_factor[tiles][2];
+  float out[tiles][L::kTiles][4];
+  float sums_even[tiles][4] = {}, sums_odd[tiles][4] = {}, means_even[tiles][4] = {}, means_odd[tiles][4] = {};
+  uint32_t query_pairs[L::kQueryInRegisters ? 4 * Columns::kQuads : 1];
+  uint32_t scaled_pairs[L::kQueryInRegisters ? 4 * Columns::kQuads : 1];
+  int gather[kGathers];
+  const unsigned char* source = nullptr;  // of the next page
+  int64_t source_step = 0;
+  // Where this lane's row of the product of parameters and p lies: in the stage, or in the constants.
+  bool row_in_stage = false;
+  int row_offset = 0;
+};
+
+template <class T, class S, int tiles>
+__global__ void __launch_bounds__(kThreads, S::kValueDim <= 128 && tiles == 1 ? 3 : 2)
+    attend_pages(__grid_constant__ const AttendArgs args) {
+  LOGQUANT_DYNAMIC_SHARED(shared);
+  TensorAttention<T, S, tiles>(args, shared).run();
+}
+
+template <class T, class S, int tiles>
+cudaError_t launch_tiles(const AttendArgs& args, cudaStream_t stream) {
+  constexpr int kRows = 8 * tiles, kBytes = Layout<S, std::is_same_v<T, __half>, tiles>::kBytes;
+  const dim3 grid(args.page_splits + args.window_splits, args.batch * args.kv_heads,
+                  (row_count(args) + kRows - 1) / kRows);
+  return ptx::launch(&attend_pages<T, S, tiles>, grid, kThreads, kBytes, stream, args);
+}
+
+template <class T, class S>
+cudaError_t launch(const AttendArgs& args, cudaStream_t stream) {
+  if constexpr (S::kValueDim <= 128) {
+    if (row_count(args) > 8) return launch_tiles<T, S, 2>(args, stream);
+  }
+  return launch_tiles<T, S, 1>(args, stream);
+}
+
+}  // namespace tensor
+}  // namespace logquant::cuda
+
+// One source per format (attend_*.cu) defines its kernels with this, and attend_tensor.cu lists them.
+#define LOGQUANT_TENSOR_KERNELS(name, ...)                                                                  \
+  namespace logquant::cuda {                                                                                \
+  extern const TensorKernel name[2];                                                                        \
+  const TensorKernel name[2] = {                                                                            \
+      {Shape<__VA_ARGS__>::kFormat, Dtype::kFloat16, &tensor::launch<__half, Shape<__VA_ARGS__>>},          \
+      {Shape<__VA_ARGS__>::kFormat, Dtype::kBFloat16, &tensor::launch<__nv_bfloat16, Shape<__VA_ARGS__>>}}; \
+  }

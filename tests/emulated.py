@@ -1,0 +1,284 @@
+"""The CUDA kernels on the CPU: csrc/cuda/*.cu compiled by g++ against csrc/emulator, called through ctypes.
+
+The functions have the signatures of :mod:`logquant.reference` and take CPU tensors. Nothing here checks arguments: the
+tests only pass valid ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import struct
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import ninja
+import torch
+from torch import Tensor
+
+from logquant.reference import DTYPES, PageFormat
+
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
+FLAGS = [
+    "-std=c++20",
+    "-O2",
+    "-g1",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-ffp-contract=off",
+    "-march=native",
+]
+ORDERS = ("forward", "reverse", "random")
+COPIES = ("lazy", "eager", "random")
+COUNTERS = ("blocks", "barriers", "collectives", "mma", "async_bytes", "load_bytes")
+
+
+def cuda_include() -> Path | None:
+    """CUDA's headers: of a toolkit, or of the PyPI package nvidia-cuda-runtime."""
+    places = [
+        os.environ.get("CUDA_HOME"),
+        "/usr/local/cuda",
+        *sorted(map(str, Path("/usr/local").glob("cuda-*")))[::-1],
+    ]
+    candidates = [Path(place) / "include" for place in places if place]
+    packages = Path(sysconfig.get_path("purelib")) / "nvidia"
+    candidates += [*packages.glob("cu*/include"), *packages.glob("cuda_runtime/include")]
+    return next((path for path in candidates if (path / "cuda_fp16.h").exists()), None)
+
+
+def build(name: str, sources: list[Path], flags: list[str], *, shared: bool) -> Path:
+    """Compile sources with ninja into the build directory, again only where something changed."""
+    include = cuda_include()
+    if include is None:
+        raise RuntimeError("the emulated kernels need CUDA's headers: set CUDA_HOME to a toolkit")
+    directory = ROOT / "build" / f"emulated-{name}"
+    directory.mkdir(parents=True, exist_ok=True)
+    compiler = os.environ.get("CXX", "g++")
+    objects = {source: f"{source.name}.o" for source in sources}
+    lines = [
+        "rule compile",
+        f"  command = {compiler} -MMD -MF $out.d {' '.join(flags)} -isystem {include} -x c++ -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {compiler} {' '.join(flags)} {'-shared' if shared else ''} $in -o $out",
+        *(f"build {target}: compile {source}" for source, target in objects.items()),
+        f"build {name}: link {' '.join(objects.values())}",
+        "",
+    ]
+    (directory / "build.ninja").write_text("\n".join(lines))
+    result = subprocess.run(
+        [Path(ninja.BIN_DIR) / "ninja", "-C", directory, "-j2"], capture_output=True, text=True, check=False
+    )
+    if result.returncode:
+        raise RuntimeError(f"the emulated kernels do not compile:\n{result.stdout[-4000:]}")
+    return directory / name
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    sources = [
+        *sorted((CSRC / "cuda").glob("*.cu")),
+        CSRC / "emulator/emulator.cpp",
+        CSRC / "tests/emulated_module.cpp",
+    ]
+    lib = ctypes.CDLL(str(build("kernels.so", sources, FLAGS, shared=True)))
+    for name in ("quantize", "dequantize", "evict", "attend", "attend_path"):
+        getattr(lib, f"emulated_{name}").restype = ctypes.c_char_p
+    lib.emulated_attend_workspace.restype = ctypes.c_int64
+    return lib
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How the imaginary GPU runs: order of threads, timing of cp.async, rounding of tensor cores (emulator.h)."""
+
+    order: str = "forward"
+    copies: str = "lazy"
+    seed: int = 1
+    mma_block: int = 0
+    mma_guard_bits: int = 1
+    multiprocessors: int = 2
+
+
+def _configure(m: Machine) -> None:
+    library().emulated_configure(
+        ORDERS.index(m.order),
+        COPIES.index(m.copies),
+        ctypes.c_int64(m.seed),
+        m.mma_block,
+        m.mma_guard_bits,
+        m.multiprocessors,
+    )
+
+
+@contextlib.contextmanager
+def machine(**settings: object) -> Iterator[None]:
+    """Run kernels on another machine within a ``with`` block."""
+    _configure(Machine(**settings))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        _configure(Machine())
+
+
+def counters() -> dict[str, int]:
+    """What was counted since the last call; of mma, whole instructions."""
+    values = (ctypes.c_int64 * len(COUNTERS))()
+    library().emulated_counters(values)
+    return dict(zip(COUNTERS, values, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------ the operators
+def _float(x: float) -> int:
+    return int(struct.unpack("<I", struct.pack("<f", x))[0])
+
+
+def _format(fmt: PageFormat) -> list[int]:
+    return list(astuple(fmt))
+
+
+def _tokens(x: Tensor) -> list[int]:
+    return [x.data_ptr(), DTYPES.index(x.dtype), *x.stride()[:3]]
+
+
+def _pages(x: Tensor) -> list[int]:
+    return [x.data_ptr(), *x.stride()[:3]]
+
+
+def _broadcast(x: Tensor, dim: int) -> int:
+    return 0 if x.shape[dim] == 1 else x.stride(dim)
+
+
+def _map(x: Tensor | None) -> list[int]:
+    return [0, 0, 0] if x is None else [x.data_ptr(), _broadcast(x, 0), _broadcast(x, 1)]
+
+
+def _rows(x: Tensor | None) -> list[int]:
+    return [0, 0] if x is None else [x.data_ptr(), _broadcast(x, 0)]
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _call(name: str, numbers: list[int]) -> None:
+    error = getattr(library(), f"emulated_{name}")((ctypes.c_int64 * len(numbers))(*numbers))
+    if error is not None:
+        raise RuntimeError(error.decode())
+
+
+def quantize(
+    k: Tensor, v: Tensor, fmt: PageFormat, *, index: Tensor | None = None, key_map: Tensor | None = None
+) -> Tensor:
+    k, v = _dense(k), _dense(v)
+    index = None if index is None else index.contiguous()
+    batch, heads, tokens, _ = k.shape
+    count = (tokens if index is None else index.shape[1]) // fmt.page_tokens
+    pages = torch.empty(batch, heads, count, fmt.words, dtype=torch.int32)
+    numbers = [*_format(fmt), *_tokens(k), *_tokens(v), *_pages(pages), *_map(key_map), *_rows(index)]
+    if pages.numel():
+        _call("quantize", [*numbers, batch, heads, count, tokens])
+    return pages
+
+
+def dequantize(
+    pages: Tensor, fmt: PageFormat, *, dtype: torch.dtype = torch.float32, key_map: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    pages = _dense(pages)
+    batch, heads, count, _ = pages.shape
+    k = torch.empty(batch, heads, count * fmt.page_tokens, fmt.head_dim, dtype=dtype)
+    v = torch.empty(batch, heads, count * fmt.page_tokens, fmt.value_dim, dtype=dtype)
+    numbers = [*_format(fmt), *_tokens(k), *_tokens(v), *_pages(pages), *_map(key_map), batch, heads, count]
+    if pages.numel():
+        _call("dequantize", numbers)
+    return k, v
+
+
+def evict_(
+    window_k: Tensor,
+    window_v: Tensor,
+    pages: Tensor,
+    fmt: PageFormat,
+    *,
+    page: int,
+    tokens: int,
+    start: int,
+    step: int,
+    count: int,
+    key_map: Tensor | None = None,
+) -> None:
+    target = pages[:, :, page:]
+    numbers = [*_format(fmt), *_tokens(window_k), *_tokens(window_v), *_pages(target), *_map(key_map)]
+    _call("evict", [*numbers, *window_k.shape[:2], tokens, start, step, count])
+
+
+MASK_KINDS = (None, torch.bool, *DTYPES)
+
+
+def _attend_numbers(
+    q: Tensor,
+    pages: Tensor,
+    window_k: Tensor,
+    window_v: Tensor,
+    fmt: PageFormat,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    key_map: Tensor | None = None,
+    positions: Tensor | None = None,
+    mask: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    sinks: Tensor | None = None,
+    page_table: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> list[int]:
+    kv_heads = window_k.shape[1]
+    page_count = pages.shape[2] if page_table is None else page_table.shape[1]
+    page_view = _pages(pages) if page_table is None else [pages.data_ptr(), 0, pages.stride(1), pages.stride(0)]
+    numbers = [*_format(fmt), q.shape[0], kv_heads, q.shape[1] // kv_heads, q.shape[2], page_count]
+    numbers += [window_k.shape[2], pages.shape[0], *_tokens(q), *page_view, *_tokens(window_k), *_tokens(window_v)]
+    numbers += [*_map(key_map), _float(scale), _float(softcap)]
+    for rows in (page_table, lengths, positions, query_positions):
+        numbers += _rows(rows)
+    numbers.append(MASK_KINDS.index(None if mask is None else mask.dtype))
+    if mask is None:
+        numbers += [0] * 6
+    else:
+        numbers += [mask.data_ptr(), *(_broadcast(mask, dim) for dim in range(3)), mask.stride(3), mask.shape[3]]
+    return [*numbers, 0 if sinks is None else sinks.data_ptr(), out.data_ptr(), lse.data_ptr()]
+
+
+def attend(
+    q: Tensor, pages: Tensor, window_k: Tensor, window_v: Tensor, fmt: PageFormat, **options: object
+) -> tuple[Tensor, Tensor]:
+    q, pages, window_k, window_v = (_dense(x) for x in (q, pages, window_k, window_v))
+    for name in ("positions", "query_positions", "sinks", "page_table", "lengths"):
+        if isinstance(x := options.get(name), Tensor):
+            options[name] = x.contiguous()
+    out = torch.full((*q.shape[:3], fmt.value_dim), torch.nan, dtype=q.dtype)
+    lse = torch.full(q.shape[:3], torch.nan)
+    numbers = _attend_numbers(q, pages, window_k, window_v, fmt, out, lse, **options)  # type: ignore[arg-type]
+    if lse.numel():
+        size = library().emulated_attend_workspace((ctypes.c_int64 * len(numbers))(*numbers))
+        workspace = torch.full((size,), torch.nan)
+        _call("attend", [*numbers, workspace.data_ptr()])
+    return out, lse
+
+
+def attend_path(
+    q: Tensor, pages: Tensor, window_k: Tensor, window_v: Tensor, fmt: PageFormat, **options: object
+) -> str:
+    """The kernel that :func:`attend` takes for these arguments: ``"tensor"`` or ``"general"``."""
+    numbers = _attend_numbers(q, pages, window_k, window_v, fmt, q, q, **options)  # type: ignore[arg-type]
+    return library().emulated_attend_path((ctypes.c_int64 * len(numbers))(*numbers)).decode()

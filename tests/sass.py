@@ -1,0 +1,84 @@
+"""Reads machine code: the instructions of attend's page loop, from what cuobjdump prints of a cubin."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z0-9_.]+)(.*?);")
+
+
+def cuobjdump() -> str | None:
+    """The tool: of $CUOBJDUMP, the PATH, a toolkit, or the PyPI package nvidia-cuda-cuobjdump."""
+    packages = Path(sysconfig.get_path("purelib")) / "nvidia"
+    places = [os.environ.get("CUOBJDUMP"), shutil.which("cuobjdump"), *map(str, packages.glob("cu*/bin/cuobjdump"))]
+    return next((place for place in places if place and Path(place).exists()), None)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    predicate: str
+    opcode: str
+    operands: str
+
+    @property
+    def target(self) -> int | None:
+        match = re.search(r"0x([0-9a-f]+)\s*$", self.operands.strip())
+        return int(match[1], 16) if match and self.opcode.startswith("BRA") else None
+
+
+def functions(cubin: Path) -> dict[str, list[Instruction]]:
+    """The kernels of a cubin by their mangled names."""
+    tool = cuobjdump()
+    assert tool is not None
+    text = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    found: dict[str, list[Instruction]] = {}
+    current: list[Instruction] = []
+    for line in text.splitlines():
+        if match := re.search(r"Function : (\S+)", line):
+            current = found.setdefault(match[1], [])
+        elif match := LINE.match(line):
+            current.append(Instruction(int(match[1], 16), (match[2] or "").strip(), match[3], match[4]))
+    return found
+
+
+def page_loop(code: list[Instruction]) -> list[Instruction]:
+    """The instructions that a warp issues for one page on the common path.
+
+    The loop is the backward branch whose body holds most HMMA. Of its forward branches, those around rare blocks are
+    taken: what moves the reference exponent (SHFL), masks scores (calls, reciprocals, loads), spares hidden NaNs (FSET)
+    or looks a page up in a table (a load). Convergence branches: BRA.CONV is taken, BRA.DIV is not.
+    """
+    at = {x.address: i for i, x in enumerate(code)}
+    loops = [(x.target, x.address) for x in code if x.target is not None and x.target < x.address]
+    low, high = max(
+        loops, key=lambda loop: sum(x.opcode.startswith("HMMA") for x in code if loop[0] <= x.address <= loop[1])
+    )
+
+    def is_rare(first: int, last: int) -> bool:
+        body = [x.opcode for x in code[first:last]]
+        if any(op.startswith("LDGSTS") for op in body):
+            return False
+        return any(op.startswith(("SHFL", "CALL", "MUFU.RCP", "MUFU.TANH", "LDG", "FSET.")) for op in body)
+
+    path: list[Instruction] = []
+    i = at[low]
+    while len(path) < 20_000:
+        x = code[i]
+        path.append(x)
+        if x.address == high:
+            break
+        if x.target is not None and x.target > x.address:
+            j = at[x.target]
+            always = not x.predicate and not re.search(r"\bU?!?P\d", x.operands)
+            if ".DIV" not in x.opcode and (".CONV" in x.opcode or always or is_rare(i + 1, j)):
+                i = j
+                continue
+        i += 1
+    return path
