@@ -1,11 +1,13 @@
-"""The backends that every operator test runs on: plain torch, and each CPU instruction set of this machine."""
+"""The backends that every operator test runs on: plain torch, each CPU instruction set, the emulated CUDA kernels."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from unittest import mock
 
 from logquant import ops
+from tests import emulated
 
 if ops.extension_error() is None:
     from logquant import _C
@@ -14,13 +16,19 @@ if ops.extension_error() is None:
 else:  # the tests of the compiled operators then fail with the reason, they do not vanish
     CPU_SETS = ["cpu"]
 
-BACKENDS = ["reference", *CPU_SETS]
+# Where no CUDA headers are, the emulated kernels cannot be compiled, and their tests say so by being absent.
+EMULATED = ["emulated"] if emulated.cuda_include() else []
+BACKENDS = ["reference", *CPU_SETS, *EMULATED]
 
 
 @contextlib.contextmanager
 def on(backend: str) -> Iterator[None]:
     """Run the operators on a backend of :data:`BACKENDS`."""
     name, _, isa = backend.partition("-")
+    if name == "emulated":
+        with ops.use_backend("reference"), mock.patch.object(ops, "reference", emulated):
+            yield
+        return
     with ops.use_backend(name):  # type: ignore[arg-type]
         if not isa:
             yield

@@ -25,6 +25,7 @@ from logquant.reference import DTYPES, PageFormat
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
+KERNEL_SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 FLAGS = [
     "-std=c++20",
     "-O2",
@@ -43,11 +44,8 @@ COUNTERS = ("blocks", "barriers", "collectives", "mma", "async_bytes", "load_byt
 
 def cuda_include() -> Path | None:
     """CUDA's headers: of a toolkit, or of the PyPI package nvidia-cuda-runtime."""
-    places = [
-        os.environ.get("CUDA_HOME"),
-        "/usr/local/cuda",
-        *sorted(map(str, Path("/usr/local").glob("cuda-*")))[::-1],
-    ]
+    versions = sorted(map(str, Path("/usr/local").glob("cuda-*")), reverse=True)
+    places = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", *versions]
     candidates = [Path(place) / "include" for place in places if place]
     packages = Path(sysconfig.get_path("purelib")) / "nvidia"
     candidates += [*packages.glob("cu*/include"), *packages.glob("cuda_runtime/include")]
@@ -85,11 +83,7 @@ def build(name: str, sources: list[Path], flags: list[str], *, shared: bool) -> 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    sources = [
-        *sorted((CSRC / "cuda").glob("*.cu")),
-        CSRC / "emulator/emulator.cpp",
-        CSRC / "tests/emulated_module.cpp",
-    ]
+    sources = [*KERNEL_SOURCES, CSRC / "emulator/emulator.cpp", CSRC / "tests/emulated_module.cpp"]
     lib = ctypes.CDLL(str(build("kernels.so", sources, FLAGS, shared=True)))
     for name in ("quantize", "dequantize", "evict", "attend", "attend_path"):
         getattr(lib, f"emulated_{name}").restype = ctypes.c_char_p

@@ -57,9 +57,8 @@ def page_loop(code: list[Instruction]) -> list[Instruction]:
     """
     at = {x.address: i for i, x in enumerate(code)}
     loops = [(x.target, x.address) for x in code if x.target is not None and x.target < x.address]
-    low, high = max(
-        loops, key=lambda loop: sum(x.opcode.startswith("HMMA") for x in code if loop[0] <= x.address <= loop[1])
-    )
+    products = [x.address for x in code if x.opcode.startswith("HMMA")]
+    low, high = max(loops, key=lambda loop: sum(loop[0] <= address <= loop[1] for address in products))
 
     def is_rare(first: int, last: int) -> bool:
         body = [x.opcode for x in code[first:last]]

@@ -8,10 +8,10 @@ namespace {
 constexpr int kCombineThreads = 128;
 
 // One softmax out of the splits' parts. A block is one row of one KV head; its threads are channels. Splits are added
-// in their order, so that the same input gives the same bits. Memory: 4 Dv + 8 bytes a split. Budget: 40 registers.
+// in their order, so that the same input gives the same bits. Memory: 4 Dv + 8 bytes a split. Budget: 48 registers.
 template <class T>
 __global__ void __launch_bounds__(kCombineThreads) attend_combine(__grid_constant__ const AttendArgs a) {
-  const int64_t batch = blockIdx.y / a.kv_heads, kv_head = blockIdx.y % a.kv_heads;
+  const int heads = static_cast<int>(a.kv_heads), batch = blockIdx.y / heads, kv_head = blockIdx.y % heads;
   const int splits = a.page_splits + a.window_splits, dim = a.format.value_dim;
   const Row row = row_of(a, batch, kv_head, blockIdx.x);
   const auto at = [&](int split) { return partial_index(a, batch, kv_head, split, blockIdx.x); };
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kCombineThreads) attend_combine(__grid_constan
   for (int s = 0; s < splits; ++s) {
     total += a.partial_sums[2 * at(s) + 1] * ptx::exp2(a.partial_sums[2 * at(s)] - reference);
   }
-  const int64_t out_row = (batch * a.kv_heads * a.group + row.head) * a.queries + row.query;
+  const int64_t out_row = (int64_t{batch} * a.kv_heads * a.group + row.head) * a.queries + row.query;
   T* const out = static_cast<T*>(a.out) + out_row * dim;
   for (int c = threadIdx.x; c < dim; c += kCombineThreads) {
     float sum = 0.0f;
@@ -44,6 +44,8 @@ int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 const char* attend_path(const AttendArgs& args) { return find_tensor_kernel(args) ? "tensor" : "general"; }
 
 int64_t plan(AttendArgs& args, int multiprocessors) {
+  args.plain = args.softcap == 0.0f && args.positions == nullptr && args.query_positions == nullptr &&
+               args.mask_kind == AttendArgs::MaskKind::kNone;
   // Three blocks fit on a multiprocessor. At batch 1 there are few heads, and many splits fill the GPU; at batch 128
   // one split a head does. A split has at least two pages for each of its four warps, or 64 tokens of the window.
   const int64_t heads = args.batch * args.kv_heads * ceil_div(row_count(args), 8);

@@ -12,11 +12,12 @@ inline constexpr float kLog2e = 1.4426950408889634f;
 inline constexpr float kHidden = -1e38f;  // an additive mask at or below hides a slot (reference.HIDDEN)
 
 struct Row {
-  int64_t batch, head, query;  // head: of the queries
+  int batch, head, query;  // head: of the queries
 };
 
-LOGQUANT_DEVICE Row row_of(const AttendArgs& a, int64_t batch, int64_t kv_head, int row) {
-  return {batch, kv_head * a.group + row % a.group, row / a.group};
+LOGQUANT_DEVICE Row row_of(const AttendArgs& a, int batch, int kv_head, int row) {
+  const int group = static_cast<int>(a.group);
+  return {batch, kv_head * group + row % group, row / group};
 }
 LOGQUANT_DEVICE int64_t query_offset(const AttendArgs& a, const Row& r) {
   return r.batch * a.q.batch_stride + r.head * a.q.head_stride + r.query * a.q.token_stride;
@@ -42,17 +43,11 @@ LOGQUANT_DEVICE const uint32_t* page_at(const AttendArgs& a, int64_t batch, int6
          block * a.pages.page_stride;
 }
 
-// Does a slot's score depend on more than query and key?
-LOGQUANT_DEVICE bool is_plain(const AttendArgs& a) {
-  return a.softcap == 0.0f && a.positions == nullptr && a.query_positions == nullptr &&
-         a.mask_kind == AttendArgs::MaskKind::kNone;
-}
-
 // The score (log2) of a slot for a row: softcap, additive mask, and -inf where the row does not see the slot.
-LOGQUANT_DEVICE float seen_score(const AttendArgs& a, const Row& r, int64_t slot, float score) {
+LOGQUANT_DEVICE float seen_score(const AttendArgs& a, const Row& r, int slot, float score) {
   using Kind = AttendArgs::MaskKind;
   if (a.softcap != 0.0f) score = a.softcap * kLog2e * tanhf(score / (a.softcap * kLog2e));
-  const int64_t position = a.positions != nullptr ? a.positions[r.batch * a.positions_batch_stride + slot] : slot;
+  const int position = a.positions != nullptr ? a.positions[r.batch * a.positions_batch_stride + slot] : slot;
   bool seen = position >= 0;
   if (a.query_positions != nullptr) {
     seen = seen && position <= a.query_positions[r.batch * a.query_positions_batch_stride + r.query];

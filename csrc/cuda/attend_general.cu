@@ -26,8 +26,8 @@ class GeneralAttention {
  public:
   LOGQUANT_DEVICE GeneralAttention(const AttendArgs& args, unsigned char* shared)
       : a(args),
-        batch(blockIdx.y / args.kv_heads),
-        kv_head(blockIdx.y % args.kv_heads),
+        batch(blockIdx.y / static_cast<int>(args.kv_heads)),
+        kv_head(blockIdx.y % static_cast<int>(args.kv_heads)),
         first_row(blockIdx.z * rows),
         row_total(static_cast<int>(args.group * args.queries)),
         q(reinterpret_cast<float*>(shared)),
@@ -110,7 +110,7 @@ class GeneralAttention {
         }
       }
     }
-    softmax(score, static_cast<int64_t>(p) * f.page_tokens, f.page_tokens);
+    softmax(score, p * f.page_tokens, f.page_tokens);
 
     const uint16_t* const value_params = reinterpret_cast<const uint16_t*>(page + f.value_params());
     const int value_elements = elements_per_word(f.value_bits);
@@ -148,7 +148,7 @@ class GeneralAttention {
         for (int r = 0; r < rows; ++r) score[r] = fmaf(q[c * rows + r], x, score[r]);
       }
     }
-    softmax(score, a.page_count * f.page_tokens + first, count);
+    softmax(score, static_cast<int>(a.page_count) * f.page_tokens + first, count);
     for (int c = self; c < f.value_dim; c += kThreads) {
       float acc[rows];
       begin(acc, c);
@@ -159,15 +159,14 @@ class GeneralAttention {
   }
 
   // Scores of this thread's token into weights for all; `count` of the threads have a token.
-  LOGQUANT_DEVICE void softmax(float (&score)[rows], int64_t first_slot, int count) {
+  LOGQUANT_DEVICE void softmax(float (&score)[rows], int first_slot, int count) {
     const int self = threadIdx.x;
-    const bool plain = is_plain(a);
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
       const int row = first_row + r;
       if (self >= count || row >= row_total) {
         score[r] = -INFINITY;
-      } else if (!plain) {
+      } else if (!a.plain) {
         score[r] = seen_score(a, row_of(a, batch, kv_head, row), first_slot + self, score[r]);
       }
       float most = score[r];
@@ -238,7 +237,7 @@ class GeneralAttention {
   }
 
   const AttendArgs& a;
-  const int64_t batch, kv_head;
+  const int batch, kv_head;
   const int first_row, row_total;
   // Shared memory. q is times scale * log2(e); [channel or token][row] so that a thread reads all rows at once.
   float *q, *scaled_q, *out, *weights, *warp_max, *constants, *rescale;

@@ -30,8 +30,8 @@
 //
 // Memory: each page once, by cp.async into a ring of two pages for each warp, plus 4 (Dv + 2) bytes a row and split.
 // Budget for D = 128, 2 bits, 8 rows: 168 registers, 48 KB of shared memory, so that three blocks fit on an SM: 12
-// warps with a page each in flight, 61 KB, and an H100 needs 20 KB an SM (3.35 TB/s * 800 ns / 132). At most 10
-// instructions a token (tests/test_cuda_budget.py).
+// warps with a page each in flight, 61 KB, and an H100 needs 20 KB an SM (3.35 TB/s * 800 ns / 132). Instructions a
+// token: tests/test_cuda_budget.py; an H100 is memory-bound below 22.
 #pragma once
 
 #include "attend.cuh"
@@ -114,9 +114,10 @@ struct Layout {
   static constexpr int kValueParams = kValues + kValueBlocks * kValuePitch;
   static constexpr int kStage = kValueParams + 4 * S::kGroups * S::kTokens;
 
-  // Before the rings: a row of ones, one of zeros, a quad of negative weights, one of zeros; the tables of q; scales by
-  // column, one row a warp.
-  static constexpr int kZeros = 2 * S::kTokens, kMinus = 4 * S::kTokens, kConstants = kMinus + 32;
+  // Before the rings: a row of ones, one of zeros; quads of negative weights of values, of zeros, of keys; the tables
+  // of q; scales by column, one row a warp.
+  static constexpr int kZeros = 2 * S::kTokens, kMinus = 4 * S::kTokens, kKeyMinus = kMinus + 32;
+  static constexpr int kConstants = kKeyMinus + 16;
   static constexpr bool kQueryInRegisters = Columns::kCount <= 16 && tiles == 1 && !S::kMapped;
   static constexpr int kTable = Columns::kQuads * 512, kZeroTable = Channels::kQuads * 512;
   static constexpr int kQuery = kConstants, kScaledQuery = kQuery + (kQueryInRegisters ? 0 : tiles * kTable);
@@ -222,11 +223,10 @@ class TensorAttention {
         lane(threadIdx.x % 32),
         g(lane / 4),
         t(lane % 4),
-        batch(blockIdx.y / args.kv_heads),
-        kv_head(blockIdx.y % args.kv_heads),
+        batch(blockIdx.y / static_cast<int>(args.kv_heads)),
+        kv_head(blockIdx.y % static_cast<int>(args.kv_heads)),
         first_row(blockIdx.z * 8 * tiles),
-        row_total(static_cast<int>(args.group * args.queries)),
-        plain(is_plain(args)) {}
+        row_total(static_cast<int>(args.group * args.queries)) {}
 
   LOGQUANT_DEVICE void run() {
     const int split = blockIdx.x;
@@ -389,10 +389,10 @@ class TensorAttention {
     for (int i = threadIdx.x; i < L::kConstants / 4; i += kThreads) {
       constexpr int b = S::kValueBits;
       const int quad = i - L::kMinus / 4;
+      const int n = i % 4 == 1 ? 2 : i % 4 == 2 ? 1 : i % 4;
       constants[i] = i < L::kZeros / 4       ? Operand<__half>::kOnes
-                     : quad >= 0 && quad < 4 ? negative_weight<b>(quad == 1   ? 2
-                                                                  : quad == 2 ? 1
-                                                                              : quad)
+                     : i >= L::kKeyMinus / 4 ? negative_weight<S::kKeyBits>(n)
+                     : quad >= 0 && quad < 4 ? negative_weight<b>(n)
                                              : 0u;
     }
     row_in_stage = g < S::kGroups;
@@ -435,7 +435,7 @@ class TensorAttention {
     float constant[tiles][2];
     float s[tiles][kKeyTiles][4];
     scores(stage, s, constant);
-    if (!plain) mask_scores(s, constant, static_cast<int64_t>(page) * S::kTokens);
+    if (!a.plain) mask_scores(s, constant, page * S::kTokens);
 
     uint32_t p[tiles][kTokenPairs];                                    // weights as B operands
     uint32_t scaled[tiles][kAllGroups ? S::kGroups : 1][kTokenPairs];  // p', or p times the largest scale
@@ -554,6 +554,8 @@ class TensorAttention {
       __syncwarp();
       scale_row = by_column;
     }
+    A4 minus = {};
+    if constexpr (kCompensated) put(minus, read<uint4>(shared + L::kKeyMinus));
     uint32_t q[tiles][4 * Columns::kQuads];  // q' = q * scale * 2^-(b*i)
     float zero_even[tiles][4], zero_odd[tiles][4], mean_even[tiles][4], mean_odd[tiles][4];
 #pragma unroll
@@ -586,8 +588,6 @@ class TensorAttention {
         if constexpr (kCompensated) {
           ptx::mma<__half>(mean_even[u], scale, even);
           ptx::mma<__half>(mean_odd[u], scale, odd);
-          constexpr int b = S::kKeyBits;
-          const A4 minus = {negative_weight<b>(0), negative_weight<b>(2), negative_weight<b>(1), negative_weight<b>(3)};
           const B2 first = {q[u][4 * quad], q[u][4 * quad + 1]}, second = {q[u][4 * quad + 2], q[u][4 * quad + 3]};
           ptx::mma<__half>(mean_even[u], minus, first);
           ptx::mma<__half>(mean_odd[u], minus, second);
@@ -676,7 +676,7 @@ class TensorAttention {
   }
 
   // Puts into S what gives the masked score by the plain formula, and -inf where a row does not see a slot.
-  LOGQUANT_DEVICE void mask_scores(float (&s)[tiles][kKeyTiles][4], const float (&constant)[tiles][2], int64_t first) {
+  LOGQUANT_DEVICE void mask_scores(float (&s)[tiles][kKeyTiles][4], const float (&constant)[tiles][2], int first) {
 #pragma unroll
     for (int u = 0; u < tiles; ++u) {
 #pragma unroll
@@ -733,16 +733,20 @@ class TensorAttention {
   LOGQUANT_DEVICE void parameter_sums(const unsigned char* stage, const uint32_t (&p)[tiles][kTokenPairs],
                                       const float (&s)[tiles][kKeyTiles][4]) {
     const unsigned char* const row = (row_in_stage ? stage : shared) + row_offset;
+    A4 words[kTokenPairs / 4];
+#pragma unroll
+    for (int n = 0; n < kTokenPairs; n += 4) put(words[n / 4], read<uint4>(row + 4 * n));
+    if (!a.plain) {
+#pragma unroll
+      for (int n = 0; n < kTokenPairs; n += 4) spare_hidden(words[n / 4], n, s);
+    }
 #pragma unroll
     for (int n = 0; n < kTokenPairs; n += 4) {
-      A4 words;
-      put(words, read<uint4>(row + 4 * n));
-      if (!plain) spare_hidden(words, n, s);
 #pragma unroll
       for (int u = 0; u < tiles; ++u) {
         const B2 even = {p[u][n], p[u][n + 2]}, odd = {p[u][n + 1], p[u][n + 3]};
-        ptx::mma<__half>(sums_even[u], words, even);
-        ptx::mma<__half>(sums_odd[u], words, odd);
+        ptx::mma<__half>(sums_even[u], words[n / 4], even);
+        ptx::mma<__half>(sums_odd[u], words[n / 4], odd);
         if constexpr (L::kScalesApart) {
           A4 scale_words;
           put(scale_words, read<uint4>((row_in_stage ? row - 2 * S::kGroups * S::kTokens : row) + 4 * n));
@@ -869,17 +873,22 @@ class TensorAttention {
   };
 
   LOGQUANT_DEVICE void window_part(int split) {
-    WindowRow<S::kDim> q[tiles];
+    // Where q would take too many registers, it is read again (from L1) for each 16 tokens.
+    constexpr bool kKeepQuery = S::kDim * tiles <= 128;
+    WindowRow<S::kDim> q[kKeepQuery ? tiles : 1];
+    const auto load_row = [&](WindowRow<S::kDim>& to, int u) {
+      const int row = first_row + 8 * u + g;
+      to.load(query(min(row, row_total - 1)), t, row < row_total);
+    };
     float totals[tiles][4];
 #pragma unroll
     for (int u = 0; u < tiles; ++u) {
-      const int row = first_row + 8 * u + g;
-      q[u].load(query(min(row, row_total - 1)), t, row < row_total);
+      if constexpr (kKeepQuery) load_row(q[u], u);
 #pragma unroll
       for (int i = 0; i < 4; ++i) totals[u][i] = 0.0f;
     }
     const int tokens = used(a, batch, 1);
-    const int64_t first_slot = a.page_count * S::kTokens;
+    const int first_slot = static_cast<int>(a.page_count) * S::kTokens;
     const T* const keys =
         static_cast<const T*>(a.window_k.data) + batch * a.window_k.batch_stride + kv_head * a.window_k.head_stride;
     const T* const values =
@@ -895,17 +904,19 @@ class TensorAttention {
 #pragma unroll
       for (int u = 0; u < tiles; ++u) {
         float s[4] = {};
+        WindowRow<S::kDim>& own = q[kKeepQuery ? u : 0];
+        if constexpr (!kKeepQuery) load_row(own, u);
 #pragma unroll
         for (int n = 0; n < S::kDim / 8; n += 2) {
           const A4 operand = {k[0].words[n], k[1].words[n], k[0].words[n + 1], k[1].words[n + 1]};
-          const B2 rows = {q[u].words[n], q[u].words[n + 1]};
+          const B2 rows = {own.words[n], own.words[n + 1]};
           ptx::mma<T>(s, operand, rows);
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int token = base + g + 8 * (i / 2), row = first_row + 8 * u + 2 * t + i % 2;
           s[i] *= a.scale * kLog2e;
-          if (!plain && token < tokens && row < row_total) {
+          if (!a.plain && token < tokens && row < row_total) {
             s[i] = seen_score(a, row_of(a, batch, kv_head, row), first_slot + token, s[i]);
           }
           if (token >= tokens) s[i] = -INFINITY;
@@ -933,7 +944,7 @@ class TensorAttention {
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         v[h].load(values + (base + g + 8 * h) * a.window_v.token_stride, t, base + g + 8 * h < tokens);
-      if (!plain) spare_hidden_values(v, seen);
+      if (!a.plain) spare_hidden_values(v, seen);
 #pragma unroll
       for (int j = 0; j < L::kTiles;
            ++j) {  // m-tile j: words 2j (rows 0-7) and 2j + 1 (rows 8-15) of the lanes' values
@@ -1051,9 +1062,8 @@ class TensorAttention {
   const AttendArgs& a;
   unsigned char* const shared;
   const int warp, lane, g, t;
-  const int64_t batch, kv_head;
+  const int batch, kv_head;
   const int first_row, row_total;
-  const bool plain;
   // Of rows 8 * tile + 2t and 2t + 1.
   float top[tiles][2];  // the reference exponent
   float sum[tiles][2];  // of weights relative to it

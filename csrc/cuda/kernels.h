@@ -24,6 +24,7 @@ using cpu::EvictArgs;
 
 struct AttendArgs : cpu::AttendArgs {
   int64_t page_blocks = 0;  // with a page table: what its entries must stay below
+  bool plain = false;       // set by plan(): no softcap, mask or positions, so that a score is query times key
   // Set by plan(): how the slots are cut into parts, and where partial results go.
   int page_splits = 0, window_splits = 0;
   float* partial_out = nullptr;   // [batch, kv head, split, row, value_dim]

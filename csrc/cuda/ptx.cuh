@@ -59,10 +59,21 @@ template <int groups_left>
 LOGQUANT_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(groups_left) : "memory");
 }
-// Global memory that no thread of the launch writes.
+// Global memory that no thread of the launch writes. Volatile: loads stay where they are written, for if they moved up
+// to overlap, their results would not fit in the registers.
 template <class T>
-LOGQUANT_DEVICE T load(const void* p) {
-  return __ldg(static_cast<const T*>(p));
+LOGQUANT_DEVICE T load(const void* p);
+template <>
+LOGQUANT_DEVICE uint4 load<uint4>(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+template <>
+LOGQUANT_DEVICE uint2 load<uint2>(const void* p) {
+  uint2 v;
+  asm volatile("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
 }
 LOGQUANT_DEVICE uint32_t mul_f16x2(uint32_t a, uint32_t b) {
   uint32_t d;

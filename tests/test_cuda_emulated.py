@@ -1,0 +1,201 @@
+"""The emulator, and what of the CUDA kernels tests/test_ops.py does not see: orders of threads, rounding, traffic."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+import torch
+
+from logquant import reference
+from logquant.reference import PageFormat
+from tests import emulated
+from tests.test_ops import Problem
+
+if emulated.cuda_include() is None:
+    pytest.skip("needs CUDA's headers", allow_module_level=True)
+
+HALVES = (torch.float16, torch.bfloat16)
+# Those with tensor-core kernels: csrc/cuda/attend_d*.cu.
+TENSOR_FORMATS = [
+    *(PageFormat(dim) for dim in (64, 80, 96, 112, 128, 192, 256)),
+    *(PageFormat(dim, key_columns=dim * 5 // 4) for dim in (64, 128, 256)),
+    PageFormat(128, key_bits=4, value_bits=4),
+]
+MACHINES = [
+    {},
+    {"order": "reverse", "copies": "eager"},
+    {"order": "random", "copies": "random", "seed": 7},
+    {"order": "random", "seed": 8, "multiprocessors": 20},
+]
+
+
+def name_of(fmt: PageFormat) -> str:
+    return f"d{fmt.head_dim}-c{fmt.key_columns}-b{fmt.key_bits}"
+
+
+def problem_of(fmt: PageFormat, dtype: torch.dtype, **shape: int | float) -> Problem:
+    # A map on a format that needs none takes the general kernel; seeds that are multiples of 3 give none.
+    return Problem(fmt, **{"packed": 5 * fmt.page_tokens, "exact": 50, "group": 4, "dtype": dtype, "seed": 3, **shape})
+
+
+def run(problem: Problem, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+    return problem.call(emulated.attend, problem.q, **options)
+
+
+def low_precision_lse(problem: Problem, **options: torch.Tensor | float) -> torch.Tensor:
+    """The log-sum-exp of scores computed in the model's dtype, as its output's error is measured against."""
+    keys, _ = reference.dequantize(problem.pages, problem.fmt, dtype=problem.dtype, key_map=problem.key_map)
+    packed = keys.shape[2]
+    keys = torch.cat([keys, problem.window_k], 2).repeat_interleave(problem.q.shape[1] // keys.shape[1], 1)
+    scores = (problem.q @ keys.mT * problem.scale).float()
+    if cap := options.get("softcap"):
+        scores = cap * torch.tanh(scores / cap)
+    masks = {name: options.get(name) for name in ("positions", "mask", "query_positions", "lengths")}
+    scores = reference.visible_scores(scores, problem.fmt, packed, **masks)
+    if (sinks := options.get("sinks")) is not None:
+        scores = torch.cat([scores, sinks[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+    return scores.logsumexp(-1)
+
+
+def check(problem: Problem, **options: torch.Tensor | float) -> None:
+    """Output and log-sum-exp are at most twice as far off as those of eager attention in the model's dtype."""
+    out, lse = run(problem, **options)
+    truth, true_lse = problem.truth(**options)
+    assert (out.double() - truth).abs().max() <= 2 * problem.low_precision_error(truth, **options)
+    seen = true_lse.isfinite()
+    assert torch.equal(lse.isfinite(), seen)
+    off, low = ((x.double() - true_lse)[seen].abs().max() for x in (lse, low_precision_lse(problem, **options)))
+    assert off <= 2 * low, (off, low)
+
+
+# ------------------------------------------------------------------------------------------------------ the emulator
+@pytest.mark.parametrize("sanitizer", ["none", "address,undefined", "thread"])
+def test_the_emulator_catches_seeded_bugs(sanitizer):
+    flags = [*emulated.FLAGS, *([] if sanitizer == "none" else [f"-fsanitize={sanitizer}", "-O1"])]
+    sources = [emulated.CSRC / "tests/emulated_bugs.cu", emulated.CSRC / "emulator/emulator.cpp"]
+    program = emulated.build(f"bugs-{sanitizer.replace(',', '-')}", sources, flags, shared=False)
+
+    def outcome(*arguments: str) -> tuple[int, str]:
+        result = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+        return result.returncode, result.stdout + result.stderr
+
+    assert outcome("none")[0] == 0
+    if sanitizer == "none":
+        code, text = outcome()
+        assert code == 0, text
+    elif sanitizer == "thread":
+        for bug in ("race", "no_barrier_before", "no_barrier_after"):
+            assert "WARNING: ThreadSanitizer: data race" in outcome(bug)[1], bug
+    else:
+        for bug in ("read_past_shared", "read_past_global"):
+            assert "AddressSanitizer: heap-buffer-overflow" in outcome(bug)[1], bug
+
+
+def test_an_error_names_its_place():
+    k = torch.randn(1, 1, 64, 64)
+    fmt = PageFormat(64)
+    pages = emulated.quantize(k, k, fmt)
+    with pytest.raises(RuntimeError, match="invalid launch configuration"):
+        emulated._call("dequantize", [*emulated._format(fmt), *[0] * 17, 1, 1, 0])
+    assert torch.equal(pages, reference.quantize(k, k, fmt)), "and the next launch works"
+
+
+# ------------------------------------------------------------------------------------------------------- the kernels
+@pytest.mark.parametrize("settings", MACHINES, ids=str)
+def test_codes_do_not_depend_on_the_order_of_threads(settings):
+    fmt = PageFormat(80, 96, 32, 4, 2, key_columns=112)
+    problem = Problem(fmt, packed=64, exact=96, seed=4)
+    k, v = problem.window_k, problem.window_v
+    with emulated.machine(**settings):
+        pages = emulated.quantize(k, v, fmt, key_map=problem.key_map)
+        restored = emulated.dequantize(pages, fmt, key_map=problem.key_map)
+        window = [k.clone(), v.clone(), torch.zeros_like(pages)]
+        emulated.evict_(*window, fmt, page=1, tokens=96, start=1, step=2, count=32, key_map=problem.key_map)
+    assert torch.equal(pages, reference.quantize(k, v, fmt, key_map=problem.key_map))
+    for got, want in zip(restored, reference.dequantize(pages, fmt, key_map=problem.key_map), strict=True):
+        assert torch.equal(got, want)
+    expected = [k.clone(), v.clone(), torch.zeros_like(pages)]
+    reference.evict_(*expected, fmt, page=1, tokens=96, start=1, step=2, count=32, key_map=problem.key_map)
+    assert torch.equal(window[2], expected[2])
+    for got, want in zip(window[:2], expected[:2], strict=True):
+        assert torch.equal(got[:, :, :64], want[:, :, :64])
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("fmt", TENSOR_FORMATS, ids=name_of)
+def test_attend_on_tensor_cores(fmt, dtype):
+    """Every compiled format: 1 to 24 query rows, parts alone, every option at once, every order of threads."""
+    for shape in (
+        {"group": 1},
+        {"group": 4, "queries": 3},
+        {"group": 8, "queries": 3, "packed": fmt.page_tokens},
+        {"packed": 0, "exact": 17},
+        {"exact": 0},
+    ):
+        problem = problem_of(fmt, dtype, **shape)
+        assert problem.call(emulated.attend_path, problem.q) == "tensor"
+        check(problem)
+    problem = problem_of(fmt, dtype, batch=2, queries=3)
+    random = torch.Generator().manual_seed(0)
+    options = {
+        "softcap": 20.0,
+        "positions": torch.randperm(problem.slots, generator=random).int()[None],
+        "query_positions": torch.randint(0, problem.slots, (2, 3), generator=random).int(),
+        "mask": torch.rand(2, 1, 3, problem.slots, generator=random) < 0.7,
+        "sinks": torch.randn(problem.q.shape[1], generator=random),
+        "lengths": torch.tensor([[5, 50], [2, 7]], dtype=torch.int32),
+    }
+    check(problem, **options)
+    results = []
+    for settings in MACHINES[:3]:
+        with emulated.machine(**settings):
+            results.append(run(problem, **options))
+    assert all(torch.equal(x, y) for result in results for x, y in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("place", [3, 70, 330])
+def test_a_hidden_nan_stays_hidden(dtype, place):
+    fmt = PageFormat(128)
+    problem = problem_of(fmt, dtype, queries=2)
+    v = torch.randn(1, 2, 370, 128).to(dtype)
+    v[0, 0, place, 5] = torch.nan
+    problem.pages = reference.quantize(torch.randn(1, 2, 320, 128).to(dtype), v[:, :, :320], fmt)
+    problem.window_v = v[:, :, 320:]
+    mask = torch.ones(1, 1, 2, 370, dtype=torch.bool)
+    mask[0, 0, 0, place] = False
+    out, lse = run(problem, mask=mask)
+    want, _ = problem.call(reference.attend, problem.q, mask=mask)
+    assert torch.equal(out.isnan(), want.isnan())
+    assert lse.isfinite().all()
+
+
+@pytest.mark.parametrize("settings", [{"mma_block": 8}, {"mma_block": 16, "mma_guard_bits": 2}], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("sharpness", [1.0, 8.0])
+def test_attend_with_tensor_cores_that_truncate(settings, dtype, sharpness):
+    problem = problem_of(PageFormat(128), dtype, packed=256, exact=20, heads=1, sharpness=sharpness)
+    with emulated.machine(**settings):
+        check(problem)
+
+
+@pytest.mark.parametrize("fmt", TENSOR_FORMATS, ids=name_of)
+def test_bytes_loaded_are_those_of_the_pages(fmt):
+    problem = problem_of(fmt, torch.bfloat16, batch=1, heads=1, exact=0)
+    emulated.counters()
+    run(problem)
+    assert emulated.counters()["async_bytes"] == problem.pages.numel() * 4
+
+
+def test_few_splits_for_many_heads_and_many_for_few():
+    def blocks(batch: int) -> int:
+        problem = problem_of(PageFormat(64), torch.bfloat16, packed=64 * 64, batch=batch, heads=2)
+        emulated.counters()
+        with emulated.machine(multiprocessors=16):
+            run(problem)
+        return emulated.counters()["blocks"] // batch // 2
+
+    # Blocks a head, and one a row for the combination.
+    assert blocks(1) == 8 + 1 + 4
+    assert blocks(24) == 1 + 1 + 4
