@@ -51,14 +51,16 @@ def functions(cubin: Path) -> dict[str, list[Instruction]]:
 def page_loop(code: list[Instruction]) -> list[Instruction]:
     """The instructions that a warp issues for one page on the common path.
 
-    The loop is the backward branch whose body holds most HMMA. Of its forward branches, those around rare blocks are
+    The loop is the shortest backward branch whose body holds most HMMA. Of its forward branches, those around rare blocks are
     taken: what moves the reference exponent (SHFL), masks scores (calls, reciprocals, loads), spares hidden NaNs (FSET)
     or looks a page up in a table (a load). Convergence branches: BRA.CONV is taken, BRA.DIV is not.
     """
     at = {x.address: i for i, x in enumerate(code)}
     loops = [(x.target, x.address) for x in code if x.target is not None and x.target < x.address]
     products = [x.address for x in code if x.opcode.startswith("HMMA")]
-    low, high = max(loops, key=lambda loop: sum(loop[0] <= address <= loop[1] for address in products))
+    held = {loop: sum(loop[0] <= address <= loop[1] for address in products) for loop in loops}
+    # Blocks that were moved behind the loop jump back into it: they end larger loops.
+    low, high = min((x for x in loops if held[x] >= 0.6 * max(held.values())), key=lambda loop: loop[1] - loop[0])
 
     def is_rare(first: int, last: int) -> bool:
         body = [x.opcode for x in code[first:last]]

@@ -9,7 +9,7 @@
 namespace logquant::cuda {
 
 inline constexpr float kLog2e = 1.4426950408889634f;
-inline constexpr float kHidden = -1e38f;  // an additive mask at or below hides a slot (reference.HIDDEN)
+inline constexpr float kHidden = -1e30f;  // an additive mask at or below hides a slot (reference.HIDDEN)
 
 struct Row {
   int batch, head, query;  // head: of the queries

@@ -218,9 +218,9 @@ class TensorAttention {
  public:
   LOGQUANT_DEVICE TensorAttention(const AttendArgs& args, unsigned char* shared_memory)
       : a(args),
-        shared(shared_memory),
+        shared(ptx::keep_shared(shared_memory)),
         warp(threadIdx.x / 32),
-        lane(threadIdx.x % 32),
+        lane(ptx::keep(static_cast<int>(threadIdx.x % 32))),
         g(lane / 4),
         t(lane % 4),
         batch(blockIdx.y / static_cast<int>(args.kv_heads)),
@@ -258,7 +258,7 @@ class TensorAttention {
   // Where the next page of this warp lies: a step from the last, or in the table.
   LOGQUANT_DEVICE void seek(int page) {
     if (a.page_table != nullptr) {
-      source = reinterpret_cast<const unsigned char*>(page_at(a, batch, kv_head, page));
+      source = reinterpret_cast<const unsigned char*>(page_at(a, batch, kv_head, page)) + 16 * lane;
     } else {
       source += source_step;
     }
@@ -267,15 +267,15 @@ class TensorAttention {
   // `bytes` of the page from `first` on, in blocks that get `to_pitch` each in shared memory.
   template <int bytes, int block, int to_pitch>
   LOGQUANT_DEVICE void copy(unsigned char* to, int first) const {
-    constexpr int kAtOnce = 512 % block == 0 ? 512 : block;  // whole blocks, so that offsets are constants
-    const int own = 16 * lane / block * (to_pitch - block) + 16 * lane;
+    constexpr int kAtOnce = 512 % block == 0 ? 512 : block;              // whole blocks, so that offsets are constants
+    const int own = 16 * lane / block * (to_pitch - block) + 16 * lane;  // of `to`; `source` has it already
 #pragma unroll
     for (int start = 0; start < bytes; start += kAtOnce) {
       const int end = start + kAtOnce < bytes ? start + kAtOnce : bytes, target = start / block * to_pitch;
 #pragma unroll
       for (int i = start; i < end; i += 512) {
         if (i + 512 <= end || i + 16 * lane < end) {
-          ptx::cp_async16(to + target + i - start + own, source + first + i + 16 * lane);
+          ptx::cp_async16(to + target + i - start + own, source + first + i);
         }
       }
     }
@@ -359,14 +359,14 @@ class TensorAttention {
             }
             x = pair(c, d, digit_c, digit_d);
           }
-          table[(n / 4 * 32 + lane) * 4 + n % 4] = x;
+          table[(n / 4 * 32 + lane) * 4 + even_odd(n)] = x;
           scaled[(n / 4 * 32 + lane) * 4 + n % 4] = ptx::mul_f16x2(x, inverse_weight<S::kKeyBits>(n));
         }
         if constexpr (S::kMapped) {
           uint32_t* const zeros = reinterpret_cast<uint32_t*>(shared + L::kZeroQuery + u * L::kZeroTable);
           for (int n = 0; n < 4 * Channels::kQuads; ++n) {
             const int c = Channels::element(t, n);
-            zeros[(n / 4 * 32 + lane) * 4 + n % 4] = n < Channels::kCount ? pair(c, c + 1, 1.0f, 1.0f) : 0u;
+            zeros[(n / 4 * 32 + lane) * 4 + even_odd(n)] = n < Channels::kCount ? pair(c, c + 1, 1.0f, 1.0f) : 0u;
           }
         }
       }
@@ -379,6 +379,10 @@ class TensorAttention {
       }
     }
   }
+
+  // Where pair n of q stands in its quad in shared memory: the even pairs, an operand of the products with parameters,
+  // then the odd ones.
+  static LOGQUANT_DEVICE constexpr int even_odd(int n) { return n % 4 / 2 + n % 2 * 2; }
 
   LOGQUANT_DEVICE void read_query(uint32_t (&to)[4], int table, int bytes, int u, int quad) const {
     put(to, read<uint4>(shared + table + u * bytes + (quad * 32 + lane) * 16));
@@ -395,21 +399,25 @@ class TensorAttention {
                      : quad >= 0 && quad < 4 ? negative_weight<b>(n)
                                              : 0u;
     }
-    row_in_stage = g < S::kGroups;
     row_offset = (g == S::kGroups ? 0 : L::kZeros) + t * 4 * kTokenPairs;
-    if (row_in_stage) row_offset = L::kValueParams + 2 * (S::kGroups + g) * S::kTokens + t * 4 * kTokenPairs;
-    if (kCompensated && !L::kScalesApart && g > S::kGroups && g <= 2 * S::kGroups) {
-      row_in_stage = true;
+    row_in_stage = 0;
+    if (g < S::kGroups) {
+      row_in_stage = ~0u;
+      row_offset = L::kValueParams + 2 * (S::kGroups + g) * S::kTokens + t * 4 * kTokenPairs;
+    } else if (kCompensated && !L::kScalesApart && g > S::kGroups && g <= 2 * S::kGroups) {
+      row_in_stage = ~0u;
       row_offset = L::kValueParams + 2 * (g - S::kGroups - 1) * S::kTokens + t * 4 * kTokenPairs;
     }
-    unsigned char* const ring = shared + L::kRings + warp * kStages * L::kStage;
+    row_in_stage = ptx::keep(row_in_stage);
+    row_offset = ptx::keep(row_offset);
+    stage_at = L::kRings + warp * kStages * L::kStage;
+    const uint32_t both_stages = ptx::keep(2 * stage_at + L::kStage);
     const int pages = used(a, batch, 0), step = a.page_splits * kWarps;
     const int first = split * kWarps + warp;
-    unsigned char* stage = ring;
-    source_step = step * a.pages.page_stride * 4;
+    source_step = ptx::keep(step * a.pages.page_stride * 4);
     if (first < pages) {
-      source = reinterpret_cast<const unsigned char*>(page_at(a, batch, kv_head, first));
-      fetch(stage);
+      source = reinterpret_cast<const unsigned char*>(page_at(a, batch, kv_head, first)) + 16 * lane;
+      fetch(shared + stage_at);
     }
     ptx::cp_async_commit();
     load_query();
@@ -418,20 +426,19 @@ class TensorAttention {
     for (int page = first; page < pages; page += step) {
       ptx::cp_async_wait<0>();
       __syncwarp();  // the page is there for all lanes, and all lanes are done with the other stage
-      unsigned char* const other = stage == ring ? ring + L::kStage : ring;
       if (page + step < pages) {
         seek(page + step);
-        fetch(other);
+        fetch(shared + (both_stages - stage_at));
       }
       ptx::cp_async_commit();
-      attend_page(stage, page);
-      stage = other;
+      attend_page(shared + stage_at, page);
+      stage_at = both_stages - stage_at;
     }
     ptx::cp_async_wait<0>();
     finish_pages();
   }
 
-  LOGQUANT_DEVICE void attend_page(unsigned char* stage, int page) {
+  LOGQUANT_DEVICE void attend_page(const unsigned char* stage, int page) {
     float constant[tiles][2];
     float s[tiles][kKeyTiles][4];
     scores(stage, s, constant);
@@ -480,7 +487,7 @@ class TensorAttention {
       move_reference(s, constant, max_of<sizeof scales / 4>(&scales[0][0]));
       weigh();
     }
-    parameter_sums(stage, p, s);
+    parameter_sums(p, s);
     if constexpr (kCompensated && kAllGroups) {
 #pragma unroll
       for (int u = 0; u < tiles; ++u) {
@@ -580,7 +587,8 @@ class TensorAttention {
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) q[u][4 * quad + i] = ptx::mul_f16x2(reduced[i], scale[i]);
-        const B2 even = {original[0], original[2]}, odd = {original[1], original[3]};
+        constexpr bool kHeld = L::kQueryInRegisters;
+        const B2 even = {original[0], original[kHeld ? 2 : 1]}, odd = {original[kHeld ? 1 : 2], original[3]};
         if constexpr (!S::kMapped) {
           ptx::mma<__half>(zero_even[u], zero, even);
           ptx::mma<__half>(zero_odd[u], zero, odd);
@@ -590,7 +598,7 @@ class TensorAttention {
           ptx::mma<__half>(mean_odd[u], scale, odd);
           const B2 first = {q[u][4 * quad], q[u][4 * quad + 1]}, second = {q[u][4 * quad + 2], q[u][4 * quad + 3]};
           ptx::mma<__half>(mean_even[u], minus, first);
-          ptx::mma<__half>(mean_odd[u], minus, second);
+          if (4 * quad + 2 < Columns::kCount) ptx::mma<__half>(mean_odd[u], minus, second);
         }
       }
     }
@@ -603,7 +611,7 @@ class TensorAttention {
         for (int u = 0; u < tiles; ++u) {
           A4 original;
           read_query(original, L::kZeroQuery, L::kZeroTable, u, quad);
-          const B2 even = {original[0], original[2]}, odd = {original[1], original[3]};
+          const B2 even = {original[0], original[1]}, odd = {original[2], original[3]};
           ptx::mma<__half>(zero_even[u], zero, even);
           ptx::mma<__half>(zero_odd[u], zero, odd);
         }
@@ -730,9 +738,8 @@ class TensorAttention {
   }
 
   // sum p * zero and sum p (and, for the compensation, sum p * scale).
-  LOGQUANT_DEVICE void parameter_sums(const unsigned char* stage, const uint32_t (&p)[tiles][kTokenPairs],
-                                      const float (&s)[tiles][kKeyTiles][4]) {
-    const unsigned char* const row = (row_in_stage ? stage : shared) + row_offset;
+  LOGQUANT_DEVICE void parameter_sums(const uint32_t (&p)[tiles][kTokenPairs], const float (&s)[tiles][kKeyTiles][4]) {
+    const unsigned char* const row = shared + (row_offset + (stage_at & row_in_stage));
     A4 words[kTokenPairs / 4];
 #pragma unroll
     for (int n = 0; n < kTokenPairs; n += 4) put(words[n / 4], read<uint4>(row + 4 * n));
@@ -872,18 +879,27 @@ class TensorAttention {
     }
   };
 
+  // Channels that are read at once. Where q would take too many registers, it is read again (from L1) for each 16
+  // tokens, and keys and values come in parts.
+  static constexpr bool kKeepQuery = S::kDim * tiles <= 128;
+  template <int dim>
+  static constexpr int kChunk = kKeepQuery ? dim : 64;
+
+  // Calls f<first, count>() for each part of the channels.
+  template <int dim, int first = 0, class F>
+  LOGQUANT_DEVICE static void for_chunks(const F& f) {
+    constexpr int count = dim - first < kChunk<dim> ? dim - first : kChunk<dim>;
+    f.template operator()<first, count>();
+    if constexpr (first + count < dim) for_chunks<dim, first + count>(f);
+  }
+
   LOGQUANT_DEVICE void window_part(int split) {
-    // Where q would take too many registers, it is read again (from L1) for each 16 tokens.
-    constexpr bool kKeepQuery = S::kDim * tiles <= 128;
-    WindowRow<S::kDim> q[kKeepQuery ? tiles : 1];
-    const auto load_row = [&](WindowRow<S::kDim>& to, int u) {
-      const int row = first_row + 8 * u + g;
-      to.load(query(min(row, row_total - 1)), t, row < row_total);
-    };
+    WindowRow<kKeepQuery ? S::kDim : 16> q[tiles];
     float totals[tiles][4];
 #pragma unroll
     for (int u = 0; u < tiles; ++u) {
-      if constexpr (kKeepQuery) load_row(q[u], u);
+      const int row = first_row + 8 * u + g;
+      if constexpr (kKeepQuery) q[u].load(query(min(row, row_total - 1)), t, row < row_total);
 #pragma unroll
       for (int i = 0; i < 4; ++i) totals[u][i] = 0.0f;
     }
@@ -894,24 +910,33 @@ class TensorAttention {
     const T* const values =
         static_cast<const T*>(a.window_v.data) + batch * a.window_v.batch_stride + kv_head * a.window_v.head_stride;
     for (int base = (split * kWarps + warp) * 16; base < tokens; base += a.window_splits * kWarps * 16) {
-      WindowRow<S::kDim> k[2];
-      WindowRow<S::kValueDim> v[2];
+      float scores[tiles][4] = {};
+      for_chunks<S::kDim>([&]<int first, int count>() __attribute__((always_inline)) {
+        WindowRow<count> k[2];
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
-        k[h].load(keys + (base + g + 8 * h) * a.window_k.token_stride, t, base + g + 8 * h < tokens);
+        for (int h = 0; h < 2; ++h) {
+          const int token = base + g + 8 * h;
+          k[h].load(keys + token * a.window_k.token_stride + first, t, token < tokens);
+        }
+#pragma unroll
+        for (int u = 0; u < tiles; ++u) {
+          WindowRow<kKeepQuery ? 16 : count> part;
+          const int row = first_row + 8 * u + g;
+          if constexpr (!kKeepQuery) part.load(query(min(row, row_total - 1)) + first, t, row < row_total);
+          const uint32_t* const own = kKeepQuery ? q[u].words : part.words;
+#pragma unroll
+          for (int n = 0; n < count / 8; n += 2) {
+            const A4 operand = {k[0].words[n], k[1].words[n], k[0].words[n + 1], k[1].words[n + 1]};
+            const B2 rows = {own[n], own[n + 1]};
+            ptx::mma<T>(scores[u], operand, rows);
+          }
+        }
+      });
       B2 p[tiles];
       B2 seen[tiles];
 #pragma unroll
       for (int u = 0; u < tiles; ++u) {
-        float s[4] = {};
-        WindowRow<S::kDim>& own = q[kKeepQuery ? u : 0];
-        if constexpr (!kKeepQuery) load_row(own, u);
-#pragma unroll
-        for (int n = 0; n < S::kDim / 8; n += 2) {
-          const A4 operand = {k[0].words[n], k[1].words[n], k[0].words[n + 1], k[1].words[n + 1]};
-          const B2 rows = {own.words[n], own.words[n + 1]};
-          ptx::mma<T>(s, operand, rows);
-        }
+        float (&s)[4] = scores[u];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int token = base + g + 8 * (i / 2), row = first_row + 8 * u + 2 * t + i % 2;
@@ -941,18 +966,23 @@ class TensorAttention {
         const A4 ones = {Operand<T>::kOnes, Operand<T>::kOnes, Operand<T>::kOnes, Operand<T>::kOnes};
         ptx::mma<T>(totals[u], ones, p[u]);
       }
+      for_chunks<S::kValueDim>([&]<int first, int count>() __attribute__((always_inline)) {
+        WindowRow<count> v[2];
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
-        v[h].load(values + (base + g + 8 * h) * a.window_v.token_stride, t, base + g + 8 * h < tokens);
-      if (!a.plain) spare_hidden_values(v, seen);
+        for (int h = 0; h < 2; ++h) {
+          const int token = base + g + 8 * h;
+          v[h].load(values + token * a.window_v.token_stride + first, t, token < tokens);
+        }
+        if (!a.plain) spare_hidden_values<first / 16>(v, seen);
 #pragma unroll
-      for (int j = 0; j < L::kTiles;
-           ++j) {  // m-tile j: words 2j (rows 0-7) and 2j + 1 (rows 8-15) of the lanes' values
-        const A4 operand = {ptx::movmatrix_trans(v[0].words[2 * j]), ptx::movmatrix_trans(v[0].words[2 * j + 1]),
-                            ptx::movmatrix_trans(v[1].words[2 * j]), ptx::movmatrix_trans(v[1].words[2 * j + 1])};
+        for (int j = 0; j < count / 16;
+             ++j) {  // an m-tile: words 2j (rows 0-7) and 2j + 1 (rows 8-15) of lanes' values
+          const A4 operand = {ptx::movmatrix_trans(v[0].words[2 * j]), ptx::movmatrix_trans(v[0].words[2 * j + 1]),
+                              ptx::movmatrix_trans(v[1].words[2 * j]), ptx::movmatrix_trans(v[1].words[2 * j + 1])};
 #pragma unroll
-        for (int u = 0; u < tiles; ++u) ptx::mma<T>(out[u][j], operand, p[u]);
-      }
+          for (int u = 0; u < tiles; ++u) ptx::mma<T>(out[u][first / 16 + j], operand, p[u]);
+        }
+      });
     }
 #pragma unroll
     for (int u = 0; u < tiles; ++u) {
@@ -962,13 +992,14 @@ class TensorAttention {
   }
 
   // As spare_hidden, for values of the window that are not finite.
-  LOGQUANT_DEVICE void spare_hidden_values(WindowRow<S::kValueDim> (&v)[2], const B2 (&seen_tokens)[tiles]) {
+  template <int first_tile, int count>
+  LOGQUANT_DEVICE void spare_hidden_values(WindowRow<count> (&v)[2], const B2 (&seen_tokens)[tiles]) {
     constexpr uint32_t kLow = Operand<T>::kExponent, kHigh = kLow << 16;
     bool any = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
 #pragma unroll
-      for (int n = 0; n < S::kValueDim / 8; ++n) {
+      for (int n = 0; n < count / 8; ++n) {
         any = any || (v[h].words[n] & kLow) == kLow || (v[h].words[n] & kHigh) == kHigh;
       }
     }
@@ -980,7 +1011,7 @@ class TensorAttention {
       for (int h = 0; h < 2; ++h) seen[u][h] = ptx::movmatrix_trans(seen_tokens[u][h]);
     }
 #pragma unroll
-    for (int j = 0; j < L::kTiles; ++j) {
+    for (int j = 0; j < count / 16; ++j) {
       A4 bad;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -991,11 +1022,11 @@ class TensorAttention {
       }
 #pragma unroll
       for (int u = 0; u < tiles; ++u) {
-        float count[4] = {};
-        ptx::mma<T>(count, bad, seen[u]);
+        float spoiled[4] = {};
+        ptx::mma<T>(spoiled, bad, seen[u]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          if (count[i] > 0.0f) out[u][j][i] = NAN;
+          if (spoiled[i] > 0.0f) out[u][first_tile + j][i] = NAN;
         }
       }
     }
@@ -1073,15 +1104,21 @@ class TensorAttention {
   uint32_t query_pairs[L::kQueryInRegisters ? 4 * Columns::kQuads : 1];
   uint32_t scaled_pairs[L::kQueryInRegisters ? 4 * Columns::kQuads : 1];
   int gather[kGathers];
-  const unsigned char* source = nullptr;  // of the next page
+  const unsigned char* source = nullptr;  // of the next page, this lane's 16 bytes
   int64_t source_step = 0;
-  // Where this lane's row of the product of parameters and p lies: in the stage, or in the constants.
-  bool row_in_stage = false;
-  int row_offset = 0;
+  uint32_t stage_at = 0;  // of the page at hand, from `shared` on
+  // Where this lane's row of the product of parameters and p lies: in the stage (all bits set), or in the constants.
+  uint32_t row_in_stage = 0, row_offset = 0;
 };
 
+// Blocks that shared memory and registers leave room for on an SM: 228 KB (163 KB on sm_80 hold fewer 4-bit pages
+// still).
 template <class T, class S, int tiles>
-__global__ void __launch_bounds__(kThreads, S::kValueDim <= 128 && tiles == 1 ? 3 : 2)
+inline constexpr int kBlocks =
+    S::kValueDim <= 128 && tiles == 1 && 3 * Layout<S, std::is_same_v<T, __half>, tiles>::kBytes <= 200 << 10 ? 3 : 2;
+
+template <class T, class S, int tiles>
+__global__ void __launch_bounds__(kThreads, kBlocks<T, S, tiles>)
     attend_pages(__grid_constant__ const AttendArgs args) {
   LOGQUANT_DYNAMIC_SHARED(shared);
   TensorAttention<T, S, tiles>(args, shared).run();

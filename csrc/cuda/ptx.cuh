@@ -105,6 +105,20 @@ LOGQUANT_DEVICE float exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// The same value in a register of its own. What the compiler can compute from the thread's index it would rather compute
+// again in every turn of a loop.
+template <class T>
+LOGQUANT_DEVICE T keep(T x) {
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("" : "+r"(x));
+  } else {
+    asm volatile("" : "+l"(x));
+  }
+  return x;
+}
+LOGQUANT_DEVICE unsigned char* keep_shared(unsigned char* p) {
+  return static_cast<unsigned char*>(__cvta_shared_to_generic(keep(shared_address(p))));
+}
 // a & b | c in one instruction.
 LOGQUANT_DEVICE uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;
@@ -292,6 +306,11 @@ inline uint32_t max_nan_f16x2(uint32_t a, uint32_t b) {
   return pack_f16(max_nan(low_f16(a), low_f16(b)), max_nan(high_f16(a), high_f16(b)));
 }
 inline float exp2(float x) { return ::exp2f(x); }
+template <class T>
+T keep(T x) {
+  return x;
+}
+inline unsigned char* keep_shared(unsigned char* p) { return p; }
 inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
 
 template <class... Parameters>
