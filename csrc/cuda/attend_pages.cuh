@@ -90,6 +90,10 @@ template <int words, int bits>
 struct Words {
   static constexpr int kWhole = words / 4, kHalf = words / 2 % 2, kQuarter = words % 2;
   static constexpr int kCount = kWhole + kHalf + kQuarter, kPairs = words * 16 / bits / 4;
+  static LOGQUANT_DEVICE constexpr int pairs_before(int w) {
+    constexpr int kPerWord = 16 / bits;
+    return w <= kWhole ? w * kPerWord : w == kCount ? kPairs : kWhole * kPerWord + kPerWord / 2;
+  }
 };
 
 // One page in shared memory, and what a block keeps beside the ring.
@@ -210,6 +214,8 @@ class TensorAttention {
   using Columns = typename L::Columns;
   using Channels = typename L::Channels;
   static constexpr int kTokenPairs = S::kTokens / 8, kKeyTiles = S::kTokens / 16;
+  // Words of a key that are multiplied at once. Where out leaves few registers, q' of one at a time must do.
+  static constexpr int kWordsAtOnce = tiles == 2 && S::kValueDim > 128 ? 1 : KeyWords::kCount;
   static constexpr bool kAllGroups = S::kGroups * tiles <= 2;  // keep p' of all groups, not of one at a time
   static constexpr float kKeyMean = code_mask(S::kKeyBits) / 2.0f, kValueMean = code_mask(S::kValueBits) / 2.0f;
   using A4 = uint32_t[4];
@@ -569,38 +575,51 @@ class TensorAttention {
     for (int u = 0; u < tiles; ++u) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) zero_even[u][i] = zero_odd[u][i] = mean_even[u][i] = mean_odd[u][i] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kKeyTiles; ++i) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) s[u][i][k] = 0.0f;
+      }
     }
+    const unsigned char* const rows = stage + (g / 2) * L::kKeyPitch + g % 2 * 4 * L::kKeyWords;
 #pragma unroll
-    for (int quad = 0; quad < Columns::kQuads; ++quad) {
-      A4 scale, zero;
-      read_quad<Columns>(scale, scale_row, 4 * quad);
-      if constexpr (!S::kMapped) read_quad<Channels>(zero, stage + L::kKeyParams + L::kKeyZeros, 4 * quad);
+    for (int w = 0; w < KeyWords::kCount; w += kWordsAtOnce) {
 #pragma unroll
-      for (int u = 0; u < tiles; ++u) {
-        A4 original = {}, reduced = {};
-        if constexpr (L::kQueryInRegisters) {
+      for (int quad = (KeyWords::pairs_before(w) + 3) / 4; quad < (KeyWords::pairs_before(w + kWordsAtOnce) + 3) / 4;
+           ++quad) {
+        A4 scale, zero;
+        read_quad<Columns>(scale, scale_row, 4 * quad);
+        if constexpr (!S::kMapped) read_quad<Channels>(zero, stage + L::kKeyParams + L::kKeyZeros, 4 * quad);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) original[i] = query_pairs[4 * quad + i], reduced[i] = scaled_pairs[4 * quad + i];
-        } else {
-          if (kCompensated || !S::kMapped) read_query(original, L::kQuery, L::kTable, u, quad);
-          read_query(reduced, L::kScaledQuery, L::kTable, u, quad);
-        }
+        for (int u = 0; u < tiles; ++u) {
+          A4 original = {}, reduced = {};
+          if constexpr (L::kQueryInRegisters) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) q[u][4 * quad + i] = ptx::mul_f16x2(reduced[i], scale[i]);
-        constexpr bool kHeld = L::kQueryInRegisters;
-        const B2 even = {original[0], original[kHeld ? 2 : 1]}, odd = {original[kHeld ? 1 : 2], original[3]};
-        if constexpr (!S::kMapped) {
-          ptx::mma<__half>(zero_even[u], zero, even);
-          ptx::mma<__half>(zero_odd[u], zero, odd);
-        }
-        if constexpr (kCompensated) {
-          ptx::mma<__half>(mean_even[u], scale, even);
-          ptx::mma<__half>(mean_odd[u], scale, odd);
-          const B2 first = {q[u][4 * quad], q[u][4 * quad + 1]}, second = {q[u][4 * quad + 2], q[u][4 * quad + 3]};
-          ptx::mma<__half>(mean_even[u], minus, first);
-          if (4 * quad + 2 < Columns::kCount) ptx::mma<__half>(mean_odd[u], minus, second);
+            for (int i = 0; i < 4; ++i)
+              original[i] = query_pairs[4 * quad + i], reduced[i] = scaled_pairs[4 * quad + i];
+          } else {
+            if (kCompensated || !S::kMapped) read_query(original, L::kQuery, L::kTable, u, quad);
+            read_query(reduced, L::kScaledQuery, L::kTable, u, quad);
+          }
+#pragma unroll
+          for (int i = 0; i < 4; ++i) q[u][4 * quad + i] = ptx::mul_f16x2(reduced[i], scale[i]);
+          constexpr bool kHeld = L::kQueryInRegisters;
+          const B2 even = {original[0], original[kHeld ? 2 : 1]}, odd = {original[kHeld ? 1 : 2], original[3]};
+          if constexpr (!S::kMapped) {
+            ptx::mma<__half>(zero_even[u], zero, even);
+            ptx::mma<__half>(zero_odd[u], zero, odd);
+          }
+          if constexpr (kCompensated) {
+            ptx::mma<__half>(mean_even[u], scale, even);
+            ptx::mma<__half>(mean_odd[u], scale, odd);
+            const B2 first = {q[u][4 * quad], q[u][4 * quad + 1]}, second = {q[u][4 * quad + 2], q[u][4 * quad + 3]};
+            ptx::mma<__half>(mean_even[u], minus, first);
+            if (4 * quad + 2 < Columns::kCount) ptx::mma<__half>(mean_odd[u], minus, second);
+          }
         }
       }
+#pragma unroll
+      for (int i = 0; i < kKeyTiles; ++i) code_scores(rows + 16 * i * L::kKeyWords, w, i, q, s);
     }
     if constexpr (S::kMapped) {
 #pragma unroll
@@ -626,38 +645,44 @@ class TensorAttention {
           constant[u][r] = fmaf(kKeyMean, mean_even[u][r] + mean_odd[u][2 + r], constant[u][r]);
       }
     }
+  }
 
-    const unsigned char* const rows = stage + (g / 2) * L::kKeyPitch + g % 2 * 4 * L::kKeyWords;
+  // The m-tile i of S: products of q' with kWordsAtOnce words of each key from word `from` on.
+  LOGQUANT_DEVICE void code_scores(const unsigned char* tile, int from, int i,
+                                   const uint32_t (&q)[tiles][4 * Columns::kQuads],
+                                   float (&s)[tiles][kKeyTiles][4]) const {
+    uint32_t words[2][kWordsAtOnce];
 #pragma unroll
-    for (int i = 0; i < kKeyTiles; ++i) {
-#pragma unroll
-      for (int u = 0; u < tiles; ++u) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k) s[u][i][k] = 0.0f;
+    for (int h = 0; h < 2; ++h) {
+      if constexpr (kWordsAtOnce == 1) {
+        words[h][0] = read_key_word(tile + 8 * h * L::kKeyWords, from);
+      } else {
+        read_key_words(words[h], tile + 8 * h * L::kKeyWords);
       }
-      uint32_t words[2][KeyWords::kCount];
+    }
 #pragma unroll
-      for (int h = 0; h < 2; ++h) read_key_words(words[h], rows + (4 * i + 2 * h) * 4 * L::kKeyWords);
+    for (int w = 0; w < kWordsAtOnce; ++w) {
+      const uint32_t x = words[0][w], y = words[1][w], x8 = x >> 8, y8 = y >> 8;
+      constexpr int b = S::kKeyBits;
+      const int first = KeyWords::pairs_before(from + w), end = KeyWords::pairs_before(from + w + 1);
 #pragma unroll
-      for (int w = 0; w < KeyWords::kCount; ++w) {
-        const uint32_t x = words[0][w], y = words[1][w], x8 = x >> 8, y8 = y >> 8;
-        constexpr int b = S::kKeyBits, kPerWord = 16 / b;
-        const int pairs = w < KeyWords::kWhole                     ? kPerWord
-                          : w < KeyWords::kWhole + KeyWords::kHalf ? kPerWord / 2
-                                                                   : kPerWord / 4;
-        const int first = w * kPerWord - (w > KeyWords::kWhole ? kPerWord / 2 : 0);
+      for (int n = 0; n < end - first; n += 2) {
+        const A4 codes = {code_pair<b>(x, x8, n), code_pair<b>(y, y8, n), code_pair<b>(x, x8, n + 1),
+                          code_pair<b>(y, y8, n + 1)};
 #pragma unroll
-        for (int n = 0; n < pairs; n += 2) {
-          const A4 codes = {code_pair<b>(x, x8, n), code_pair<b>(y, y8, n), code_pair<b>(x, x8, n + 1),
-                            code_pair<b>(y, y8, n + 1)};
-#pragma unroll
-          for (int u = 0; u < tiles; ++u) {
-            const B2 rows_of_q = {q[u][first + n], q[u][first + n + 1]};
-            ptx::mma<__half>(s[u][i], codes, rows_of_q);
-          }
+        for (int u = 0; u < tiles; ++u) {
+          const B2 rows_of_q = {q[u][first + n], q[u][first + n + 1]};
+          ptx::mma<__half>(s[u][i], codes, rows_of_q);
         }
       }
     }
+  }
+
+  LOGQUANT_DEVICE uint32_t read_key_word(const unsigned char* row, int w) const {
+    constexpr int whole = KeyWords::kWhole;
+    if (w < whole) return read<uint32_t>(row + t * 4 * whole + 4 * w);
+    if (KeyWords::kHalf && w == whole) return read<uint32_t>(row + 4 * (4 * whole + t / 2)) >> 8 * (t % 2);
+    return read<uint32_t>(row + 4 * (L::kKeyWords - 1)) >> 4 * t;
   }
 
   LOGQUANT_DEVICE void read_key_words(uint32_t (&to)[KeyWords::kCount], const unsigned char* row) const {
@@ -677,10 +702,8 @@ class TensorAttention {
 #pragma unroll
       for (int w = 0; w < whole; ++w) to[w] = read<uint32_t>(own + 4 * w);
     }
-    if constexpr (KeyWords::kHalf) to[whole] = read<uint32_t>(row + 4 * (4 * whole + t / 2)) >> 8 * (t % 2);
-    if constexpr (KeyWords::kQuarter) {
-      to[whole + KeyWords::kHalf] = read<uint32_t>(row + 4 * (L::kKeyWords - 1)) >> 4 * t;
-    }
+#pragma unroll
+    for (int w = whole; w < KeyWords::kCount; ++w) to[w] = read_key_word(row, w);
   }
 
   // Puts into S what gives the masked score by the plain formula, and -inf where a row does not see a slot.
@@ -1134,7 +1157,8 @@ cudaError_t launch_tiles(const AttendArgs& args, cudaStream_t stream) {
 
 template <class T, class S>
 cudaError_t launch(const AttendArgs& args, cudaStream_t stream) {
-  if constexpr (S::kValueDim <= 128) {
+  // Of larger heads, the output of 16 rows would not fit in the registers.
+  if constexpr (S::kValueDim <= (std::is_same_v<T, __half> ? 128 : 192)) {
     if (row_count(args) > 8) return launch_tiles<T, S, 2>(args, stream);
   }
   return launch_tiles<T, S, 1>(args, stream);
