@@ -1,5 +1,9 @@
 """Builds logquant._C: the operators and the kernels of every instruction set, in one shared object.
 
+CUDA kernels are built where a CUDA build of torch and a toolkit are found. LOGQUANT_CUDA=0 leaves them out and
+LOGQUANT_CUDA=1 insists on them, also with a CPU build of torch; TORCH_CUDA_ARCH_LIST ("8.0 9.0+PTX") chooses their
+architectures. No GPU is needed to build.
+
 setuptools compiles each source once with one set of flags; the CPU kernels need one object per instruction set. So the
 table of objects goes to ninja, which also makes rebuilds incremental.
 """
@@ -8,12 +12,15 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import ninja
 import pybind11
+import torch
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from torch.utils import cpp_extension
@@ -50,6 +57,58 @@ if platform.machine() in ("x86_64", "AMD64"):
     # gcc's own AVX-512 headers warn.
     INSTRUCTION_SETS["avx512"] += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+# Ampere, Ada, Hopper and Blackwell; whatever comes next compiles the PTX of the last.
+CUDA_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
+
+
+def cuda_home() -> Path | None:
+    """The toolkit to build CUDA kernels with, or None where they are not to be built."""
+    wanted = os.environ.get("LOGQUANT_CUDA", "").strip()
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"LOGQUANT_CUDA must be 0 or 1, got {wanted!r}")
+    if wanted == "0" or (wanted == "" and torch.version.cuda is None):
+        return None
+    on_path = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), on_path and Path(on_path).resolve().parents[1], "/usr/local/cuda"]
+    needed = ("bin/nvcc", "include/cuda_runtime_api.h")
+    if found := [Path(home) for home in homes if home and all((Path(home) / part).exists() for part in needed)]:
+        return found[0]
+    if wanted == "1":
+        raise SystemExit("LOGQUANT_CUDA=1 needs a CUDA toolkit: put nvcc on the PATH or set CUDA_HOME")
+    print("logquant: torch has CUDA but no toolkit (nvcc) was found: building for the CPU only", file=sys.stderr)
+    return None
+
+
+def cuda_architectures(home: Path) -> list[str]:
+    """Those asked for ("8.0", "12.0+PTX"), or of ours those that the toolkit knows."""
+    if asked := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        names = re.split(r"[\s;,]+", asked.strip())
+        if wrong := [name for name in names if not re.fullmatch(r"\d+\.\d+[af]?(\+PTX)?", name)]:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST must hold numbers such as 9.0 or 9.0+PTX, got {wrong}")
+        return names
+    listed = subprocess.run([home / "bin" / "nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True)
+    return [name for name in CUDA_ARCHITECTURES.split() if f"sm_{virtual(name)}" in listed.stdout.split()]
+
+
+def virtual(architecture: str) -> str:
+    return architecture.removesuffix("+PTX").replace(".", "")
+
+
+def gencode(architectures: list[str]) -> list[str]:
+    """nvcc's options for machine code of every architecture, and PTX where asked for."""
+    flags = [f"-gencode=arch=compute_{virtual(name)},code=sm_{virtual(name)}" for name in architectures]
+    ptx = [virtual(name) for name in architectures if name.endswith("+PTX")]
+    return flags + [f"-gencode=arch=compute_{name},code=compute_{name}" for name in ptx]
+
+
+def static_cudart(home: Path) -> Path:
+    places = [home / "lib64", home / "lib", *home.glob("targets/*/lib")]
+    found = [place / "libcudart_static.a" for place in places if (place / "libcudart_static.a").exists()]
+    if not found:
+        raise SystemExit(f"the CUDA toolkit in {home} has no libcudart_static.a")
+    return found[0]
+
 
 class NinjaBuild(build_ext):
     """Compiles and links with ninja."""
@@ -67,6 +126,7 @@ class NinjaBuild(build_ext):
         binding_flags.append(f'-DLOGQUANT_VERSION=\\"{self.distribution.get_version()}\\"')
         objects = {
             "ops.o": (CSRC / "ops.cpp", binding_flags),
+            "arguments.o": (CSRC / "arguments.cpp", binding_flags),
             "module.o": (CSRC / "module.cpp", binding_flags),
             "dispatch.o": (CSRC / "cpu" / "dispatch.cpp", []),
         }
@@ -76,13 +136,25 @@ class NinjaBuild(build_ext):
                 objects[f"{kernel}.{isa}.o"] = (source, [f"-DLOGQUANT_ISA={isa}", *isa_flags])
 
         libraries = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"]
+        nvcc = "nvcc"
+        if home := cuda_home():
+            nvcc = escape(home / "bin" / "nvcc")
+            architectures = cuda_architectures(home)
+            objects["ops_cuda.o"] = (CSRC / "ops_cuda.cpp", [*binding_flags, f"-isystem{home / 'include'}"])
+            module_flags = [*binding_flags, f'-DLOGQUANT_CUDA_ARCHITECTURES=\\"{"$ ".join(architectures)}\\"']
+            objects["module.o"] = (CSRC / "module.cpp", module_flags)
+            for source in sorted((CSRC / "cuda").glob("*.cu")):
+                objects[f"{source.stem}.cu.o"] = (source, gencode(architectures))
+            libraries += [escape(static_cudart(home)), "-ldl", "-lrt", "-lpthread"]
         compiler = (self.compiler.compiler_cxx or ["c++"])[0]
-        (build_dir / "build.ninja").write_text(ninja_file(compiler, objects, target, libraries))
+        (build_dir / "build.ninja").write_text(ninja_file(compiler, nvcc, objects, target, libraries))
         jobs = [f"-j{self.parallel}"] if self.parallel else []
         subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", build_dir, *jobs], check=True)
 
 
-def ninja_file(compiler: str, objects: dict[str, tuple[Path, list[str]]], target: Path, libraries: list[str]) -> str:
+def ninja_file(
+    compiler: str, nvcc: str, objects: dict[str, tuple[Path, list[str]]], target: Path, libraries: list[str]
+) -> str:
     """The build as ninja reads it: each object with its source and its own flags, then the shared object."""
     link_flags = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-Wl,--exclude-libs,ALL"]
     link_flags += SANITIZE
@@ -91,11 +163,16 @@ def ninja_file(compiler: str, objects: dict[str, tuple[Path, list[str]]], target
         f"  command = {compiler} -MMD -MF $out.d {' '.join(FLAGS)} $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
+        "rule compile_cuda",
+        f"  command = {nvcc} -MD -MF $out.d {' '.join(NVCC_FLAGS)} $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
         "rule link",
         f"  command = {compiler} -shared $in {' '.join([*link_flags, *libraries])} -o $out",
     ]
     for name, (source, flags) in objects.items():
-        lines += [f"build {name}: compile {escape(source)}", f"  flags = {' '.join(flags)}"]
+        rule = "compile_cuda" if source.suffix == ".cu" else "compile"
+        lines += [f"build {name}: {rule} {escape(source)}", f"  flags = {' '.join(flags)}"]
     lines += [f"build {escape(target)}: link {' '.join(objects)}", f"default {escape(target)}", ""]
     return "\n".join(lines)
 

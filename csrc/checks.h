@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -42,6 +43,28 @@ inline std::string shape_text(const int64_t* sizes, int64_t dims) {
 inline std::string shape_of(const Tensor& t) {
   const auto sizes = t.sizes();
   return shape_text(sizes.data(), t.dim());
+}
+
+struct Named {
+  const char* name;
+  const Tensor* tensor;
+};
+struct NamedOptional {
+  const char* name;
+  const std::optional<Tensor>* tensor;
+};
+
+// Kernels follow the first tensor to its device; the data of others must lie there too.
+inline void check_same_device(const Tensor& first, const char* first_name, std::initializer_list<Named> others,
+                              std::initializer_list<NamedOptional> optional) {
+  const auto check = [&](const char* name, const Tensor& t) {
+    LOGQUANT_CHECK(t.is_cpu() == first.is_cpu() && t.get_device_index() == first.get_device_index(), name,
+                   " must be on the device of ", first_name, ", and is not");
+  };
+  for (const Named& other : others) check(other.name, *other.tensor);
+  for (const NamedOptional& other : optional) {
+    if (*other.tensor) check(other.name, **other.tensor);
+  }
 }
 
 inline bool is_kernel_dtype(ScalarType type) {

@@ -4,11 +4,17 @@
 #include <pybind11/stl.h>
 #include <torch/headeronly/version.h>
 
+#include <iterator>
+#include <sstream>
 #include <string>
 #include <vector>
 
 #include "cpu/kernels.h"
 #include "format.h"
+
+#ifndef LOGQUANT_CUDA_ARCHITECTURES
+#define LOGQUANT_CUDA_ARCHITECTURES ""  // built without CUDA
+#endif
 
 namespace py = pybind11;
 namespace cpu = logquant::cpu;
@@ -21,6 +27,11 @@ std::vector<std::string> names(const std::vector<const cpu::Kernels*>& sets) {
   return out;
 }
 
+std::vector<std::string> words(const std::string& text) {
+  std::istringstream in(text);
+  return {std::istream_iterator<std::string>(in), {}};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
@@ -29,7 +40,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.attr("format_version") = logquant::kFormatVersion;
   m.attr("compiler") = "" __VERSION__;
   m.attr("torch_version") = TORCH_VERSION;
-  m.attr("cuda_architectures") = py::list();
+  m.attr("cuda_architectures") = py::cast(words(LOGQUANT_CUDA_ARCHITECTURES));
   m.def(
       "compiled_cpu_isas", [] { return names(cpu::compiled_kernels()); },
       "Names of the CPU instruction sets that kernels were compiled for.");

@@ -1,51 +1,18 @@
-// The operators torch.ops.logquant.*: schemas, argument checks, and the CPU dispatch.
+// The operators torch.ops.logquant.*: their schemas, and their CPU kernels. ops_cuda.cpp adds the CUDA kernels.
 //
-// Only torch's stable C++ ABI is used, so one build works with every torch from TORCH_TARGET_VERSION on. All that
-// kernels read is checked here; a failed check leaves every tensor as it was. Meanings: logquant/reference.py.
+// Only torch's stable C++ ABI is used, so one build works with every torch from TORCH_TARGET_VERSION on.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <bitset>
-#include <cmath>
-#include <cstdint>
-#include <optional>
 #include <tuple>
-#include <vector>
 
-#include "checks.h"
-#include "cpu/kernels.h"
-#include "format.h"
+#include "arguments.h"
 
 namespace logquant {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
-cpu::Dtype kernel_dtype(ScalarType type) {
-  if (type == ScalarType::Float) return cpu::Dtype::kFloat32;
-  return type == ScalarType::Half ? cpu::Dtype::kFloat16 : cpu::Dtype::kBFloat16;
-}
-
-template <class View>
-View tokens_view(const Tensor& t) {
-  return {t.data_ptr(), kernel_dtype(t.scalar_type()), t.stride(0), t.stride(1), t.stride(2)};
-}
-
-template <class View>
-View pages_view(const Tensor& t) {
-  return {static_cast<int32_t*>(t.data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
-}
-
-// The stride along a dimension that may have size 1 and then stands for all.
-int64_t broadcast_stride(const Tensor& t, int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); }
-
-Tensor with_contiguous_last_dim(const Tensor& t) {
-  return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
-}
-
-const int32_t* int32_data(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
+using torch::headeronly::ScalarType;
 
 void parallel_for(int64_t count, const cpu::Task& task) {
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
@@ -53,280 +20,35 @@ void parallel_for(int64_t count, const cpu::Task& task) {
   });
 }
 
-// Every entry names an existing channel and a digit that its code can have, and no other entry names the same.
-cpu::KeyMap checked_key_map(const OptionalTensor& key_map, const PageFormat& format, int64_t batch, int64_t heads) {
-  if (!key_map) {
-    LOGQUANT_CHECK(format.key_columns == format.head_dim, "key_map is needed: the format has ", format.key_columns,
-                   " key columns for ", format.head_dim, " channels");
-    return {};
-  }
-  const Tensor& map = *key_map;
-  check_broadcast(map, "key_map", ScalarType::Short, {batch, heads, format.key_columns});
-  LOGQUANT_CHECK(map.size(2) == format.key_columns, "key_map must have ", format.key_columns, " columns, got ",
-                 shape_of(map));
-  LOGQUANT_CHECK(map.stride(2) == 1, "key_map must be contiguous in its last dimension");
-  const auto* entries = static_cast<const int16_t*>(map.const_data_ptr());
-  for (int64_t b = 0; b < map.size(0); ++b) {
-    for (int64_t h = 0; h < map.size(1); ++h) {
-      const int16_t* row = entries + b * map.stride(0) + h * map.stride(1);
-      std::bitset<4 * kMaxHeadDim> seen;
-      for (int64_t c = 0; c < format.key_columns; ++c) {
-        const int channel = column_channel(row[c]), digit = column_digit(row[c]);
-        LOGQUANT_CHECK(channel >= 0 && channel < format.head_dim && (digit + 1) * format.key_bits <= kMaxCodeBits,
-                       "key_map must hold 4 * channel + digit with a channel below ", format.head_dim,
-                       " and a digit below ", kMaxCodeBits / format.key_bits, ", got ", row[c], " in column ", c);
-        LOGQUANT_CHECK(!seen[row[c]], "key_map must name each digit of a channel once, got ", row[c],
-                       " again in column ", c);
-        seen[row[c]] = true;
-      }
-    }
-  }
-  return {entries, broadcast_stride(map, 0), broadcast_stride(map, 1)};
-}
-
-void check_range(const Tensor& t, const char* name, int64_t low, int64_t high) {
-  const int32_t* data = int32_data(t);
-  for (int64_t b = 0; b < t.size(0); ++b) {
-    for (int64_t i = 0; i < t.size(1); ++i) {
-      const int32_t value = data[b * t.stride(0) + i * t.stride(1)];
-      LOGQUANT_CHECK(value >= low && value < high, name, " must lie between ", low, " and ", high - 1, ", got ", value);
-    }
-  }
-}
-
-// ------------------------------------------------------------------------------------------------------ quantize
-Tensor quantize(const Tensor& k_in, const Tensor& v_in, const std::vector<int64_t>& fields, const OptionalTensor& index,
+Tensor quantize(const Tensor& k, const Tensor& v, const Fields& format, const OptionalTensor& index,
                 const OptionalTensor& key_map) {
-  const PageFormat format = checked_format(fields);
-  check_tokens(k_in, "k", format.head_dim);
-  check_tokens(v_in, "v", format.value_dim);
-  check_same_dtype(v_in, "v", k_in, "k");
-  check_leading_dims(v_in, "v", k_in, "k", 3);
-  const int64_t batch = k_in.size(0), heads = k_in.size(1), tokens = k_in.size(2);
-  int64_t taken = tokens;
-  if (index) {
-    check_broadcast(*index, "index", ScalarType::Int, {batch, index->dim() == 2 ? index->size(1) : 0});
-    check_range(*index, "index", 0, tokens);
-    taken = index->size(1);
-  }
-  LOGQUANT_CHECK(taken % format.page_tokens == 0, index ? "index" : "k", " must have a multiple of ",
-                 format.page_tokens, " tokens, got ", taken);
-  const cpu::KeyMap map = checked_key_map(key_map, format, batch, heads);
-
-  const Tensor k = with_contiguous_last_dim(k_in), v = with_contiguous_last_dim(v_in);
-  const Tensor rows = index ? torch::stable::contiguous(*index) : k;
-  const int64_t page_count = taken / format.page_tokens;
-  Tensor pages = torch::stable::new_empty(k, {batch, heads, page_count, format.words()}, ScalarType::Int);
-  cpu::QuantizeArgs args;
-  args.format = format;
-  args.k = tokens_view<cpu::Tokens>(k);
-  args.v = tokens_view<cpu::Tokens>(v);
-  args.pages = pages_view<cpu::MutablePages>(pages);
-  args.key_map = map;
-  if (index) {
-    args.index = int32_data(rows);
-    args.index_batch_stride = broadcast_stride(rows, 0);
-  }
-  args.batch = batch;
-  args.heads = heads;
-  args.page_count = page_count;
-  if (pages.numel() > 0) cpu::kernels().quantize(args, parallel_for);
-  return pages;
+  const QuantizeCall call = quantize_call(k, v, format, index, key_map);
+  if (call.pages.numel() > 0) cpu::kernels().quantize(call.args, parallel_for);
+  return call.pages;
 }
 
-// ---------------------------------------------------------------------------------------------------- dequantize
-std::tuple<Tensor, Tensor> dequantize(const Tensor& pages_in, const std::vector<int64_t>& fields, ScalarType dtype,
+std::tuple<Tensor, Tensor> dequantize(const Tensor& pages, const Fields& format, ScalarType dtype,
                                       const OptionalTensor& key_map) {
-  const PageFormat format = checked_format(fields);
-  check_pages(pages_in, format, 4);
-  LOGQUANT_CHECK(is_kernel_dtype(dtype), "dtype must be float32, float16 or bfloat16, got ",
-                 torch::headeronly::toString(dtype));
-  const int64_t batch = pages_in.size(0), heads = pages_in.size(1), page_count = pages_in.size(2);
-  const cpu::KeyMap map = checked_key_map(key_map, format, batch, heads);
-  const Tensor pages = with_contiguous_last_dim(pages_in);
-  const int64_t tokens = page_count * format.page_tokens;
-  Tensor k = torch::stable::new_empty(pages, {batch, heads, tokens, format.head_dim}, dtype);
-  Tensor v = torch::stable::new_empty(pages, {batch, heads, tokens, format.value_dim}, dtype);
-  cpu::DequantizeArgs args;
-  args.format = format;
-  args.pages = pages_view<cpu::Pages>(pages);
-  args.key_map = map;
-  args.k = tokens_view<cpu::MutableTokens>(k);
-  args.v = tokens_view<cpu::MutableTokens>(v);
-  args.batch = batch;
-  args.heads = heads;
-  args.page_count = page_count;
-  if (k.numel() > 0) cpu::kernels().dequantize(args, parallel_for);
-  return {k, v};
+  const DequantizeCall call = dequantize_call(pages, format, dtype, key_map);
+  if (call.k.numel() > 0) cpu::kernels().dequantize(call.args, parallel_for);
+  return {call.k, call.v};
 }
 
-// --------------------------------------------------------------------------------------------------------- evict_
-void evict(Tensor window_k, Tensor window_v, Tensor pages, const std::vector<int64_t>& fields, int64_t page,
-           int64_t tokens, int64_t start, int64_t step, int64_t count, const OptionalTensor& key_map) {
-  const PageFormat format = checked_format(fields);
-  check_tokens(window_k, "window_k", format.head_dim);
-  check_tokens(window_v, "window_v", format.value_dim);
-  check_same_dtype(window_v, "window_v", window_k, "window_k");
-  check_leading_dims(window_v, "window_v", window_k, "window_k", 3);
-  check_pages(pages, format, 4);
-  check_leading_dims(pages, "pages", window_k, "window_k", 2);
-  for (const auto& [tensor, name] : {std::pair{&window_k, "window_k"}, {&window_v, "window_v"}, {&pages, "pages"}}) {
-    LOGQUANT_CHECK(tensor->numel() == 0 || tensor->stride(3) == 1, name,
-                   " is changed in place and must be contiguous in its last dimension");
-    for (int64_t dim = 0; dim < 3; ++dim) {
-      LOGQUANT_CHECK(tensor->size(dim) <= 1 || tensor->stride(dim) != 0, name,
-                     " is changed in place and must not be expanded, got stride 0 in dimension ", dim);
-    }
-  }
-  const int64_t capacity = window_k.size(2), pages_written = count / format.page_tokens;
-  LOGQUANT_CHECK(tokens >= 0 && tokens <= capacity, "tokens must lie between 0 and the window's capacity ", capacity,
-                 ", got ", tokens);
-  LOGQUANT_CHECK(count > 0 && count % format.page_tokens == 0, "count must be a positive multiple of ",
-                 format.page_tokens, ", got ", count);
-  LOGQUANT_CHECK(start >= 0 && step >= 1 && start < tokens && (count - 1) <= (tokens - 1 - start) / step,
-                 "start, step and count must name slots below ", tokens, ", got ", start, ", ", step, " and ", count);
-  LOGQUANT_CHECK(page >= 0 && page <= pages.size(2) - pages_written, "page must leave room for ", pages_written,
-                 " pages of ", pages.size(2), ", got ", page);
-  cpu::EvictArgs args;
-  args.format = format;
-  args.key_map = checked_key_map(key_map, format, window_k.size(0), window_k.size(1));
-  args.k = tokens_view<cpu::MutableTokens>(window_k);
-  args.v = tokens_view<cpu::MutableTokens>(window_v);
-  args.pages = pages_view<cpu::MutablePages>(pages);
-  args.pages.data += page * args.pages.page_stride;
-  args.batch = window_k.size(0);
-  args.heads = window_k.size(1);
-  args.tokens = tokens;
-  args.start = start;
-  args.step = step;
-  args.count = count;
-  if (window_k.numel() > 0) cpu::kernels().evict(args, parallel_for);
+void evict(Tensor window_k, Tensor window_v, Tensor pages, const Fields& format, int64_t page, int64_t tokens,
+           int64_t start, int64_t step, int64_t count, const OptionalTensor& key_map) {
+  const EvictCall call = evict_call(window_k, window_v, pages, format, page, tokens, start, step, count, key_map);
+  if (window_k.numel() > 0) cpu::kernels().evict(call.args, parallel_for);
 }
 
-// --------------------------------------------------------------------------------------------------------- attend
-std::tuple<Tensor, Tensor> attend(const Tensor& q_in, const Tensor& pages_in, const Tensor& window_k_in,
-                                  const Tensor& window_v_in, const std::vector<int64_t>& fields, double scale,
-                                  double softcap, const OptionalTensor& key_map, const OptionalTensor& positions_in,
-                                  const OptionalTensor& mask, const OptionalTensor& query_positions_in,
-                                  const OptionalTensor& sinks_in, const OptionalTensor& page_table_in,
-                                  const OptionalTensor& lengths_in) {
-  const PageFormat format = checked_format(fields);
-  check_tokens(q_in, "q", format.head_dim);
-  check_tokens(window_k_in, "window_k", format.head_dim);
-  check_tokens(window_v_in, "window_v", format.value_dim);
-  check_same_dtype(window_k_in, "window_k", q_in, "q");
-  check_same_dtype(window_v_in, "window_v", q_in, "q");
-  check_leading_dims(window_v_in, "window_v", window_k_in, "window_k", 3);
-  const int64_t batch = q_in.size(0), query_heads = q_in.size(1), queries = q_in.size(2);
-  const int64_t kv_heads = window_k_in.size(1), window_tokens = window_k_in.size(2);
-  LOGQUANT_CHECK(window_k_in.size(0) == batch, "window_k must have q's batch size ", batch, ", got ",
-                 window_k_in.size(0));
-  LOGQUANT_CHECK(kv_heads > 0 && query_heads % kv_heads == 0, "q must have a multiple of window_k's ", kv_heads,
-                 " heads, got ", query_heads);
-  LOGQUANT_CHECK(std::isfinite(scale), "scale must be finite, got ", scale);
-  LOGQUANT_CHECK(std::isfinite(softcap) && softcap >= 0, "softcap must be 0 or a positive number, got ", softcap);
-
-  check_pages(pages_in, format, page_table_in ? 3 : 4);
-  int64_t page_count = 0;
-  if (page_table_in) {
-    page_count = page_table_in->dim() == 2 ? page_table_in->size(1) : 0;
-    check_shape(*page_table_in, "page_table", ScalarType::Int, {batch, page_count});
-    check_range(*page_table_in, "page_table", 0, pages_in.size(0));
-    LOGQUANT_CHECK(pages_in.size(1) == kv_heads, "pages must have ", kv_heads, " heads, got ", shape_of(pages_in));
-  } else {
-    check_leading_dims(pages_in, "pages", window_k_in, "window_k", 2);
-    page_count = pages_in.size(2);
-  }
-  const int64_t slots = page_count * format.page_tokens + window_tokens;
-
-  cpu::AttendArgs args;
-  args.format = format;
-  args.batch = batch;
-  args.kv_heads = kv_heads;
-  args.group = query_heads / kv_heads;
-  args.queries = queries;
-  args.page_count = page_count;
-  args.window_tokens = window_tokens;
-  args.scale = static_cast<float>(scale);
-  args.softcap = static_cast<float>(softcap);
-  args.key_map = checked_key_map(key_map, format, batch, kv_heads);
-
-  const auto contiguous = [](const OptionalTensor& t) -> OptionalTensor {
-    if (!t) return std::nullopt;
-    return torch::stable::contiguous(*t);
-  };
-  if (positions_in) check_broadcast(*positions_in, "positions", ScalarType::Int, {batch, slots});
-  const OptionalTensor positions = contiguous(positions_in);
-  if (positions) {
-    args.positions = int32_data(*positions);
-    args.positions_batch_stride = broadcast_stride(*positions, 0);
-  }
-  if (query_positions_in) {
-    check_broadcast(*query_positions_in, "query_positions", ScalarType::Int, {batch, queries});
-  }
-  const OptionalTensor query_positions = contiguous(query_positions_in);
-  if (query_positions) {
-    args.query_positions = int32_data(*query_positions);
-    args.query_positions_batch_stride = broadcast_stride(*query_positions, 0);
-  }
-  const OptionalTensor page_table = contiguous(page_table_in);
-  if (page_table) {
-    args.page_table = int32_data(*page_table);
-    args.page_table_batch_stride = page_table->stride(0);
-  }
-  if (lengths_in) {
-    check_broadcast(*lengths_in, "lengths", ScalarType::Int, {batch, 2});
-    const int32_t* data = int32_data(*lengths_in);
-    for (int64_t b = 0; b < lengths_in->size(0); ++b) {
-      const int32_t pages_used = data[b * lengths_in->stride(0)];
-      const int32_t window_used = data[b * lengths_in->stride(0) + lengths_in->stride(1)];
-      LOGQUANT_CHECK(pages_used >= 0 && pages_used <= page_count && window_used >= 0 && window_used <= window_tokens,
-                     "lengths must be at most ", page_count, " pages and ", window_tokens, " window tokens, got ",
-                     pages_used, " and ", window_used);
-    }
-  }
-  const OptionalTensor lengths = contiguous(lengths_in);
-  if (lengths) {
-    args.lengths = int32_data(*lengths);
-    args.lengths_batch_stride = broadcast_stride(*lengths, 0);
-  }
-  if (sinks_in) check_shape(*sinks_in, "sinks", ScalarType::Float, {query_heads});
-  const OptionalTensor sinks = contiguous(sinks_in);
-  if (sinks) args.sinks = static_cast<const float*>(sinks->const_data_ptr());
-  if (mask) {
-    const ScalarType type = mask->scalar_type();
-    LOGQUANT_CHECK(type == ScalarType::Bool || is_kernel_dtype(type), "mask must be bool, float32, float16 or bfloat16",
-                   ", got ", torch::headeronly::toString(type));
-    check_broadcast(*mask, "mask", type, {batch, query_heads, queries, mask->dim() == 4 ? mask->size(3) : 0});
-    using Kind = cpu::AttendArgs::MaskKind;
-    args.mask_kind = type == ScalarType::Bool    ? Kind::kBool
-                     : type == ScalarType::Float ? Kind::kFloat32
-                     : type == ScalarType::Half  ? Kind::kFloat16
-                                                 : Kind::kBFloat16;
-    args.mask = mask->const_data_ptr();
-    args.mask_batch_stride = broadcast_stride(*mask, 0);
-    args.mask_head_stride = broadcast_stride(*mask, 1);
-    args.mask_query_stride = broadcast_stride(*mask, 2);
-    args.mask_position_stride = mask->stride(3);
-    args.mask_positions = mask->size(3);
-  }
-
-  const Tensor q = with_contiguous_last_dim(q_in), pages = with_contiguous_last_dim(pages_in);
-  const Tensor window_k = with_contiguous_last_dim(window_k_in), window_v = with_contiguous_last_dim(window_v_in);
-  Tensor out = torch::stable::new_empty(q, {batch, query_heads, queries, format.value_dim});
-  Tensor lse = torch::stable::new_empty(q, {batch, query_heads, queries}, ScalarType::Float);
-  args.q = tokens_view<cpu::Tokens>(q);
-  args.window_k = tokens_view<cpu::Tokens>(window_k);
-  args.window_v = tokens_view<cpu::Tokens>(window_v);
-  if (page_table) {
-    args.pages = {int32_data(pages), 0, pages.stride(1), pages.stride(0)};
-  } else {
-    args.pages = pages_view<cpu::Pages>(pages);
-  }
-  args.out = out.data_ptr();
-  args.lse = static_cast<float*>(lse.data_ptr());
-  if (lse.numel() > 0) cpu::kernels().attend(args, parallel_for);
-  return {out, lse};
+std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& pages, const Tensor& window_k, const Tensor& window_v,
+                                  const Fields& format, double scale, double softcap, const OptionalTensor& key_map,
+                                  const OptionalTensor& positions, const OptionalTensor& mask,
+                                  const OptionalTensor& query_positions, const OptionalTensor& sinks,
+                                  const OptionalTensor& page_table, const OptionalTensor& lengths) {
+  const AttendCall call = attend_call(q, pages, window_k, window_v, format, scale, softcap, key_map, positions, mask,
+                                      query_positions, sinks, page_table, lengths);
+  if (call.lse.numel() > 0) cpu::kernels().attend(call.args, parallel_for);
+  return {call.out, call.lse};
 }
 
 }  // namespace

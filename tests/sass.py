@@ -51,9 +51,9 @@ def functions(cubin: Path) -> dict[str, list[Instruction]]:
 def page_loop(code: list[Instruction]) -> list[Instruction]:
     """The instructions that a warp issues for one page on the common path.
 
-    The loop is the shortest backward branch whose body holds most HMMA. Of its forward branches, those around rare blocks are
-    taken: what moves the reference exponent (SHFL), masks scores (calls, reciprocals, loads), spares hidden NaNs (FSET)
-    or looks a page up in a table (a load). Convergence branches: BRA.CONV is taken, BRA.DIV is not.
+    The loop is the shortest backward branch whose body holds most HMMA. Of its forward branches, those around rare
+    blocks are taken: what moves the reference exponent (SHFL), masks scores (calls, reciprocals, loads), spares hidden
+    NaNs (FSET) or looks a page up in a table (a load). Convergence branches: BRA.CONV is taken, BRA.DIV is not.
     """
     at = {x.address: i for i, x in enumerate(code)}
     loops = [(x.target, x.address) for x in code if x.target is not None and x.target < x.address]

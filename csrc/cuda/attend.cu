@@ -38,6 +38,9 @@ __global__ void __launch_bounds__(kCombineThreads) attend_combine(__grid_constan
 
 int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+int64_t partials(const AttendArgs& a) {
+  return a.batch * a.kv_heads * row_count(a) * (a.page_splits + a.window_splits);
+}
 
 }  // namespace
 
@@ -53,8 +56,12 @@ int64_t plan(AttendArgs& args, int multiprocessors) {
   args.page_splits = args.page_count == 0 ? 0 : static_cast<int>(clamp(wanted, 1, ceil_div(args.page_count, 8)));
   args.window_splits =
       args.window_tokens == 0 ? 0 : static_cast<int>(clamp(wanted, 1, ceil_div(args.window_tokens, 64)));
-  const int64_t parts = args.batch * args.kv_heads * row_count(args) * (args.page_splits + args.window_splits);
-  return parts * (args.format.value_dim + 2);
+  return partials(args) * (args.format.value_dim + 2);
+}
+
+void use_workspace(AttendArgs& args, float* workspace) {
+  args.partial_out = workspace;
+  args.partial_sums = workspace + partials(args) * args.format.value_dim;
 }
 
 cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {

@@ -921,8 +921,10 @@ class TensorAttention {
     float totals[tiles][4];
 #pragma unroll
     for (int u = 0; u < tiles; ++u) {
-      const int row = first_row + 8 * u + g;
-      if constexpr (kKeepQuery) q[u].load(query(min(row, row_total - 1)), t, row < row_total);
+      if constexpr (kKeepQuery) {
+        const int row = first_row + 8 * u + g;
+        q[u].load(query(min(row, row_total - 1)), t, row < row_total);
+      }
 #pragma unroll
       for (int i = 0; i < 4; ++i) totals[u][i] = 0.0f;
     }
@@ -944,8 +946,10 @@ class TensorAttention {
 #pragma unroll
         for (int u = 0; u < tiles; ++u) {
           WindowRow<kKeepQuery ? 16 : count> part;
-          const int row = first_row + 8 * u + g;
-          if constexpr (!kKeepQuery) part.load(query(min(row, row_total - 1)) + first, t, row < row_total);
+          if constexpr (!kKeepQuery) {
+            const int row = first_row + 8 * u + g;
+            part.load(query(min(row, row_total - 1)) + first, t, row < row_total);
+          }
           const uint32_t* const own = kKeepQuery ? q[u].words : part.words;
 #pragma unroll
           for (int n = 0; n < count / 8; n += 2) {

@@ -38,6 +38,7 @@ cudaError_t evict(const EvictArgs& args, cudaStream_t stream);
 // Chooses the splits for a device with that many multiprocessors; returns how many floats of workspace attend() needs,
 // partial_out first, then partial_sums.
 int64_t plan(AttendArgs& args, int multiprocessors);
+void use_workspace(AttendArgs& args, float* workspace);
 cudaError_t attend(const AttendArgs& args, cudaStream_t stream);
 // Which kernel attend() takes: "tensor" (compiled for this format, attend_pages.cuh) or "general".
 const char* attend_path(const AttendArgs& args);

@@ -105,8 +105,8 @@ LOGQUANT_DEVICE float exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// The same value in a register of its own. What the compiler can compute from the thread's index it would rather compute
-// again in every turn of a loop.
+// The same value in a register of its own. What the compiler can compute from the thread's index it would rather
+// compute again in every turn of a loop.
 template <class T>
 LOGQUANT_DEVICE T keep(T x) {
   if constexpr (sizeof(T) == 4) {
@@ -137,12 +137,6 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int sha
   }
   kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
   return cudaGetLastError();
-}
-inline int multiprocessors() {
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count > 0 ? count : 1;
 }
 
 #else
@@ -322,7 +316,6 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int sha
   emulator::launch(key, grid, block, shared_bytes, [&] { kernel(arguments...); });
   return cudaSuccess;
 }
-inline int multiprocessors() { return emulator::config().multiprocessors; }
 #endif
 
 }  // namespace logquant::cuda::ptx

@@ -158,9 +158,7 @@ const char* emulated_attend(const int64_t* numbers) {
   Reader in(numbers);
   cuda::AttendArgs a = attend_args(in);
   cuda::plan(a, emulator::config().multiprocessors);
-  const int64_t parts = a.batch * a.kv_heads * a.group * a.queries * (a.page_splits + a.window_splits);
-  a.partial_out = in.pointer<float>();
-  a.partial_sums = a.partial_out + parts * a.format.value_dim;
+  cuda::use_workspace(a, in.pointer<float>());
   return guarded([&] { return cuda::attend(a, nullptr); });
 }
 

@@ -1,0 +1,59 @@
+// From operator arguments to kernel arguments: everything that kernels read of a tensor's shape, dtype and strides is
+// checked here, once for every device; a failed check leaves every tensor as it was. Meanings: logquant/reference.py.
+//
+// What an integer tensor holds (an index, a map, a page table) is checked where the CPU can read it. On a GPU that
+// would wait for the stream; CUDA kernels clamp what they compute from it instead.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace logquant {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Fields = std::vector<int64_t>;  // of a format
+
+// Each holds the tensors that its arguments point into, and the results.
+struct QuantizeCall {
+  cpu::QuantizeArgs args;
+  int64_t tokens = 0;  // of k and v
+  Tensor k, v, pages;
+  OptionalTensor index, key_map;
+};
+struct DequantizeCall {
+  cpu::DequantizeArgs args;
+  Tensor pages, k, v;
+  OptionalTensor key_map;
+};
+struct EvictCall {
+  cpu::EvictArgs args;
+  Tensor window_k, window_v, pages;
+  OptionalTensor key_map;
+};
+struct AttendCall {
+  cpu::AttendArgs args;
+  int64_t page_blocks = 0;  // with a page table: the blocks that there are
+  Tensor q, pages, window_k, window_v, out, lse;
+  OptionalTensor key_map, positions, mask, query_positions, sinks, page_table, lengths;
+};
+
+QuantizeCall quantize_call(const Tensor& k, const Tensor& v, const Fields& format, const OptionalTensor& index,
+                           const OptionalTensor& key_map);
+DequantizeCall dequantize_call(const Tensor& pages, const Fields& format, torch::headeronly::ScalarType dtype,
+                               const OptionalTensor& key_map);
+EvictCall evict_call(const Tensor& window_k, const Tensor& window_v, const Tensor& pages, const Fields& format,
+                     int64_t page, int64_t tokens, int64_t start, int64_t step, int64_t count,
+                     const OptionalTensor& key_map);
+AttendCall attend_call(const Tensor& q, const Tensor& pages, const Tensor& window_k, const Tensor& window_v,
+                       const Fields& format, double scale, double softcap, const OptionalTensor& key_map,
+                       const OptionalTensor& positions, const OptionalTensor& mask,
+                       const OptionalTensor& query_positions, const OptionalTensor& sinks,
+                       const OptionalTensor& page_table, const OptionalTensor& lengths);
+
+}  // namespace logquant

@@ -1,0 +1,93 @@
+// The operators' CUDA kernels: device, stream and workspace come from torch, the rest from arguments.h.
+//
+// The CUDA runtime is linked statically and torch's stream is asked for through its stable ABI, so that this file needs
+// no CUDA build of torch: a binary with it also imports where there is no GPU, no driver and no CUDA torch.
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
+#include "arguments.h"
+#include "checks.h"
+#include "cuda/kernels.h"
+
+namespace logquant {
+namespace {
+
+void check_launch(cudaError_t error, const char* name) {
+  LOGQUANT_CHECK(error == cudaSuccess, name, " failed on the GPU: ", cudaGetErrorString(error));
+}
+
+// The device of a tensor as the current one, and torch's stream on it.
+class Launch {
+ public:
+  explicit Launch(const Tensor& t)
+      : guard_(t.get_device_index()), stream_(torch::stable::accelerator::getCurrentStream(t.get_device_index())) {}
+  cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_.nativeHandle()); }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  torch::stable::accelerator::Stream stream_;
+};
+
+int multiprocessors(int device) {
+  int count = 0;
+  check_launch(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return count;
+}
+
+Tensor quantize(const Tensor& k, const Tensor& v, const Fields& format, const OptionalTensor& index,
+                const OptionalTensor& key_map) {
+  const Launch launch(k);
+  const QuantizeCall call = quantize_call(k, v, format, index, key_map);
+  if (call.pages.numel() == 0) return call.pages;
+  cuda::QuantizeArgs args{call.args, call.tokens};
+  check_launch(cuda::quantize(args, launch.stream()), "quantize");
+  return call.pages;
+}
+
+std::tuple<Tensor, Tensor> dequantize(const Tensor& pages, const Fields& format, ScalarType dtype,
+                                      const OptionalTensor& key_map) {
+  const Launch launch(pages);
+  const DequantizeCall call = dequantize_call(pages, format, dtype, key_map);
+  if (call.k.numel() > 0) check_launch(cuda::dequantize(call.args, launch.stream()), "dequantize");
+  return {call.k, call.v};
+}
+
+void evict(Tensor window_k, Tensor window_v, Tensor pages, const Fields& format, int64_t page, int64_t tokens,
+           int64_t start, int64_t step, int64_t count, const OptionalTensor& key_map) {
+  const Launch launch(window_k);
+  const EvictCall call = evict_call(window_k, window_v, pages, format, page, tokens, start, step, count, key_map);
+  if (window_k.numel() > 0) check_launch(cuda::evict(call.args, launch.stream()), "evict_");
+}
+
+std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& pages, const Tensor& window_k, const Tensor& window_v,
+                                  const Fields& format, double scale, double softcap, const OptionalTensor& key_map,
+                                  const OptionalTensor& positions, const OptionalTensor& mask,
+                                  const OptionalTensor& query_positions, const OptionalTensor& sinks,
+                                  const OptionalTensor& page_table, const OptionalTensor& lengths) {
+  const Launch launch(q);
+  const AttendCall call = attend_call(q, pages, window_k, window_v, format, scale, softcap, key_map, positions, mask,
+                                      query_positions, sinks, page_table, lengths);
+  if (call.lse.numel() == 0) return {call.out, call.lse};
+  cuda::AttendArgs args{call.args, call.page_blocks};
+  const int64_t floats = cuda::plan(args, multiprocessors(q.get_device_index()));
+  const Tensor workspace = torch::stable::new_empty(call.q, {floats}, ScalarType::Float);
+  cuda::use_workspace(args, static_cast<float*>(workspace.data_ptr()));
+  check_launch(cuda::attend(args, launch.stream()), "attend");
+  return {call.out, call.lse};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(logquant, CUDA, m) {
+  m.impl("quantize", TORCH_BOX(&quantize));
+  m.impl("dequantize", TORCH_BOX(&dequantize));
+  m.impl("evict_", TORCH_BOX(&evict));
+  m.impl("attend", TORCH_BOX(&attend));
+}
+
+}  // namespace logquant
