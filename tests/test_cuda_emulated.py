@@ -154,16 +154,72 @@ def test_attend_on_tensor_cores(fmt, dtype):
     assert all(torch.equal(x, y) for result in results for x, y in zip(result, results[0], strict=True))
 
 
+PREFILL_FORMATS = [
+    PageFormat(64),
+    PageFormat(80, 96, 32, 4, 2, key_columns=112),
+    PageFormat(96, page_tokens=128),
+    PageFormat(128, key_columns=160),
+    PageFormat(128, key_bits=8, value_bits=8),
+    PageFormat(192, 128),
+    PageFormat(256, key_bits=8, value_bits=4),
+]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("fmt", PREFILL_FORMATS, ids=name_of)
+def test_attend_for_many_queries(fmt, dtype):
+    """Chunked prefill: rows that fill blocks and do not, parts alone, one split and several, every option at once."""
+    for shape, processors in (
+        ({"queries": 70}, 1),
+        ({"queries": 33, "packed": 0, "exact": 150}, 40),
+        ({"queries": 130, "group": 1, "exact": 0, "heads": 1}, 40),
+    ):
+        problem = problem_of(fmt, dtype, **shape)
+        assert problem.call(emulated.attend_path, problem.q) == "prefill"
+        with emulated.machine(multiprocessors=processors):
+            check(problem)
+    problem = problem_of(fmt, dtype, batch=2, queries=40)
+    random = torch.Generator().manual_seed(0)
+    options = {
+        "softcap": 20.0,
+        "positions": torch.randperm(problem.slots, generator=random).int()[None],
+        "query_positions": torch.randint(0, problem.slots, (2, 40), generator=random).int(),
+        "mask": torch.rand(2, 1, 40, problem.slots, generator=random) < 0.7,
+        "sinks": torch.randn(problem.q.shape[1], generator=random),
+        "lengths": torch.tensor([[5, 50], [2, 7]], dtype=torch.int32),
+    }
+    results = []
+    for settings in MACHINES:
+        with emulated.machine(**{"multiprocessors": 8, **settings}):
+            check(problem, **options)
+            results.append(run(problem, **options))
+    assert all(torch.equal(x, y) for result in results[:3] for x, y in zip(result, results[0], strict=True))
+
+
+def test_prefill_skips_what_is_hidden_by_causality():
+    problem = problem_of(PageFormat(64), torch.bfloat16, queries=64, packed=64 * 20, exact=64, group=2, heads=1)
+
+    def products(first: int) -> int:
+        emulated.counters()
+        positions = torch.arange(first, first + 64, dtype=torch.int32)[None]
+        with emulated.machine(multiprocessors=1):
+            check(problem, query_positions=positions)
+        return emulated.counters()["mma"]
+
+    assert products(128) * 5 < products(64 * 20)
+
+
+@pytest.mark.parametrize("queries", [2, 40])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("place", [3, 70, 330])
-def test_a_hidden_nan_stays_hidden(dtype, place):
+def test_a_hidden_nan_stays_hidden(dtype, place, queries):
     fmt = PageFormat(128)
-    problem = problem_of(fmt, dtype, queries=2)
+    problem = problem_of(fmt, dtype, queries=queries)
     v = torch.randn(1, 2, 370, 128).to(dtype)
     v[0, 0, place, 5] = torch.nan
     problem.pages = reference.quantize(torch.randn(1, 2, 320, 128).to(dtype), v[:, :, :320], fmt)
     problem.window_v = v[:, :, 320:]
-    mask = torch.ones(1, 1, 2, 370, dtype=torch.bool)
+    mask = torch.ones(1, 1, queries, 370, dtype=torch.bool)
     mask[0, 0, 0, place] = False
     out, lse = run(problem, mask=mask)
     want, _ = problem.call(reference.attend, problem.q, mask=mask)

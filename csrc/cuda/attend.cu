@@ -1,5 +1,7 @@
 // attend: the choice of kernel, the cut into splits, and the combination of their partial results.
 
+#include <climits>
+
 #include "attend.cuh"
 
 namespace logquant::cuda {
@@ -42,17 +44,33 @@ int64_t partials(const AttendArgs& a) {
   return a.batch * a.kv_heads * row_count(a) * (a.page_splits + a.window_splits);
 }
 
+// Up to 16 rows share each page that is read; the tensor-core kernels of a format read it again for the next 16.
+bool is_prefill(const AttendArgs& a) {
+  return prefill_handles(a) && row_count(a) > (find_tensor_kernel(a) != nullptr ? 64 : 8);
+}
+
 }  // namespace
 
-const char* attend_path(const AttendArgs& args) { return find_tensor_kernel(args) ? "tensor" : "general"; }
+const char* attend_path(const AttendArgs& args) {
+  if (is_prefill(args)) return "prefill";
+  return find_tensor_kernel(args) ? "tensor" : "general";
+}
 
 int64_t plan(AttendArgs& args, int multiprocessors) {
   args.plain = args.softcap == 0.0f && args.positions == nullptr && args.query_positions == nullptr &&
                args.mask_kind == AttendArgs::MaskKind::kNone;
+  const int64_t heads = args.batch * args.kv_heads;
+  if (is_prefill(args)) {
+    // Many blocks of rows fill the GPU; where there are few, each of two blocks an SM has four tiles or more.
+    const int64_t wanted =
+        ceil_div(2 * int64_t{multiprocessors}, heads * ceil_div(row_count(args), prefill_rows(args)));
+    args.page_splits = static_cast<int>(clamp(wanted, 1, clamp(prefill_tiles(args) / 4, 1, INT_MAX)));
+    args.window_splits = 0;
+    return args.page_splits == 1 ? 0 : partials(args) * (args.format.value_dim + 2);
+  }
   // Three blocks fit on a multiprocessor. At batch 1 there are few heads, and many splits fill the GPU; at batch 128
   // one split a head does. A split has at least two pages for each of its four warps, or 64 tokens of the window.
-  const int64_t heads = args.batch * args.kv_heads * ceil_div(row_count(args), 8);
-  const int64_t wanted = ceil_div(3 * int64_t{multiprocessors}, heads);
+  const int64_t wanted = ceil_div(3 * int64_t{multiprocessors}, heads * ceil_div(row_count(args), 8));
   args.page_splits = args.page_count == 0 ? 0 : static_cast<int>(clamp(wanted, 1, ceil_div(args.page_count, 8)));
   args.window_splits =
       args.window_tokens == 0 ? 0 : static_cast<int>(clamp(wanted, 1, ceil_div(args.window_tokens, 64)));
@@ -65,7 +83,10 @@ void use_workspace(AttendArgs& args, float* workspace) {
 }
 
 cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
-  if (args.page_splits + args.window_splits > 0) {
+  if (is_prefill(args)) {
+    const cudaError_t error = attend_prefill(args, stream);
+    if (error != cudaSuccess || args.page_splits == 1) return error;
+  } else if (args.page_splits + args.window_splits > 0) {
     const TensorKernel* const kernel = find_tensor_kernel(args);
     const cudaError_t error = kernel ? kernel->launch(args, stream) : attend_general(args, stream);
     if (error != cudaSuccess) return error;

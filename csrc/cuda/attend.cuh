@@ -77,6 +77,13 @@ LOGQUANT_DEVICE int64_t partial_index(const AttendArgs& a, int64_t batch, int64_
   return ((batch * a.kv_heads + kv_head) * (a.page_splits + a.window_splits) + split) * (a.group * a.queries) + row;
 }
 
+// For many query rows (attend_prefill.cu): whether it can, how many rows a block takes, and tiles of slots there are.
+// Its splits are page_splits, over pages and window alike; with one, it writes the result itself.
+bool prefill_handles(const AttendArgs& args);
+int prefill_rows(const AttendArgs& args);
+int64_t prefill_tiles(const AttendArgs& args);
+cudaError_t attend_prefill(const AttendArgs& args, cudaStream_t stream);
+
 cudaError_t attend_general(const AttendArgs& args, cudaStream_t stream);
 
 // A kernel compiled for one format and dtype (attend_pages.cuh).

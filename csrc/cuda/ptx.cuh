@@ -51,6 +51,20 @@ LOGQUANT_DEVICE uint32_t movmatrix_trans(uint32_t a) {
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
   return d;
 }
+// Four 8 x 8 matrices of 16-bit elements from shared memory; lanes 8i to 8i + 7 point to the rows of matrix i.
+LOGQUANT_DEVICE void ldmatrix(uint32_t (&d)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+// The same, each matrix transposed.
+LOGQUANT_DEVICE void ldmatrix_trans(uint32_t (&d)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
 LOGQUANT_DEVICE void cp_async16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
@@ -258,6 +272,28 @@ inline uint32_t movmatrix_trans(uint32_t a, EMULATOR_HERE) {
   emulator::leave(slot);
   return result;
 }
+inline void load_matrices(uint32_t (&d)[4], const void* row, bool transposed, emulator::Location where) {
+  emulator::Unwatched unwatched;
+  const auto* const first = static_cast<const unsigned char*>(row);
+  const emulator::Place& place = emulator::place();
+  if (reinterpret_cast<uintptr_t>(row) % 16 || first < place.shared || first + 16 > place.shared + place.shared_bytes) {
+    emulator::fail("ldmatrix: a row must be 16 aligned bytes of shared memory", where);
+  }
+  emulator::Slot& slot = emulator::meet(emulator::Collective::kLdMatrix, kFullMask, row, 16, where);
+  const int g = place.lane / 4, t = place.lane % 4;
+  for (int i = 0; i < 4; ++i) {
+    const auto element = [&](int r, int c) {
+      uint16_t x;
+      std::memcpy(&x, slot.in[8 * i + r] + 2 * c, sizeof x);
+      return uint32_t{x};
+    };
+    d[i] =
+        transposed ? element(2 * t, g) | element(2 * t + 1, g) << 16 : element(g, 2 * t) | element(g, 2 * t + 1) << 16;
+  }
+  emulator::leave(slot);
+}
+inline void ldmatrix(uint32_t (&d)[4], const void* row, EMULATOR_HERE) { load_matrices(d, row, false, here_); }
+inline void ldmatrix_trans(uint32_t (&d)[4], const void* row, EMULATOR_HERE) { load_matrices(d, row, true, here_); }
 inline void cp_async16(void* shared, const void* global, EMULATOR_HERE) {
   emulator::async_copy(shared, global, 16, 16, here_);
 }
