@@ -15,7 +15,7 @@ help:
 	@echo "make test       environment, build, and all quick tests"
 	@echo "make test-slow  the tests that take long"
 	@echo "make lint       ruff, mypy, clang-format, typos"
-	@echo "make sanitize   the operators' tests under ASan and UBSan, the kernels' under TSan"
+	@echo "make sanitize   the operators' tests, the kernels and the emulated CUDA kernels under ASan, UBSan and TSan"
 	@echo "make clean      remove .venv and all that was built"
 
 # Torch comes first and alone: the build needs it, and its version is ours to choose.
@@ -64,9 +64,10 @@ sanitize: venv
 	rm -rf build/asan/lib/tests && cp -r tests build/asan/lib
 	cd build/asan/lib && $(ASAN_ENV) ../../../$(BIN)/python -c "import torch, logquant._C as c; print(c.__file__); assert 'asan' in c.__file__"
 	cd build/asan/lib && $(ASAN_ENV) ../../../$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_ops.py tests/test_bad_input.py
-	$(BIN)/cmake -S . -B build/tsan -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DLOGQUANT_SANITIZE=thread -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja
-	$(BIN)/cmake --build build/tsan
-	$(BIN)/ctest --test-dir build/tsan --output-on-failure
+	for kinds in thread address,undefined; do \
+	  $(BIN)/cmake -S . -B build/$$kinds -G Ninja -DLOGQUANT_SANITIZE=$$kinds -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja && \
+	  $(BIN)/cmake --build build/$$kinds && $(BIN)/ctest --test-dir build/$$kinds --output-on-failure || exit 1; \
+	done
 
 clean:
 	rm -rf .venv build dist *.egg-info logquant/_C*.so

@@ -39,7 +39,7 @@ FLAGS = [
 ]
 ORDERS = ("forward", "reverse", "random")
 COPIES = ("lazy", "eager", "random")
-COUNTERS = ("blocks", "barriers", "collectives", "mma", "async_bytes", "load_bytes")
+COUNTERS = ("blocks", "barriers", "collectives", "mma", "shared_bytes", "async_bytes", "load_bytes")
 
 
 def cuda_include() -> Path | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import subprocess
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +92,21 @@ def test_the_emulator_catches_seeded_bugs(sanitizer):
     else:
         for bug in ("read_past_shared", "read_past_global"):
             assert "AddressSanitizer: heap-buffer-overflow" in outcome(bug)[1], bug
+
+
+def cutlass_include() -> Path | None:
+    path = Path(sysconfig.get_path("purelib")) / "cutlass_library/source/include"
+    return path if path.exists() else None
+
+
+@pytest.mark.skipif(cutlass_include() is None, reason="needs CuTe: pip install --no-deps nvidia-cutlass")
+def test_fragments_are_laid_out_as_cute_says():
+    names = ("tests/emulated_layouts.cu", "tests/cute_layouts.cpp", "emulator/emulator.cpp")
+    cccl = emulated.cuda_include() / "cccl"
+    flags = [*emulated.FLAGS, f"-isystem {cutlass_include()} -isystem {cccl}", "-Wno-unused-parameter"]
+    program = emulated.build("layouts", [emulated.CSRC / name for name in names], flags, shared=False)
+    result = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
 
 
 def test_an_error_names_its_place():

@@ -305,7 +305,10 @@ void cp_async_wait() {
 template <class T>
 T load(const void* p, EMULATOR_HERE) {
   if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) emulator::fail("misaligned load", here_);
-  emulator::counters().load_bytes += sizeof(T);
+  {
+    emulator::Unwatched unwatched;
+    emulator::counters().load_bytes += sizeof(T);
+  }
   return *static_cast<const T*>(p);
 }
 

@@ -560,6 +560,7 @@ void launch(const void* kernel, dim3 grid, dim3 block_size, size_t shared_bytes,
   if (shared_bytes > (limit == b.shared_limits.end() ? config().shared_limit_default : limit->second)) {
     throw Error("emulator: " + std::to_string(shared_bytes) + " bytes of shared memory are over the kernel's limit");
   }
+  counters().shared_bytes = std::max<uint64_t>(counters().shared_bytes, shared_bytes);
   b.body = body;
   b.argument = argument;
   b.random = config().seed * 0x9E3779B97F4A7C15ull | 1;

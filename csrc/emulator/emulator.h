@@ -47,6 +47,7 @@ Config& config();
 struct Counters {
   uint64_t blocks = 0, barriers = 0, collectives = 0;  // collectives: of lanes, not of warps
   uint64_t mma = 0;                                    // warp instructions
+  uint64_t shared_bytes = 0;                           // of the block with most
   uint64_t async_bytes = 0, load_bytes = 0;            // global memory read by cp.async and by ptx::load
 };
 Counters& counters();

@@ -1,8 +1,10 @@
 // The emulated kernels as a C interface for ctypes (tests/emulated.py). Arguments come as one array of int64, in the
 // order in which they are taken below; floats and strings do not occur in it but as bits and as what is returned.
 
+#include <algorithm>
 #include <cstring>
 #include <exception>
+#include <iterator>
 #include <string>
 
 #include "../cuda/kernels.h"
@@ -172,11 +174,11 @@ void emulated_configure(int order, int copies, int64_t seed, int mma_block, int 
   c.multiprocessors = multiprocessors;
 }
 
-// blocks, barriers, collectives, mma, bytes by cp.async, bytes by load; since the last call.
+// blocks, barriers, collectives, mma, most shared memory, bytes by cp.async, bytes by load; since the last call.
 void emulated_counters(int64_t* out) {
   emulator::Counters& c = emulator::counters();
-  const uint64_t values[] = {c.blocks, c.barriers, c.collectives, c.mma, c.async_bytes, c.load_bytes};
-  for (int i = 0; i < 6; ++i) out[i] = static_cast<int64_t>(values[i]);
+  const uint64_t values[] = {c.blocks, c.barriers, c.collectives, c.mma, c.shared_bytes, c.async_bytes, c.load_bytes};
+  std::copy(std::begin(values), std::end(values), out);
   c = {};
 }
 
