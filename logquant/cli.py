@@ -49,6 +49,13 @@ class Dtype(str, Enum):
         return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[self.value]
 
 
+class Device(str, Enum):
+    """Of torch."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 Model = Annotated[
     str | None, typer.Option("--model", help="Directory or hub id; by default the packaged SmolLM2-135M-Instruct.")
 ]
@@ -307,28 +314,31 @@ def attend(
     kv_heads: Annotated[int, typer.Option(help="Key-value heads.")] = 8,
     dim: Annotated[int, typer.Option(help="Channels of a head.")] = 128,
     context: Annotated[str, typer.Option(help="Cached tokens; several separated by commas.")] = "2048,8192,32768",
-    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    batch: Annotated[str, typer.Option(help="Sequences; several numbers separated by commas.")] = "1",
     bits: Annotated[int, typer.Option(help="Bits of a quantised element.")] = 2,
     window: Annotated[int, typer.Option(help="W: between 2W and 3W tokens stay exact.")] = 64,
     dtype: Annotated[Dtype, typer.Option(help="Of queries and exact tokens.")] = Dtype.bfloat16,
     rounds: Annotated[int, typer.Option(min=3, help="Timed calls of each contender.")] = 20,
+    device: Annotated[Device, typer.Option(help="What attends.")] = Device.cpu,
     json_file: Json = None,
 ) -> None:
-    """Time one token's attention: fused, dequantise + SDPA, and SDPA over a full cache; with cold CPU caches."""
+    """Time one token's attention: fused, dequantise + SDPA, and SDPA over a full cache; with cold caches."""
     arguments = dict(locals())
     from .bench.attend import Shape, bench_attend
     from .bench.timing import read_bandwidth
 
-    contexts = number_list("--context", context)
+    contexts, batches = number_list("--context", context), number_list("--batch", batch)
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise typer.BadParameter(machine.cuda()["cuda_device"], param_hint="--device")
     with errors_of("arguments"):
-        shapes = [Shape(tokens, heads, kv_heads, dim, batch) for tokens in contexts]
+        shapes = [Shape(tokens, heads, kv_heads, dim, size) for size in batches for tokens in contexts]
         quantization = LogQuantConfig(bits=bits, window=window)
         quantization.page_format(dim)
     with progress() as bar:
         task = bar.add_task("rounds", total=len(shapes) * (rounds + 2))
-        bandwidth = read_bandwidth()
+        bandwidth = read_bandwidth(device.value)
         results = [
-            bench_attend(shape, quantization, dtype.torch, rounds, on_progress=lambda: bar.advance(task))
+            bench_attend(shape, quantization, dtype.torch, rounds, lambda: bar.advance(task), device.value)
             for shape in shapes
         ]
     for result in results:
@@ -346,7 +356,8 @@ def _attend_table(result: AttendResult, bandwidth: float) -> Table:
         "median, ms",
         "quartiles",
         "slower by",
-        title=f"{result.shape.context:,} tokens",
+        title=f"{result.shape.context:,} tokens, batch {result.shape.batch}, "
+        f"heads {result.shape.heads}/{result.shape.kv_heads}, dim {result.shape.dim}",
         caption=f"fused reads {megabytes(result.packed_nbytes)} (full cache {megabytes(result.full_nbytes)}) "
         f"at {rate / 1e9:.1f} GB/s, {rate / bandwidth:.0%} of the {bandwidth / 1e9:.1f} GB/s that torch reads here",
     )

@@ -14,6 +14,7 @@ from logquant import LogQuantConfig, ops, reference
 from logquant.reference import DTYPES, PageFormat
 from logquant.window import RULES, evicted_slots
 from tests.backends import BACKENDS, CPU_SETS, on
+from tests.on_device import OnDevice
 from tests.strategies import column_map, dtypes, formats, seeds, tokens
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -466,3 +467,20 @@ def test_without_the_extension_plain_torch_runs_and_says_so(monkeypatch):
     assert torch.equal(got[0], want[0])
     with pytest.raises(RuntimeError, match="backend 'cpu' is not available: it was not built"), ops.use_backend("cpu"):
         pass
+
+
+def test_the_cuda_backend_moves_tensors_and_brings_results_back():
+    """How tests run on a GPU, tried with the CPU as the other device."""
+    device = OnDevice("cpu")
+    fmt = PageFormat(64)
+    problem = Problem(fmt, packed=128, exact=192, seed=3)
+    for got, want in zip(problem.call(device.attend, problem.q), problem.run("reference"), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    pages = device.quantize(problem.window_k, problem.window_v, fmt)
+    assert torch.equal(pages, reference.quantize(problem.window_k, problem.window_v, fmt))
+    changed = [problem.window_k.clone(), problem.window_v.clone(), torch.zeros_like(pages)]
+    expected = [x.clone() for x in changed]
+    for function, tensors in ((device.evict_, changed), (reference.evict_, expected)):
+        function(*tensors, fmt, page=0, tokens=192, start=1, step=2, count=64)
+    assert torch.equal(changed[2], expected[2])
+    assert torch.equal(changed[0][:, :, :128], expected[0][:, :, :128])
