@@ -18,7 +18,7 @@ for name in ("quantize", "dequantize", "evict_", "attend"):
 for kind, names in (("elf", architectures), ("ptx", [name for name in architectures if name.endswith("+PTX")])):
     command = [cuobjdump, f"--list-{kind}", _C.__file__]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = set(re.findall(r"attend_prefill\.sm_(\d+)", listed))
+    found = set(re.findall(r"\.sm_(\d+)\.", listed))
     assert found == {name.removesuffix("+PTX").replace(".", "") for name in names}, (kind, found)
 k = torch.randn(1, 1, 64, 64)
 fmt = logquant.PageFormat(64)
