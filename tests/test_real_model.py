@@ -35,7 +35,7 @@ def test_until_the_window_overflows_tokens_are_those_of_a_full_cache(smollm2, pr
     smollm2.set_attn_implementation(implementation)
     cache = LogQuantCache(smollm2.config)
     got = greedy(smollm2, prompt[:, :131], cache, 60)
-    assert cache.layers[0].slots.packed == 0 and cache.get_seq_length() == 190
+    assert cache.layers[0].rows.packed == 0 and cache.get_seq_length() == 190
     assert torch.equal(got, greedy(smollm2, prompt[:, :131], DynamicCache(config=smollm2.config), 60))
 
 
@@ -43,7 +43,7 @@ def test_200_tokens_at_8_bits_are_those_of_a_full_cache(smollm2, prompt):
     smollm2.set_attn_implementation("logquant")
     cache = LogQuantCache(smollm2.config, bits=8)
     got = greedy(smollm2, prompt, cache, 200)
-    assert cache.layers[0].slots.packed == 1024
+    assert cache.layers[0].rows.packed == 1024
     assert torch.equal(got, greedy(smollm2, prompt, DynamicCache(config=smollm2.config), 200))
 
 
@@ -56,7 +56,7 @@ def test_two_bits_answer_from_the_packed_part_of_the_prompt(smollm2, smollm2_tok
     cache = LogQuantCache(smollm2.config)
     answer = smollm2_tokenizer.decode(greedy(smollm2, ids, cache, 8)[0])
     where = smollm2_tokenizer(text[: text.index("Whiskers")], return_tensors="pt", add_special_tokens=False)
-    assert where.input_ids.shape[1] not in cache.layers[0].slots.positions(ids.device)[cache.layers[0].slots.packed :]
+    assert where.input_ids.shape[1] not in cache.layers[0].rows.positions(ids.device)[0][cache.layers[0].rows.packed :]
     assert "Whiskers" in answer
 
 
@@ -76,3 +76,38 @@ def test_bytes_held_at_8000_tokens(smollm2, prompt):
     assert cache.nbytes == heads * cache.quantization.head_nbytes(8000, head_dim, itemsize=4)
     assert cache.full_precision_nbytes == heads * 8000 * 2 * head_dim * 4
     assert all(isinstance(layer, LogQuantLayer) for layer in cache.layers)
+
+
+def texts_of(tokenizer, data_dir, lengths: list[int]) -> list[Tensor]:
+    """The beginnings of books, in tokens."""
+    books = sorted((data_dir / "dev/books").glob("*.txt"))
+    return [
+        tokenizer(books[i % len(books)].read_text()[500 * i :][: 8 * n], return_tensors="pt").input_ids[0, :n]
+        for i, n in enumerate(lengths)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("implementation", "bits", "count"),
+    [
+        ("logquant", 2, 4),
+        *(
+            pytest.param(implementation, bits, 48, marks=pytest.mark.slow)
+            for implementation in ("logquant", "sdpa")
+            for bits in (8, 2)
+        ),
+    ],
+)
+def test_a_row_of_a_padded_batch_gives_the_tokens_it_gives_alone(
+    smollm2, smollm2_tokenizer, data_dir, implementation, bits, count
+):
+    smollm2.set_attn_implementation(implementation)
+    rows = texts_of(smollm2_tokenizer, data_dir, [400, 37, 250, 399, 192, 310, 5, 128])
+    padded = torch.stack([torch.cat([torch.zeros(400 - len(row), dtype=torch.long), row]) for row in rows])
+    mask = torch.stack([torch.arange(400) >= 400 - len(row) for row in rows]).long()
+    options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+    together = smollm2.generate(
+        padded, attention_mask=mask, past_key_values=LogQuantCache(smollm2.config, bits=bits), **options
+    )[:, 400:]
+    for row, got in zip(rows, together, strict=True):
+        assert torch.equal(greedy(smollm2, row[None], LogQuantCache(smollm2.config, bits=bits), count)[0], got)
