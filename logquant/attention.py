@@ -165,16 +165,16 @@ class KVView:
             return self.window_k, self.window_v
         if self._dense is None:
             slot_of = self._slot_of_column()
-            hidden = None if self.rows.alike else (slot_of < 0)[:, None, :, None]
             packed = ops.dequantize(self.pages, self.fmt, dtype=self.window_k.dtype)
             both = []
             for parts in zip(packed, (self.window_k, self.window_v), strict=True):
                 slots = torch.cat(parts, 2)
-                if hidden is None:
+                if self.rows.alike:
                     both.append(slots.index_select(2, slot_of[0]))
                     continue
-                index = slot_of.clamp_min(0)[:, None, :, None].expand(*slots.shape[:2], -1, slots.shape[3])
-                both.append(slots.gather(2, index).masked_fill_(hidden, 0))
+                # One more slot, of zeros, stands for padding.
+                index = torch.where(slot_of < 0, slots.shape[2], slot_of)[:, None, :, None]
+                both.append(F.pad(slots, (0, 0, 0, 1)).gather(2, index.expand(*slots.shape[:2], -1, slots.shape[3])))
             self._dense = both[0], both[1]
         return self._dense
 

@@ -11,6 +11,7 @@ when something else happens to the layer, they take their places.
 from __future__ import annotations
 
 import copy
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from . import ops
@@ -313,9 +314,10 @@ class LogQuantLayer(CacheLayerMixin):
         rows, batch = self._rows, self.window_k.shape[0]
         if pending.attended is not None:
             return rows.real_columns(pending.attended.mask, pending.new, batch)
-        if self._shared.padding is None or self._shared.padding.shape[1] < rows.columns + pending.new:
+        padding, total = self._shared.padding, rows.columns + pending.new
+        if padding is None or padding.shape[1] < total:
             return None
-        real = self._shared.padding[:, rows.columns : rows.columns + pending.new].expand(batch, -1)
+        real = padding[:, rows.columns : total].bool().cpu().expand(batch, -1)
         return None if real.all() else real
 
     def _move(self, keys: Tensor, values: Tensor, in_window: bool, moves: list[Move], after: Rows) -> None:
@@ -521,6 +523,36 @@ class LogQuantLayer(CacheLayerMixin):
             self._map_tensors(lambda t: t.to(device), self.rows)
             self.device = self.window_k.device
 
+    def restore(self, rows: Rows | None, pages: Tensor, window_k: Tensor, window_v: Tensor) -> None:
+        """Hold what another layer held, as :meth:`LogQuantCache.load` reads it.
+
+        Raises:
+            ValueError: tensors that do not fit each other, the layer's settings or ``rows``.
+        """
+        if any(t.dim() != 4 for t in (pages, window_k, window_v)):
+            raise ValueError("pages, window_k and window_v must have four dimensions")
+        fmt = self.config.page_format(window_k.shape[3], window_v.shape[3])
+        batch, heads, exact, _ = window_k.shape
+        fits = (
+            rows is not None
+            and (rows.alike or len(rows.slots) == batch)
+            and exact == rows.exact
+            and window_v.shape[:3] == window_k.shape[:3]
+            and pages.shape == (batch, heads, rows.packed // fmt.page_tokens, fmt.words)
+            and pages.dtype == torch.int32
+            and window_k.dtype == window_v.dtype
+            and window_k.dtype in DTYPES
+        )
+        if not fits or rows is None:
+            raise ValueError(
+                f"pages {list(pages.shape)}, window_k {list(window_k.shape)} and window_v {list(window_v.shape)} do "
+                "not fit each other and the settings of the cache"
+            )
+        self.lazy_initialization(window_k, window_v)
+        self.window_k, self.window_v, self._rows = window_k, window_v, rows
+        self._own_pages(pages)
+        self._version += 1
+
     def __deepcopy__(self, memo: dict[int, Any]) -> LogQuantLayer:
         """An independent layer. Both share the page store until one of them writes to it."""
         self._settle()
@@ -558,6 +590,34 @@ class LogQuantLayer(CacheLayerMixin):
         return batch * heads * self.get_seq_length() * (head_dim + self.window_v.shape[3]) * self.dtype.itemsize
 
 
+class LayerReport(NamedTuple):
+    """What one layer of a cache holds.
+
+    Attributes:
+        layer: its index.
+        kind: its class.
+        exact, packed: tokens of all rows that are exact and that are quantised; None where a layer is not LogQuant's.
+        nbytes: bytes of its tensors.
+        bits_per_element: of its tensors, for each element of the keys and values of its tokens; None if it has none.
+    """
+
+    layer: int
+    kind: str
+    exact: int | None
+    packed: int | None
+    nbytes: int
+    bits_per_element: float | None
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors that a layer of transformers holds; some keep them in dictionaries."""
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,):
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, dict | list | tuple):
+            yield from _tensors_in(item)
+
+
 class LogQuantCache(DynamicCache):
     """A KV cache that keeps old tokens in 2 bits and a few hundred exact ones, dense near the end.
 
@@ -588,6 +648,7 @@ class LogQuantCache(DynamicCache):
             self.quantization.page_format(head_dim)
         rows = Rows((Slots(self.quantization.window, self.quantization.rule, self.quantization.sink_tokens),))
         layers = DynamicCache(config=config).layers
+        self.config = config
         self._shared = _Shared(layers=sum(type(layer) is DynamicLayer for layer in layers))
         # Not DynamicCache's own __init__, which would make other layers. It is the base because transformers asks for
         # it where a cache must be able to crop and select rows (EncoderDecoderCache).
@@ -616,7 +677,7 @@ class LogQuantCache(DynamicCache):
         """
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(f"attention_mask must be [batch, columns], got {list(attention_mask.shape)}")
-        self._shared.padding = None if attention_mask is None else attention_mask.bool().cpu()
+        self._shared.padding = attention_mask
 
     @property
     def nbytes(self) -> int:
@@ -634,4 +695,105 @@ class LogQuantCache(DynamicCache):
     @property
     def _other_nbytes(self) -> int:
         others = [layer for layer in self.layers if not isinstance(layer, LogQuantLayer)]
-        return sum(t.nbytes for layer in others for t in vars(layer).values() if isinstance(t, Tensor))
+        return sum(t.nbytes for layer in others for t in _tensors_in(vars(layer)))
+
+    def report(self) -> list[LayerReport]:
+        """What each layer holds."""
+        lines = []
+        for i, layer in enumerate(self.layers):
+            kind = type(layer).__name__
+            if not isinstance(layer, LogQuantLayer):
+                lines.append(LayerReport(i, kind, None, None, sum(t.nbytes for t in _tensors_in(vars(layer))), None))
+                continue
+            rows = layer.rows
+            copies = layer.batch_size if layer.is_initialized and rows.alike else 1
+            exact, packed = (copies * sum(getattr(s, name) for s in rows.slots) for name in ("exact", "packed"))
+            bits = None
+            if exact + packed:
+                elements = (exact + packed) * layer.window_k.shape[1] * (layer.format.head_dim + layer.format.value_dim)
+                bits = 8 * layer.nbytes / elements
+            lines.append(LayerReport(i, kind, exact, packed, layer.nbytes, bits))
+        return lines
+
+    # ------------------------------------------------------------------------------------- moving, saving, recovering
+    def to(self, device: torch.device | str) -> LogQuantCache:
+        """Move all tensors to ``device``; the tokens that come next must be there."""
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device)
+            if isinstance(value, torch.device):
+                return torch.empty(0, device=device).device
+            if isinstance(value, dict):
+                return {key: moved(item) for key, item in value.items()}
+            return [moved(item) for item in value] if isinstance(value, list) else value
+
+        for layer in self.layers:
+            if isinstance(layer, LogQuantLayer):
+                layer.to(device)
+            else:
+                vars(layer).update(moved(vars(layer)))
+        return self
+
+    def save(self, path: str | os.PathLike[str], model: PreTrainedModel | None = None) -> None:
+        """Write the cache to a safetensors file. A file that is there is replaced once the new one is complete.
+
+        Args:
+            path: where to.
+            model: given, the file also tells its weights from others with the same configuration.
+
+        Raises:
+            OSError: the file cannot be written, as on a full disk; nothing is left of it, and the cache is unchanged.
+            ValueError: some layers have more tokens than others (:meth:`rewind`).
+        """
+        from . import saving
+
+        saving.save(self, path, model)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: PreTrainedModel | PreTrainedConfig,
+        device: torch.device | str | None = None,
+    ) -> LogQuantCache:
+        """Read a cache that :meth:`save` has written.
+
+        Args:
+            path: the file.
+            model: the model that the cache is for, or its configuration.
+            device: where the tensors go; by default the model's device, or the CPU.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a damaged file, one of another format version, or of another model.
+        """
+        from . import saving
+
+        return saving.load(cls, path, model, device)
+
+    def check_layers_agree(self) -> None:
+        """Refuse if some layers have more tokens than others (ValueError), as after an error within a forward pass."""
+        lengths = {layer.get_seq_length() for layer in self.layers if isinstance(layer, LogQuantLayer)}
+        if len(lengths - {0}) > 1:
+            raise ValueError(
+                f"the layers of the cache hold {sorted(lengths)} tokens: a forward pass ended early; rewind() the cache"
+            )
+
+    def rewind(self) -> int:
+        """After an error within a forward pass: remove the tokens that only the first layers have.
+
+        The tokens of one pass are removed without a trace (:meth:`LogQuantLayer.crop`).
+
+        Returns:
+            How many tokens there are now.
+
+        Raises:
+            RuntimeError: a sliding or linear layer has forgotten what it would need; :meth:`reset` the cache then.
+        """
+        layers = [layer for layer in self.layers if isinstance(layer, CacheLayerMixin) and hasattr(layer, "crop")]
+        length = min(layer.get_seq_length() for layer in layers)
+        for layer in layers:
+            if layer.get_seq_length() > length:
+                layer.crop(length - layer.get_seq_length())
+        return length
