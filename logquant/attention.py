@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import create_position_bias_mask, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from . import ops
@@ -421,7 +421,7 @@ def logquant_attention_forward(
     """The attention function ``"logquant"`` of transformers: fused over a LogQuant cache, exact over plain tensors.
 
     Raises:
-        ValueError: dropout with a softcap or sinks, or a position bias over a cache.
+        ValueError: dropout with a softcap, sinks or a cache.
     """
     view = key.kv_view if isinstance(key, KVHandle) else None
     if (view is None or view.is_prompt) and not softcap and s_aux is None:
@@ -430,13 +430,13 @@ def logquant_attention_forward(
         )
     if dropout:
         raise ValueError(f"the logquant attention has no dropout, got {dropout}; call model.eval()")
-    if kwargs.get("position_bias") is not None:
-        raise ValueError('position_bias is not supported by the logquant attention; use attn_implementation="sdpa"')
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     softcap = softcap or 0.0
     is_causal = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     causal = causal and attention_mask is None and query.shape[2] > 1
+    if (bias := kwargs.get("position_bias")) is not None:
+        attention_mask, causal = create_position_bias_mask(bias, attention_mask, causal, query, key), False
     if view is not None:
         out = view.attend(query, attention_mask, scale, softcap=softcap, sinks=s_aux, causal=causal)
     else:
