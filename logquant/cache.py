@@ -447,21 +447,26 @@ class LogQuantLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         self._settle(recallable=self._pending.new if self._pending else 0)
+        cropped = self._rows.crop(-tokens_to_remove) if tokens_to_remove else self._rows
+        after, moves = cropped.append(0), cropped.moves(0, self.device)
         if tokens_to_remove:
-            self._crop(self._rows.crop(-tokens_to_remove))
+            self._crop(cropped)
             self._version += 1
-        undecided, after = self._rows, self._rows.append(0)
-        window = (self.window_k[:, :, : undecided.exact], self.window_v[:, :, : undecided.exact])
+        # The tokens that are left are here to stay, so the rule is applied to all of them.
+        window_k, window_v = (w[:, :, : cropped.exact] for w in (self.window_k, self.window_v))
         with torch.no_grad():
-            self._move(*window, True, undecided.moves(0, self.device), after)
+            self._move(window_k, window_v, True, moves, after)
 
     def _crop(self, after: Rows) -> None:
         before = self._rows
         batch, page_tokens = self.batch_size, self.format.page_tokens
         gone_by = tuple(zip(before.slots, after.slots * (len(before.slots) // len(after.slots)), strict=True))
         sources = [b.exact_before(a) for b, a in gone_by]
-        back = [int((source < b.packed).sum()) for (b, _), source in zip(gone_by, sources, strict=True)]
-        if any(back):
+        pages_left = after.packed // page_tokens
+        store, windows = self.pages, (self.window_k, self.window_v)
+        if 2 * pages_left < store.shape[2]:
+            store = store[:, :, :pages_left].clone()
+        if any((source < b.packed).any() for (b, _), source in zip(gone_by, sources, strict=True)):
             window_k, window_v = self.window_k.clone(), self.window_v.clone()
             for row, ((held, _), source) in enumerate(zip(gone_by, sources, strict=True)):
                 rows = slice(0, batch) if before.alike else slice(row, row + 1)
@@ -478,11 +483,10 @@ class LogQuantLayer(CacheLayerMixin):
                 ):
                     window[rows].index_copy_(2, to_stay, old[rows].index_select(2, stays))
                     window[rows].index_copy_(2, to_return, unpacked.index_select(2, place))
-            self.window_k, self.window_v = window_k, window_v
-        pages_left = after.packed // page_tokens
-        if 2 * pages_left < self.pages.shape[2]:
-            self._own_pages(self.pages[:, :, :pages_left].clone())
-        self._rows = after
+            windows = window_k, window_v
+        if store is not self.pages:
+            self._own_pages(store)
+        (self.window_k, self.window_v), self._rows = windows, after
 
     def _map_tensors(self, function: Callable[[Tensor], Tensor], rows: Rows) -> None:
         """Replace every tensor of the layer; all or none if one of the calls fails."""
