@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import create_position_bias_mask, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from . import ops
+from . import compiled, ops
 from .reference import PageFormat
 from .window import Rows
 
@@ -423,6 +423,12 @@ def logquant_attention_forward(
     Raises:
         ValueError: dropout with a softcap, sinks or a cache.
     """
+    is_causal = kwargs.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    causal = causal and attention_mask is None and query.shape[2] > 1
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if compiled.is_ticket(key):
+        return compiled.attend_layer(query, key, attention_mask, scale, softcap or 0.0, s_aux, causal), None
     view = key.kv_view if isinstance(key, KVHandle) else None
     if (view is None or view.is_prompt) and not softcap and s_aux is None:
         return sdpa_attention_forward(
@@ -430,13 +436,9 @@ def logquant_attention_forward(
         )
     if dropout:
         raise ValueError(f"the logquant attention has no dropout, got {dropout}; call model.eval()")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    softcap = softcap or 0.0
-    is_causal = kwargs.get("is_causal")
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    causal = causal and attention_mask is None and query.shape[2] > 1
     if (bias := kwargs.get("position_bias")) is not None:
         attention_mask, causal = create_position_bias_mask(bias, attention_mask, causal, query, key), False
+    softcap = softcap or 0.0
     if view is not None:
         out = view.attend(query, attention_mask, scale, softcap=softcap, sinks=s_aux, causal=causal)
     else:

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from . import ops
+from . import compiled, ops
 from .attention import Attended, KVHandle, KVView
 from .config import LogQuantConfig
 from .reference import DTYPES, PageFormat
@@ -100,6 +100,8 @@ class LogQuantLayer(CacheLayerMixin):
         self._shared = shared or _Shared()
         self._empty = rows or Rows((Slots(config.window, config.rule, config.sink_tokens),))
         self._version = 0
+        # What the last update of a compiled model returned, for the attention that follows.
+        self.handles: tuple[Tensor, Tensor] | None = None
         self._pending: _Pending | None = None
         self.record_past = False
         self.reset()
@@ -118,6 +120,7 @@ class LogQuantLayer(CacheLayerMixin):
         self.window_v = value_states.new_empty(batch, heads, 0, value_states.shape[-1])
         self.pages = key_states.new_empty(batch, heads, 0, self.format.words, dtype=torch.int32)
         self._own_pages(self.pages)
+        self._ticket = compiled.ticket_for(self, value_states.shape[-1])
         self.is_initialized = True
 
     @property
@@ -188,13 +191,22 @@ class LogQuantLayer(CacheLayerMixin):
             value_states: ``[B, H, n, Dv]``, same dtype and device.
 
         Returns:
-            Handles for the keys and values of all tokens (:class:`logquant.attention.KVHandle`).
+            Handles for the keys and values of all tokens (:class:`logquant.attention.KVHandle`); in a model that is
+            being compiled tickets (:mod:`logquant.compiled`).
 
         Raises:
             TypeError: another dtype than before, or one that is not supported.
             ValueError: another shape or device than before. The layer is unchanged after either.
             RuntimeError: an earlier call was interrupted while it moved tokens; :meth:`reset` helps.
         """
+        if torch.compiler.is_compiling() and self.is_initialized:
+            ticket = compiled.update_layer(key_states, value_states, self._ticket)
+            return ticket, ticket
+        handles: tuple[Tensor, Tensor] = self._update(key_states, value_states)
+        return handles
+
+    @torch.compiler.disable
+    def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         self._check(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -219,6 +231,8 @@ class LogQuantLayer(CacheLayerMixin):
             if in_window:
                 self.window_k, self.window_v = window
         self._version += 1
+        self.handles = None
+        self._columns = rows.columns + new
         self._pending = _Pending(keys.detach(), values.detach(), new, in_window, recallable)
         view = self._view(keys, values, rows, new)
         return KVHandle(view, 0), KVHandle(view, 1)
@@ -408,7 +422,7 @@ class LogQuantLayer(CacheLayerMixin):
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self._rows.columns + (self._pending.new if self._pending else 0)
+        return self._columns
 
     def get_max_length(self) -> int:
         return -1
@@ -417,6 +431,8 @@ class LogQuantLayer(CacheLayerMixin):
         """Forget all tokens."""
         self.is_initialized = False
         self._rows = self._empty
+        self._columns = 0
+        self.handles = None
         self._pending = None
         self._interrupted = False
         self.record_past = False
@@ -486,7 +502,7 @@ class LogQuantLayer(CacheLayerMixin):
             windows = window_k, window_v
         if store is not self.pages:
             self._own_pages(store)
-        (self.window_k, self.window_v), self._rows = windows, after
+        (self.window_k, self.window_v), self._rows, self._columns = windows, after, after.columns
 
     def _map_tensors(self, function: Callable[[Tensor], Tensor], rows: Rows) -> None:
         """Replace every tensor of the layer; all or none if one of the calls fails."""
@@ -553,7 +569,7 @@ class LogQuantLayer(CacheLayerMixin):
                 "not fit each other and the settings of the cache"
             )
         self.lazy_initialization(window_k, window_v)
-        self.window_k, self.window_v, self._rows = window_k, window_v, rows
+        self.window_k, self.window_v, self._rows, self._columns = window_k, window_v, rows, rows.columns
         self._own_pages(pages)
         self._version += 1
 
@@ -563,19 +579,21 @@ class LogQuantLayer(CacheLayerMixin):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(self.__dict__)
-        twin._shared = copy.deepcopy(self._shared, memo)
+        twin._shared, twin.handles = copy.deepcopy(self._shared, memo), None
         if self.is_initialized:
             twin.window_k, twin.window_v = self.window_k.clone(), self.window_v.clone()
+            twin._ticket = compiled.ticket_for(twin, len(self._ticket))
             self._sharers.add(twin)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
-        return {name: value for name, value in self.__dict__.items() if name != "_sharers"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_sharers", "handles")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, handles=None)
         if self.is_initialized:
+            self._ticket = compiled.ticket_for(self, len(self._ticket))
             self._own_pages(self.pages)
 
     # ------------------------------------------------------------------------------------------------ accounting
