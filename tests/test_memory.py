@@ -122,7 +122,9 @@ for conversation in range(200):
     out = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=30, do_sample=False)
     more = torch.cat([out, ids[:, :40]], 1)
     twice = torch.cat([mask, torch.ones(2, 70, dtype=torch.long)], 1)
-    model.generate(more, attention_mask=twice, past_key_values=cache, max_new_tokens=10, num_beams=2)
+    model.generate(more, attention_mask=twice, past_key_values=cache, max_new_tokens=10)
+    beams = LogQuantCache(model.config)
+    model.generate(ids, attention_mask=mask, past_key_values=beams, max_new_tokens=10, num_beams=2)
     sizes.append(resident())
 print(json.dumps({"growth": sizes[199] / sizes[19] - 1}))
 """
