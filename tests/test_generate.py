@@ -104,7 +104,7 @@ def test_tokens_are_those_of_a_full_cache(case, feature):
     for row, differs in enumerate((got.sequences != want.sequences)[:, case.ids.shape[1] :]):
         same = int(differs.nonzero()[0]) + 1 if differs.any() else case.count
         for p, q in zip(got.scores[:same], want.scores[:same], strict=True):
-            assert (p[row].softmax(-1) - q[row].softmax(-1)).abs().sum() / 2 < 0.005
+            assert (p[row].softmax(-1) - q[row].softmax(-1)).abs().sum() / 2 < 0.02
 
 
 @pytest.mark.parametrize("kind", ["prompt_lookup", "assistant", "early_exit"])
