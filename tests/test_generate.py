@@ -94,12 +94,17 @@ FEATURES = {
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_tokens_are_those_of_a_full_cache(case, feature):
-    got, want = both(case, **FEATURES[feature])
-    if FEATURES[feature].get("do_sample") and "bits" in case.settings:
-        # A draw may fall between the two distributions, and then a row goes on differently.
-        assert (got != want).any(1).sum() <= 1
-    else:
+    options = FEATURES[feature]
+    if "bits" not in case.settings or not options.get("do_sample") or "num_beams" in options:
+        got, want = both(case, **options)
         assert torch.equal(got, want)
+        return
+    # A draw may fall between the two distributions, and then the row goes on differently: they must be that close.
+    got, want = both(case, **options, return_dict_in_generate=True, output_scores=True)
+    for row, differs in enumerate((got.sequences != want.sequences)[:, case.ids.shape[1] :]):
+        same = int(differs.nonzero()[0]) + 1 if differs.any() else case.count
+        for p, q in zip(got.scores[:same], want.scores[:same], strict=True):
+            assert (p[row].softmax(-1) - q[row].softmax(-1)).abs().sum() / 2 < 0.02
 
 
 @pytest.mark.parametrize("kind", ["prompt_lookup", "assistant", "early_exit"])
