@@ -1,4 +1,4 @@
-"""The command line: ``logquant generate``, ``eval``, ``bench attend``, ``bench memory`` and ``info``."""
+"""The command line: ``logquant generate``, ``eval``, ``bench attend|generate|memory`` and ``info``."""
 
 from __future__ import annotations
 
@@ -368,6 +368,50 @@ def _attend_table(result: AttendResult, bandwidth: float) -> Table:
         quartiles = f"{1e3 * timing.low:.2f}-{1e3 * timing.high:.2f}"
         table.add_row(name, f"{1e3 * timing.median:.2f}", quartiles, f"{timing.median / fused:.1f}x")
     return table
+
+
+@bench.command(name="generate")
+def bench_generate_command(
+    context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 2000,
+    batch: Annotated[str, typer.Option(help="Sequences decoded at once; several numbers separated by commas.")] = "1,8",
+    steps: Annotated[int, typer.Option(min=3, help="Timed steps of each cache.")] = 40,
+    caches: Annotated[str, typer.Option(help=f"Separated by commas: {CACHE_HELP}")] = "full,logquant,recent",
+    model: Model = None,
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.bfloat16,
+    json_file: Json = None,
+) -> None:
+    """Decode with each cache in turn, a step at a time: tokens per second and bytes held."""
+    arguments = dict(locals())
+    from .bench.generate import bench_generate
+    from .specs import parse_caches
+
+    batches = number_list("--batch", batch)
+    with errors_of("--caches"):
+        specs = parse_caches(caches)
+    loaded, _ = load_model(model, dtype)
+    loaded.set_attn_implementation("logquant")
+    results = []
+    with progress() as bar:
+        task = bar.add_task("prefills and steps", total=len(batches) * (len(specs) + steps + 2))
+        for size in batches:
+            results += bench_generate(
+                loaded, specs, context=context, batch=size, steps=steps, on_progress=lambda: bar.advance(task)
+            )
+    table = Table("batch", "cache", "tokens/s", "step, ms", "quartiles", "held", title=f"after {context:,} tokens")
+    for column in table.columns:
+        column.justify = "right"
+    for result in results:
+        timing = result.timing
+        table.add_row(
+            str(result.batch),
+            result.cache,
+            f"{result.tokens_per_second:.1f}",
+            f"{1e3 * timing.median:.1f}",
+            f"{1e3 * timing.low:.1f}-{1e3 * timing.high:.1f}",
+            megabytes(result.held),
+        )
+    Console().print(table)
+    write_json(json_file, arguments, results=[result.as_dict() for result in results])
 
 
 @bench.command()
