@@ -81,7 +81,7 @@ def test_instructions_of_the_page_loop(name, arch):
     ids=name_of,
 )
 def test_bytes_in_flight_hide_the_latency_of_memory(fmt):
-    """On Hopper, pages on their way are at least twice latency times bandwidth."""
+    """On Hopper, the rings of an SM's warps (two pages each) hold at least twice latency times bandwidth."""
     problem = problem_of(fmt, torch.float16, heads=1)
     emulated.counters()
     run(problem)
@@ -90,6 +90,6 @@ def test_bytes_in_flight_hide_the_latency_of_memory(fmt):
     name = f"attend_d{fmt.head_dim}{columns}" + ("" if fmt.key_bits == 2 else f"_b{fmt.key_bits}")
     cubins.build([name], ["90"])
     registers = max(kernel.registers for kernel in cubins.usage(name, "90") if tiles_of(kernel.kernel) == 1)
-    threads = 128
+    threads, stages = 128, 2
     blocks = min(SM_REGISTERS // (threads * (registers + 7) // 8 * 8), SM_SHARED // (shared + 1024))
-    assert blocks * (threads // 32) * 4 * fmt.words >= 2 * BYTES_TO_HIDE_LATENCY, (registers, shared, blocks)
+    assert blocks * (threads // 32) * stages * 4 * fmt.words >= 2 * BYTES_TO_HIDE_LATENCY, (registers, shared, blocks)
