@@ -91,5 +91,5 @@ def test_bytes_in_flight_hide_the_latency_of_memory(fmt):
     cubins.build([name], ["90"])
     registers = max(kernel.registers for kernel in cubins.usage(name, "90") if tiles_of(kernel.kernel) == 1)
     threads, stages = 128, 2
-    blocks = min(SM_REGISTERS // (threads * (registers + 7) // 8 * 8), SM_SHARED // (shared + 1024))
+    blocks = min(SM_REGISTERS // (threads * ((registers + 7) // 8 * 8)), SM_SHARED // (shared + 1024))
     assert blocks * (threads // 32) * stages * 4 * fmt.words >= 2 * BYTES_TO_HIDE_LATENCY, (registers, shared, blocks)
