@@ -274,7 +274,7 @@ def attend(
 def attend_path(
     q: Tensor, pages: Tensor, window_k: Tensor, window_v: Tensor, fmt: PageFormat, **options: object
 ) -> str:
-    """The kernel that :func:`attend` takes for these arguments: ``"tensor"`` or ``"general"``."""
+    """The kernel that :func:`attend` takes for these arguments: ``"tensor"``, ``"general"`` or ``"prefill"``."""
     numbers = _attend_numbers(q, pages, window_k, window_v, fmt, q, q, **options)  # type: ignore[arg-type]
     return library().emulated_attend_path((ctypes.c_int64 * len(numbers))(*numbers)).decode()
 
