@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from unittest import mock
 
 from logquant import ops
+from logquant.reference import PageFormat
 from tests import emulated
 
 if ops.extension_error() is None:
@@ -19,6 +21,13 @@ else:  # the tests of the compiled operators then fail with the reason, they do 
 # Where no CUDA headers are, the emulated kernels cannot be compiled, and their tests say so by being absent.
 EMULATED = ["emulated"] if emulated.cuda_include() else []
 BACKENDS = ["reference", *CPU_SETS, *EMULATED]
+
+
+def known_to(backend: str, fmt: PageFormat) -> PageFormat:
+    """The format, or the plain one of its sizes where a backend knows only that: CUDA has no 8-bit parameters yet."""
+    if backend.startswith("emulated"):
+        return dataclasses.replace(fmt, key_param_bits=16, value_param_bits=16)
+    return fmt
 
 
 @contextlib.contextmanager

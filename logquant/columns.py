@@ -1,0 +1,85 @@
+"""Which key channels get how many columns, and how much each token's key counts: statistics of queries and keys.
+
+At 2 bits nearly all the loss comes from keys, and from few of their channels (DESIGN section 3, "Key columns"). So
+columns of codes go where they lower the expected squared error of scores most, ``E[q_c^2] * var(k_c)`` times what a
+further column takes off the distortion: reverse water-filling, once for each layer, head and sequence.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .reference import MAX_CODE_BITS, PageFormat
+
+# Mean squared error of a channel with 0, 1, 2, ... columns of 2 bits, in parts of its variance within a page.
+DISTORTIONS = {2: (1.0, 0.13, 0.012, 0.0008), 4: (1.0, 0.012, 0.00005), 8: (1.0, 0.00005)}
+
+
+def allocate(score: Tensor, fmt: PageFormat) -> Tensor:
+    """The column map for channels of these scores: the ``key_columns`` columns that gain most.
+
+    Args:
+        score: ``[..., D]``, what a channel without columns would cost; zeros and NaNs count as next to nothing.
+        fmt: the page format.
+
+    Returns:
+        int16 ``[..., C]``, entries ``4 * channel + digit`` in ascending order (csrc/format.h).
+    """
+    score = score.float().nan_to_num(0.0, 0.0, 0.0).clamp_min(0.0)
+    score = (score / score.amax(-1, keepdim=True).clamp_min(1e-30)).clamp_min(1e-20)
+    distortions = score.new_tensor(DISTORTIONS[fmt.key_bits])
+    most = MAX_CODE_BITS // fmt.key_bits
+    if fmt.key_columns > fmt.head_dim * (len(distortions) - 1):
+        distortions = torch.cat([distortions, distortions[-1:] / 16])
+    gains = (distortions[:-1] - distortions[1:])[:most]
+    chosen = (score[..., None] * gains).flatten(-2).topk(fmt.key_columns, -1).indices.sort(-1).values
+    return (4 * chosen.div(len(gains), rounding_mode="floor") + chosen % len(gains)).to(torch.int16)
+
+
+def default_map(fmt: PageFormat, batch: int, heads: int, device: torch.device) -> Tensor:
+    """A valid map ``[batch, heads, C]`` that spreads columns evenly: for layers that have not chosen theirs yet."""
+    column = torch.arange(fmt.key_columns, device=device)
+    entries = 4 * (column % fmt.head_dim) + column.div(fmt.head_dim, rounding_mode="floor")
+    return entries.sort().values.to(torch.int16).expand(batch, heads, -1)
+
+
+def key_scores(keys: Tensor, mean_square_q: Tensor | None, span: int) -> Tensor:
+    """``E[q_c^2] * var(k_c)``, the variance being that within spans of consecutive tokens.
+
+    Args:
+        keys: ``[B, H, T, D]`` in order; of fewer than ``span`` tokens the variance is that of all.
+        mean_square_q: float32 ``[B, H, D]``, E[q_c^2]; 1 without it.
+        span: tokens of a span, about the stretch of text that a page covers.
+
+    Returns:
+        float32 ``[B, H, D]``.
+    """
+    span = min(span, keys.shape[2])
+    spans = keys[:, :, : keys.shape[2] // span * span].unflatten(2, (-1, span))
+    # One span at a time: a float32 copy of a long prompt's keys would raise the peak.
+    variance = torch.stack([part.float().var(2, correction=0) for part in spans.unbind(2)]).mean(0)
+    return variance if mean_square_q is None else variance * mean_square_q
+
+
+def attention_received(
+    queries: Tensor, lse: Tensor, keys: Tensor, scale: float, page_tokens: int, softcap: float = 0.0
+) -> Tensor:
+    """Weights of the squared errors of ``keys``: the mean attention each got, 1 on average over a page, plus 1.
+
+    Args:
+        queries: ``[B, H, n, D]``, of all query heads of each KV head.
+        lse: float32 ``[B, H, n]``, the log-sum-exp of their scores over all tokens.
+        keys: ``[B, H, N, D]``, N a multiple of ``page_tokens``.
+        scale, softcap: of the scores.
+        page_tokens: tokens of a page.
+
+    Returns:
+        float32 ``[B, H, N]``.
+    """
+    scores = scale * (queries.float() @ keys.float().mT)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    received = (scores - lse.unsqueeze(-1)).exp().mean(2).unflatten(-1, (-1, page_tokens))
+    weights: Tensor = (received / received.mean(-1, keepdim=True) + 1.0).nan_to_num(1.0).flatten(-2)
+    return weights
