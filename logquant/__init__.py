@@ -4,11 +4,12 @@
     cache = LogQuantCache(model.config)
     model.generate(**inputs, past_key_values=cache)
 
-``LogQuantCache`` needs transformers; everything else needs torch alone.
+``LogQuantCache``, ``enable`` and ``disable`` need transformers; everything else needs torch alone.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
@@ -17,14 +18,15 @@ from .reference import PageFormat
 
 if TYPE_CHECKING:
     from .cache import LogQuantCache
+    from .generation import disable, enable
 
 
-__all__ = ["LogQuantCache", "LogQuantConfig", "PageFormat", "__version__"]
+__all__ = ["LogQuantCache", "LogQuantConfig", "PageFormat", "__version__", "disable", "enable"]
+
+_LAZY = {"LogQuantCache": "cache", "disable": "generation", "enable": "generation"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LogQuantCache":
-        from .cache import LogQuantCache
-
-        return LogQuantCache
+    if name in _LAZY:
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

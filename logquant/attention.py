@@ -14,18 +14,19 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import create_position_bias_mask, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from . import ops
+from . import compiled, ops
 from .reference import PageFormat
+from .window import Rows
 
 # Beyond this many query tokens (chunked prefill) it is faster to dequantise once and use matrix products.
 MAX_FUSED_QUERIES = 16
@@ -33,19 +34,25 @@ MAX_FUSED_QUERIES = 16
 _SCORES_AT_ONCE = 1 << 24
 
 
+class Attended(NamedTuple):
+    """What attended to a view: queries ``[B, Hq, L, D]``, and the mask by column or None."""
+
+    query: Tensor
+    mask: Tensor | None
+
+
 class KVView:
-    """What one attention call sees of a layer: packed tokens, exact tokens, and the position of each.
+    """What one attention call sees of a layer: packed tokens, exact tokens, and the column of each.
 
     Args:
         pages: int32 ``[B, H, P, words]``.
-        window_k: ``[B, H, N, D]``.
+        window_k: ``[B, H, N, D]``: each row's exact tokens, then the new ones.
         window_v: ``[B, H, N, Dv]``.
         fmt: the page format.
-        tokens: how many tokens there are, not counting dead slots.
-        queries: how many of them are new; those attend.
-        positions: called with a device, gives the position of each slot's token, int32 ``[P * G + N]``.
-        has_dead_slots: whether some positions are -1: a token that was removed after it was packed.
-        is_current: tells whether the layer still is as it was when it made this view.
+        rows: where the tokens are that came before.
+        new: how many columns are new; those attend.
+        is_current: tells whether the layer still holds what it held when it made this view.
+        observed: called after each attention with what attended: queries and mask, or nothing if that is not known.
     """
 
     def __init__(
@@ -55,20 +62,40 @@ class KVView:
         window_v: Tensor,
         fmt: PageFormat,
         *,
-        tokens: int,
-        queries: int,
-        positions: Callable[[torch.device], Tensor],
-        has_dead_slots: bool,
+        rows: Rows,
+        new: int,
         is_current: Callable[[], bool],
+        observed: Callable[[Attended | None], None],
     ) -> None:
         self.pages, self.window_k, self.window_v, self.fmt = pages, window_k, window_v, fmt
-        self.tokens, self.queries, self.has_dead_slots = tokens, queries, has_dead_slots
-        self.positions, self.is_current = positions, is_current
+        self.rows, self.new = rows, new
+        self.is_current, self.observed = is_current, observed
         self._dense: tuple[Tensor, Tensor] | None = None
 
-    def _check_current(self) -> None:
+    @property
+    def columns(self) -> int:
+        """Length of the sequences, padding included."""
+        return self.rows.columns + self.new
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether all tokens are new: then keys and values are plain tensors, and attention is exact."""
+        return self.rows.columns == 0
+
+    def check_current(self) -> None:
+        """Refuse if the layer was updated since (RuntimeError)."""
         if not self.is_current():
             raise RuntimeError("these keys and values are stale: their LogQuant cache layer was updated since")
+
+    def check(self, mask: Tensor | None) -> None:
+        """Refuse what this view cannot show.
+
+        Raises:
+            RuntimeError: the layer was updated since.
+            ValueError: the mask asks for padding, which is not kept.
+        """
+        self.check_current()
+        self.rows.real_columns(mask, self.new, self.window_k.shape[0])
 
     def attend(
         self,
@@ -83,29 +110,39 @@ class KVView:
         """Attention of ``q`` ``[B, Hq, L, D]`` over all tokens of the view.
 
         Args:
-            q: queries; the last L positions.
-            mask: ``[1 or B, 1 or Hq, 1 or L, T]`` in logical token order, boolean (True: seen) or an additive float.
+            q: queries; the last L columns.
+            mask: ``[1 or B, 1 or Hq, 1 or L, T]`` by column, boolean (True: seen) or an additive float.
             scale: factor of the scores.
             softcap: 0, or the cap of the scores.
             sinks: ``[Hq]``, attention sinks.
-            causal: whether a query sees only positions up to its own; goes without a mask.
+            causal: whether a query sees only columns up to its own; goes without a mask.
 
         Returns:
             ``[B, Hq, L, Dv]``.
+
+        Raises:
+            RuntimeError, ValueError: as :meth:`check`; the layer is unchanged then.
         """
-        self._check_current()
+        self.check(mask)
+        out = self._attend(q, mask, scale, softcap=softcap, sinks=sinks, causal=causal)
+        self.observed(Attended(q, mask))
+        return out
+
+    def _attend(
+        self, q: Tensor, mask: Tensor | None, scale: float, *, softcap: float, sinks: Tensor | None, causal: bool
+    ) -> Tensor:
         queries = q.shape[2]
-        if queries > MAX_FUSED_QUERIES or q.dtype != self.window_k.dtype:
-            keys, values = self.dense()
-            if causal:
-                mask = torch.ones(queries, self.tokens, dtype=torch.bool, device=q.device)
-                mask = mask.tril(self.tokens - queries)[None, None]
-            return exact_attention(q, keys.to(q.dtype), values.to(q.dtype), mask, scale, softcap=softcap, sinks=sinks)
+        if self.is_prompt or queries > MAX_FUSED_QUERIES or q.dtype != self.window_k.dtype:
+            keys, values = (x.to(q.dtype) for x in self.dense())
+            if causal and queries != self.columns:
+                causal, mask = False, torch.ones(queries, self.columns, dtype=torch.bool, device=q.device)
+                mask = mask.tril(self.columns - queries)[None, None]
+            return exact_attention(q, keys, values, mask, scale, softcap=softcap, sinks=sinks, causal=causal)
         query_positions = None
         if causal:
-            first = self.tokens - queries
-            query_positions = torch.arange(first, self.tokens, dtype=torch.int32, device=q.device)[None]
-        by_position = mask is not None or causal or self.has_dead_slots
+            first = self.columns - queries
+            query_positions = torch.arange(first, self.columns, dtype=torch.int32, device=q.device)[None]
+        by_position = mask is not None or causal or not self.rows.alike
         out, _ = ops.attend(
             q,
             self.pages,
@@ -115,25 +152,40 @@ class KVView:
             scale=scale,
             softcap=softcap,
             mask=mask,
-            positions=self.positions(q.device)[None] if by_position else None,
+            positions=self.rows.positions(q.device, self.new) if by_position else None,
             query_positions=query_positions,
             sinks=None if sinks is None else sinks.float(),
+            lengths=self.rows.lengths(q.device, self.fmt.page_tokens, self.window_k.shape[2]),
         )
         return out
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        """All keys ``[B, H, T, D]`` and values ``[B, H, T, Dv]``, dequantised, in logical token order."""
+        """All keys ``[B, H, T, D]`` and values ``[B, H, T, Dv]``, dequantised, by column; 0 where padding was."""
+        if self.is_prompt:
+            return self.window_k, self.window_v
         if self._dense is None:
-            self._check_current()
-            order = self.positions(self.window_k.device).long()
+            slot_of = self._slot_of_column()
             packed = ops.dequantize(self.pages, self.fmt, dtype=self.window_k.dtype)
-            both = [torch.cat(parts, 2) for parts in zip(packed, (self.window_k, self.window_v), strict=True)]
-            if self.has_dead_slots:
-                alive = (order >= 0).nonzero().squeeze(1)
-                order, both = order[alive], [x.index_select(2, alive) for x in both]
-            keys, values = (torch.empty_like(x).index_copy_(2, order, x) for x in both)
-            self._dense = keys, values
+            both = []
+            for parts in zip(packed, (self.window_k, self.window_v), strict=True):
+                slots = torch.cat(parts, 2)
+                if self.rows.alike:
+                    both.append(slots.index_select(2, slot_of[0]))
+                    continue
+                # One more slot, of zeros, stands for padding.
+                index = torch.where(slot_of < 0, slots.shape[2], slot_of)[:, None, :, None]
+                both.append(F.pad(slots, (0, 0, 0, 1)).gather(2, index.expand(*slots.shape[:2], -1, slots.shape[3])))
+            self._dense = both[0], both[1]
         return self._dense
+
+    def _slot_of_column(self) -> Tensor:
+        """The slot of each column's token, int64 ``[1 or B, T]``; -1 where there is none."""
+        positions = self.rows.positions(self.window_k.device, self.new).long()
+        # Empty slots go to a column of their own, which is cut off.
+        column = torch.where(positions < 0, self.columns, positions)
+        slot_of = torch.full((len(column), self.columns + 1), -1, device=column.device)
+        slots = torch.arange(column.shape[1], device=column.device).expand_as(column)
+        return slot_of.scatter_(1, column, slots)[:, :-1]
 
 
 _METADATA = frozenset(
@@ -168,31 +220,51 @@ _METADATA = frozenset(
 
 
 @functools.cache
-def _warn_dense(function: str) -> None:
+def _warn_dense() -> None:
     warnings.warn(
-        f"the LogQuant cache is dequantised at every step, because the model's attention uses it through {function}(); "
-        'model.set_attn_implementation("logquant") (or "sdpa") attends to it directly',
+        "the LogQuant cache is dequantised at every step, because the model's attention implementation knows only "
+        'plain tensors; model.set_attn_implementation("logquant") (or "sdpa") attends to it directly. Padding is kept '
+        "like tokens unless logquant.enable(model) or cache.set_padding() tells where it is",
         RuntimeWarning,
         stacklevel=5,
     )
 
 
 class KVHandle(Tensor):
-    """Stands for the keys or the values of a view; see the module's docstring."""
+    """Stands for the keys or the values of a view; see the module's docstring.
+
+    Args:
+        kv_view: the view.
+        part: 0: keys, 1: values.
+        repeats: how often each head is repeated, as attention without grouped queries wants it.
+        unmerged: 0, or how many copies of each head lie in a dimension of their own, after that of the heads: what
+            ``repeat_kv`` of transformers goes through on its way.
+    """
 
     kv_view: KVView
-    part: int  # 0: keys, 1: values
+    part: int
+    repeats: int
+    unmerged: int
 
     @staticmethod
-    def __new__(cls, kv_view: KVView, part: int) -> KVHandle:
+    def __new__(cls, kv_view: KVView, part: int, repeats: int = 1, unmerged: int = 0) -> KVHandle:
         like = (kv_view.window_k, kv_view.window_v)[part]
-        shape = (*like.shape[:2], kv_view.tokens, like.shape[3])
+        batch, heads, _, dim = like.shape
+        copies = (unmerged,) if unmerged else ()
+        shape = (batch, heads * repeats, *copies, kv_view.columns, dim)
         handle: KVHandle = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
-        handle.kv_view, handle.part = kv_view, part
+        handle.kv_view, handle.part, handle.repeats, handle.unmerged = kv_view, part, repeats, unmerged
         return handle
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"KVHandle({'values' if self.part else 'keys'}, shape={list(self.shape)}, dtype={self.dtype})"
+
+    def dense(self) -> Tensor:
+        """The tensor that this one stands for."""
+        x = self.kv_view.dense()[self.part]
+        if self.repeats > 1:
+            x = x.repeat_interleave(self.repeats, 1)
+        return x.unsqueeze(2).expand(-1, -1, self.unmerged, -1, -1) if self.unmerged else x
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -204,6 +276,8 @@ class KVHandle(Tensor):
             out = _intercept_sdpa(*args, **kwargs)
             if out is not None:
                 return out
+        if isinstance(args[0], KVHandle) and (handle := _repeated(func, *args, **kwargs)) is not None:
+            return handle
         return _call_dense(func, args, kwargs)
 
     @classmethod
@@ -211,16 +285,46 @@ class KVHandle(Tensor):
         return _call_dense(func, args, kwargs or {})
 
 
+_ALL = slice(None)
+
+
+def _repeated(func: Any, handle: KVHandle, *args: Any, **kwargs: Any) -> KVHandle | None:
+    """The handle for what ``func`` makes of one where it only repeats heads, as ``repeat_kv`` does in three steps."""
+    if kwargs:
+        return None
+    view, part, repeats, copies = handle.kv_view, handle.part, handle.repeats, handle.unmerged
+    if func is Tensor.contiguous and not args:
+        return handle
+    if func is Tensor.__getitem__ and not copies and args == ((_ALL, _ALL, None, _ALL, _ALL),):
+        return KVHandle(view, part, repeats, unmerged=1)
+    if func not in (Tensor.expand, Tensor.reshape) or not copies or repeats > 1:
+        return None
+    shape = tuple(args[0]) if len(args) == 1 and isinstance(args[0], tuple | list) else args
+    before = tuple(handle.shape)
+    if func is Tensor.expand and copies == 1 and len(shape) == 5 and shape[:2] + shape[3:] == before[:2] + before[3:]:
+        return KVHandle(view, part, unmerged=shape[2])
+    if func is Tensor.reshape and shape == (before[0], before[1] * copies, *before[3:]):
+        return KVHandle(view, part, repeats=copies)
+    return None
+
+
 def _call_dense(func: Any, args: Any, kwargs: Any) -> Any:
     """``func`` on the dequantised tensors that handles among its arguments stand for."""
+    views = []
 
     def dense(handle: KVHandle) -> Tensor:
-        if handle.kv_view.queries == 1:
-            _warn_dense(getattr(func, "__name__", str(func)))
-        return handle.kv_view.dense()[handle.part]
+        view = handle.kv_view
+        view.check_current()
+        views.append(view)
+        if view.new == 1 and not view.is_prompt:
+            _warn_dense()
+        return handle.dense()
 
     args, kwargs = tree_map_only(KVHandle, dense, (args, kwargs))
-    return func(*args, **kwargs)
+    out = func(*args, **kwargs)
+    for view in views:
+        view.observed(None)
+    return out
 
 
 def _intercept_sdpa(
@@ -236,9 +340,21 @@ def _intercept_sdpa(
     """``F.scaled_dot_product_attention`` on handles, or None where the fused operator does not compute the same."""
     if not (isinstance(key, KVHandle) and isinstance(value, KVHandle) and key.kv_view is value.kv_view):
         return None
-    if isinstance(query, KVHandle) or dropout_p or is_causal or (query.shape[1] != key.shape[1] and not enable_gqa):
+    view = key.kv_view
+    if isinstance(query, KVHandle) or key.unmerged or value.unmerged or key.repeats != value.repeats:
         return None
-    return key.kv_view.attend(query, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale)
+    if view.is_prompt:
+        view.check(attn_mask)
+        out = F.scaled_dot_product_attention(
+            query, key.dense(), value.dense(), attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        view.observed(Attended(query, attn_mask))
+        return out
+    # SDPA broadcasts a single head.
+    fits = query.dim() == 4 and (query.shape[1] == key.shape[1] or key.shape[1] == 1 or enable_gqa)
+    if dropout_p or is_causal or not fits:
+        return None
+    return view.attend(query, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def exact_attention(
@@ -305,24 +421,26 @@ def logquant_attention_forward(
     """The attention function ``"logquant"`` of transformers: fused over a LogQuant cache, exact over plain tensors.
 
     Raises:
-        ValueError: dropout with a softcap or sinks, or a position bias over a cache.
+        ValueError: dropout with a softcap, sinks or a cache.
     """
-    packed = key.kv_view if isinstance(key, KVHandle) else None
-    if packed is None and not softcap and s_aux is None:
+    is_causal = kwargs.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    causal = causal and attention_mask is None and query.shape[2] > 1
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if compiled.is_ticket(key):
+        return compiled.attend_layer(query, key, attention_mask, scale, softcap or 0.0, s_aux, causal), None
+    view = key.kv_view if isinstance(key, KVHandle) else None
+    if (view is None or view.is_prompt) and not softcap and s_aux is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if dropout:
         raise ValueError(f"the logquant attention has no dropout, got {dropout}; call model.eval()")
-    if kwargs.get("position_bias") is not None:
-        raise ValueError('position_bias is not supported by the logquant attention; use attn_implementation="sdpa"')
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if (bias := kwargs.get("position_bias")) is not None:
+        attention_mask, causal = create_position_bias_mask(bias, attention_mask, causal, query, key), False
     softcap = softcap or 0.0
-    is_causal = kwargs.get("is_causal")
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    causal = causal and attention_mask is None and query.shape[2] > 1
-    if packed is not None:
-        out = packed.attend(query, attention_mask, scale, softcap=softcap, sinks=s_aux, causal=causal)
+    if view is not None:
+        out = view.attend(query, attention_mask, scale, softcap=softcap, sinks=s_aux, causal=causal)
     else:
         out = exact_attention(query, key, value, attention_mask, scale, softcap=softcap, sinks=s_aux, causal=causal)
     return out.transpose(1, 2).contiguous(), None

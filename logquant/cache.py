@@ -2,23 +2,82 @@
 
 The rule lives in :mod:`logquant.window`, the arithmetic in :mod:`logquant.ops`, what attention sees of a layer in
 :mod:`logquant.attention`; this file moves tokens between the exact window and the packed pages.
+
+Which of new tokens are padding is known only when they are attended to, for masks come with attention. So ``update``
+keeps them *pending*; :class:`logquant.attention.KVView` tells its layer what it was asked, and then, or at the latest
+when something else happens to the layer, they take their places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import copy
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from . import ops
-from .attention import KVHandle, KVView
+from . import compiled, ops
+from .attention import Attended, KVHandle, KVView
 from .config import LogQuantConfig
 from .reference import DTYPES, PageFormat
-from .window import Slots
+from .window import Move, Rows, Slots
+
+# Pages are quantised in portions of about this size, so that a long prompt's never exist twice.
+_PORTION_NBYTES = 4 << 20
+
+
+class _Pending(NamedTuple):
+    """Tokens that have come but not taken their places.
+
+    Attributes:
+        keys, values: ``[B, H, N, D]``: each row's exact tokens, then the new ones.
+        new: columns that have come.
+        in_window: whether ``keys`` and ``values`` are the layer's own window.
+        attended: what has attended to them, or None.
+        recallable: how many of the newest tokens a :meth:`LogQuantLayer.crop` may take back without a trace.
+    """
+
+    keys: Tensor
+    values: Tensor
+    new: int
+    in_window: bool
+    recallable: int
+    attended: Attended | None = None
+
+
+@dataclass
+class _Shared:
+    """What the layers of a cache have in common.
+
+    The stores of all layers are allocated together, by the first layer that packs a prompt: small tensors that live
+    long, made one by one between the large ones of each layer's computation, would keep the allocator from giving
+    those back.
+    """
+
+    layers: int = 1
+    padding: Tensor | None = None
+    _key: object = None
+    _stores: list[list[Tensor]] = field(default_factory=list)
+
+    def take_stores(self, like: Tensor, shapes: list[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
+        """New tensors of these shapes and dtypes on the device of ``like``."""
+        key = like.device, shapes
+        if self._key is None:
+            made = [[like.new_empty(shape, dtype=dtype) for shape, dtype in shapes] for _ in range(self.layers)]
+            self._key, self._stores = key, made
+        if self._key == key and self._stores:
+            return self._stores.pop()
+        self._stores = []
+        return [like.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
+
+    def forget(self) -> None:
+        self.padding, self._key, self._stores = None, None, []
 
 
 class LogQuantLayer(CacheLayerMixin):
@@ -26,7 +85,8 @@ class LogQuantLayer(CacheLayerMixin):
 
     Args:
         config: what to keep exact and how to store the rest.
-        slots: the empty slots that the layers of a cache share.
+        shared: what the layers of a cache have in common.
+        rows: the empty rows that the layers of a cache share.
     """
 
     is_compileable = False
@@ -34,14 +94,22 @@ class LogQuantLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = True
 
-    def __init__(self, config: LogQuantConfig, slots: Slots) -> None:
-        super().__init__()
+    def __init__(self, config: LogQuantConfig, shared: _Shared | None = None, rows: Rows | None = None) -> None:
+        # Not super().__init__(): keys and values are properties here.
         self.config = config
-        self._empty = slots
+        self._shared = shared or _Shared()
+        self._empty = rows or Rows((Slots(config.window, config.rule, config.sink_tokens),))
+        self._version = 0
+        # What the last update of a compiled model returned, for the attention that follows.
+        self.handles: tuple[Tensor, Tensor] | None = None
+        self._pending: _Pending | None = None
+        self.record_past = False
         self.reset()
 
     def __repr__(self) -> str:
-        return f"LogQuantLayer(tokens={self.slots.tokens}, packed={self.slots.packed}, exact={self.slots.exact})"
+        if not self.is_initialized:
+            return "LogQuantLayer(empty)"
+        return f"LogQuantLayer(tokens={self.get_seq_length()}, packed={self.rows.packed}, exact={self.rows.exact})"
 
     # ------------------------------------------------------------------------------------------------- storage
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -51,6 +119,8 @@ class LogQuantLayer(CacheLayerMixin):
         self.window_k = key_states.new_empty(batch, heads, 0, head_dim)
         self.window_v = value_states.new_empty(batch, heads, 0, value_states.shape[-1])
         self.pages = key_states.new_empty(batch, heads, 0, self.format.words, dtype=torch.int32)
+        self._own_pages(self.pages)
+        self._ticket = compiled.ticket_for(self, value_states.shape[-1])
         self.is_initialized = True
 
     @property
@@ -60,66 +130,145 @@ class LogQuantLayer(CacheLayerMixin):
         return self.window_k.shape[0]
 
     @property
-    def _pages_used(self) -> int:
-        return self.slots.packed // self.format.page_tokens
+    def rows(self) -> Rows:
+        """Where the tokens of each row are, after all that have come have taken their places."""
+        self._settle()
+        return self._rows
 
-    def _pages_with_room_for(self, pages: int) -> Tensor:
-        """The page store, or a larger copy of it. The first one fits exactly, later ones grow by an eighth."""
-        if pages <= self.pages.shape[2]:
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """All keys ``[B, H, T, D]`` and values ``[B, H, T, Dv]``, dequantised, by column; 0 where padding was."""
+        rows = self.rows
+        window_k, window_v = self.window_k[:, :, : rows.exact], self.window_v[:, :, : rows.exact]
+        return self._view(window_k, window_v, rows, 0).dense()
+
+    # transformers' layers have attributes of these names.
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """What a ``DynamicLayer`` would hold, as far as it is still known; made anew at every access."""
+        return self.dense()[0] if self.is_initialized else None
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        return self.dense()[1] if self.is_initialized else None
+
+    def _own_pages(self, store: Tensor) -> None:
+        """``store`` becomes this layer's page store, and nobody else's."""
+        if (sharers := getattr(self, "_sharers", None)) is not None:
+            sharers.discard(self)
+        self.pages = store
+        self._sharers: weakref.WeakSet[LogQuantLayer] = weakref.WeakSet([self])
+
+    def _pages_to_write(self, pages: int) -> Tensor:
+        """The page store if it has room for ``pages`` and is nobody else's, or a copy that is: an eighth larger."""
+        if pages <= self.pages.shape[2] and len(self._sharers) == 1:
             return self.pages
-        used = self._pages_used
-        capacity = pages + pages // 8 if used else pages
+        used = self._rows.packed // self.format.page_tokens
         batch, heads, _, words = self.pages.shape
-        store = self.pages.new_empty(batch, heads, capacity, words)
+        store = self.pages.new_empty(batch, heads, pages + pages // 8, words)
         store[:, :, :used] = self.pages[:, :, :used]
         return store
 
+    def _window_with_room_for(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """The window if it has room for ``tokens`` tokens, or a larger copy."""
+        if tokens <= self.window_k.shape[2]:
+            return self.window_k, self.window_v
+        capacity = max(tokens, self.config.window_slots(tokens))
+        used = min(self._rows.exact, self.window_k.shape[2])
+        grown_k, grown_v = (w.new_empty(*w.shape[:2], capacity, w.shape[3]) for w in (self.window_k, self.window_v))
+        grown_k[:, :, :used] = self.window_k[:, :, :used]
+        grown_v[:, :, :used] = self.window_v[:, :, :used]
+        return grown_k, grown_v
+
     # -------------------------------------------------------------------------------------------------- update
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append tokens, evict and quantise what the rule says, and return what attention is to see.
+        """Append tokens, and return what attention is to see.
 
-        A first prompt attends to its own exact keys and values. Later tokens get handles
-        (:class:`logquant.attention.KVHandle`); several tokens at once attend to what was exact before they came, so
-        quantisation shows only from the next step on.
+        A first prompt attends to its own exact keys and values. Later tokens attend to what was there before they
+        came, and exactly to each other: the rule is applied to them afterwards.
 
         Args:
             key_states: ``[B, H, n, D]``, float32, float16 or bfloat16.
             value_states: ``[B, H, n, Dv]``, same dtype and device.
 
         Returns:
-            Keys and values of all tokens, as tensors or handles.
+            Handles for the keys and values of all tokens (:class:`logquant.attention.KVHandle`); in a model that is
+            being compiled tickets (:mod:`logquant.compiled`).
 
         Raises:
             TypeError: another dtype than before, or one that is not supported.
             ValueError: another shape or device than before. The layer is unchanged after either.
+            RuntimeError: an earlier call was interrupted while it moved tokens; :meth:`reset` helps.
         """
+        if torch.compiler.is_compiling() and self.is_initialized:
+            ticket = compiled.update_layer(key_states, value_states, self._ticket)
+            return ticket, ticket
+        handles: tuple[Tensor, Tensor] = self._update(key_states, value_states)
+        return handles
+
+    @torch.compiler.disable
+    def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         self._check(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._settle()
+        rows, new = self._rows, key_states.shape[2]
         # What generate may take back (speculative decoding) stays exact until it has decided.
-        count, recallable = key_states.shape[2], self.config.window if self.record_past else 0
-        before, after = self.slots, self.slots.append(count, recallable)
-        if before.tokens == 0:
-            self._move_in_bulk(key_states, value_states, after, *before.moves(count, self.device, recallable))
-            self._commit(after)
-            return key_states, value_states
-        newly_packed = after.packed - before.packed
-        if newly_packed == 0 or (newly_packed == self.config.window and count == 1):
-            self._reserve_window(before.exact + count)
-            self.window_k[:, :, before.exact : before.exact + count] = key_states
-            self.window_v[:, :, before.exact : before.exact + count] = value_states
-            if newly_packed:
-                self._evict(before.exact + count)
-            self._commit(after)
-            exact_k, exact_v = self.window_k[:, :, : after.exact], self.window_v[:, :, : after.exact]
-            view = self._view(exact_k, exact_v, after, count)
+        recallable = max(self.config.window, new) if self.record_past else 0
+        tokens = rows.exact + new
+        in_window = rows.columns > 0 and tokens <= self.config.window_capacity + recallable
+        if rows.columns == 0:
+            keys, values = key_states, value_states
         else:
-            exact_k = torch.cat([self.window_k[:, :, : before.exact], key_states], 2)
-            exact_v = torch.cat([self.window_v[:, :, : before.exact], value_states], 2)
-            self._move_in_bulk(exact_k, exact_v, after, *before.moves(count, self.device, recallable))
-            self._commit(after)
-            view = self._view(exact_k, exact_v, before, count)
+            if in_window:
+                window = self._window_with_room_for(tokens)
+                keys, values = (w[:, :, :tokens] for w in window)
+            else:
+                keys, values = (x.new_empty(*x.shape[:2], tokens, x.shape[3]) for x in (key_states, value_states))
+                keys[:, :, : rows.exact] = self.window_k[:, :, : rows.exact]
+                values[:, :, : rows.exact] = self.window_v[:, :, : rows.exact]
+            self._write_new(keys, key_states.detach(), rows)
+            self._write_new(values, value_states.detach(), rows)
+            if in_window:
+                self.window_k, self.window_v = window
+        self._version += 1
+        self.handles = None
+        self._columns = rows.columns + new
+        self._pending = _Pending(keys.detach(), values.detach(), new, in_window, recallable)
+        view = self._view(keys, values, rows, new)
         return KVHandle(view, 0), KVHandle(view, 1)
+
+    @staticmethod
+    def _write_new(into: Tensor, new: Tensor, rows: Rows) -> None:
+        """Write new tokens right after each row's exact ones."""
+        if rows.alike:
+            into[:, :, rows.exact : rows.exact + new.shape[2]] = new
+            return
+        slot = rows.exact_counts(into.device)[:, None] + torch.arange(new.shape[2], device=into.device)
+        into[torch.arange(len(into), device=into.device)[:, None], :, slot] = new.transpose(1, 2)
+
+    def _view(self, keys: Tensor, values: Tensor, rows: Rows, new: int) -> KVView:
+        """What the newest ``new`` columns attend to."""
+        version = self._version
+
+        def observed(attended: Attended | None) -> None:
+            if self._version == version and self._pending is not None:
+                if attended is not None:
+                    self._pending = self._pending._replace(attended=attended)
+                # A prompt takes its place at once, lest every layer's exact prompt be held at the same time. In the
+                # window the new tokens cost nothing, and there the view must last: some models attend to it again.
+                if not self._pending.in_window:
+                    self._settle()
+
+        return KVView(
+            self.pages[:, :, : rows.packed // self.format.page_tokens],
+            keys,
+            values,
+            self.format,
+            rows=rows,
+            new=new,
+            is_current=lambda: self._version == version,
+            observed=observed,
+        )
 
     def _check(self, key_states: Tensor, value_states: Tensor) -> None:
         if key_states.dtype not in DTYPES:
@@ -148,67 +297,124 @@ class LogQuantLayer(CacheLayerMixin):
                 need = f"[{held.shape[0]}, {held.shape[1]}, tokens, {held.shape[3]}]"
                 raise ValueError(f"{name} must be {need} like the tokens before them, got {list(new.shape)}")
 
-    def _reserve_window(self, tokens: int) -> None:
-        """Make room for ``tokens`` exact tokens."""
-        if tokens <= self.window_k.shape[2]:
-            return
-        capacity = max(tokens, self.config.window_slots(tokens))
-        grown = [w.new_empty(*w.shape[:2], capacity, w.shape[3]) for w in (self.window_k, self.window_v)]
-        for new, old in zip(grown, (self.window_k, self.window_v), strict=True):
-            new[:, :, : self.slots.exact] = old[:, :, : self.slots.exact]
-        self.window_k, self.window_v = grown
+    # ------------------------------------------------------------------------------------- tokens take their places
+    def _check_intact(self) -> None:
+        if self._interrupted:
+            raise RuntimeError(
+                "this LogQuant cache layer is invalid: an earlier call was interrupted while it moved tokens; "
+                "reset() the cache and feed it the sequence again"
+            )
 
-    def _evict(self, tokens: int) -> None:
-        """One step of the rule on a full window of ``tokens`` tokens, in place."""
-        page = self._pages_used
-        self.pages = self._pages_with_room_for(page + self.config.window // self.format.page_tokens)
+    def _settle(self, recallable: int = 0) -> None:
+        """Pending tokens take their places, those that the rule says in pages.
+
+        Args:
+            recallable: leave the rule unapplied to at least that many of the newest tokens.
+        """
+        self._check_intact()
+        if self._pending is None:
+            return
+        pending, rows = self._pending, self._rows
+        real = self._real_columns(pending)
+        recallable = max(recallable, pending.recallable)
+        after = rows.append(pending.new, recallable, real)
+        moves = rows.moves(pending.new, self.device, recallable, real)
+        with torch.no_grad():
+            self._move(pending.keys, pending.values, pending.in_window, moves, after)
+        self._pending = None
+
+    def _real_columns(self, pending: _Pending) -> Tensor | None:
+        """Which of the pending columns hold a token, bool ``[B, new]``; None if all do."""
+        rows, batch = self._rows, self.window_k.shape[0]
+        if pending.attended is not None:
+            return rows.real_columns(pending.attended.mask, pending.new, batch)
+        padding, total = self._shared.padding, rows.columns + pending.new
+        if padding is None or padding.shape[1] < total:
+            return None
+        real = padding[:, rows.columns : total].bool().cpu().expand(batch, -1)
+        return None if real.all() else real
+
+    def _move(self, keys: Tensor, values: Tensor, in_window: bool, moves: list[Move], after: Rows) -> None:
+        """Carry out ``moves`` on ``keys`` and ``values``, the layer's window or other tensors laid out like it."""
+        if in_window and all(len(m.leaving) == 0 and m.staying is None for m in moves):
+            self._rows = after
+            return
+        # All that may run out of memory comes before the first write to what is held.
+        steps = [m for m in moves if in_window and m.is_step]
+        others = [m for m in moves if not (in_window and m.is_step)]
+        if steps:
+            self.prefetch()
+        store, window_k, window_v = self._stores_for(after, keys, values, in_window)
+        for m in others:
+            self._quantize_into(store, keys, values, m)
+        stays = [
+            (m.rows, self._staying(x[m.rows], m), window)
+            for m in others
+            if not (in_window and m.staying is None)
+            for x, window in ((keys, window_k), (values, window_v))
+        ]
+        # What is written from here on cannot be undone.
+        self._interrupted = True
+        for m in steps:
+            self._evict(store, m)
+        for rows, stay, window in stays:
+            window[rows, :, : stay.shape[2]] = stay
+        if store is not self.pages:
+            self._own_pages(store)
+        self.window_k, self.window_v = window_k, window_v
+        self._rows = after
+        if in_window:
+            self._version += 1
+        self._interrupted = False
+
+    @staticmethod
+    def _staying(tokens: Tensor, move: Move) -> Tensor:
+        if move.staying is None:
+            return tokens[:, :, : move.tokens - len(move.leaving)]
+        return tokens.index_select(2, move.staying)
+
+    def _stores_for(self, after: Rows, keys: Tensor, values: Tensor, in_window: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """A page store and a window with room for the tokens of ``after``, that hold what they hold now."""
+        pages = after.packed // self.format.page_tokens
+        if in_window or self._rows.columns:
+            store = self._pages_to_write(pages) if after.packed > self._rows.packed else self.pages
+            return store, *self._window_with_room_for(after.exact)
+        slots = self.config.window_slots(after.exact if after.packed == 0 else self.config.window_capacity)
+        shape = keys.shape[:2]
+        store, window_k, window_v = self._shared.take_stores(
+            keys,
+            [
+                ((*shape, pages, self.format.words), torch.int32),
+                ((*shape, max(slots, after.exact), keys.shape[3]), self.dtype),
+                ((*shape, max(slots, after.exact), values.shape[3]), self.dtype),
+            ],
+        )
+        return store, window_k, window_v
+
+    def _quantize_into(self, store: Tensor, keys: Tensor, values: Tensor, move: Move) -> None:
+        """Quantise the tokens that leave into the pages after the packed ones."""
+        page_tokens = self.format.page_tokens
+        rows = store[move.rows]
+        portion = page_tokens * max(1, _PORTION_NBYTES // (rows.shape[0] * rows.shape[1] * self.format.nbytes))
+        for first in range(0, len(move.leaving), portion):
+            index = move.leaving[first : first + portion]
+            page = (move.packed + first) // page_tokens
+            pages = ops.quantize(keys[move.rows], values[move.rows], self.format, index=index[None])
+            rows[:, :, page : page + pages.shape[2]] = pages
+
+    def _evict(self, store: Tensor, move: Move) -> None:
+        """One step of the rule on a window, in place."""
         slots = self.config.evicted_slots
         ops.evict_(
-            self.window_k,
-            self.window_v,
-            self.pages,
+            self.window_k[move.rows],
+            self.window_v[move.rows],
+            store[move.rows],
             self.format,
-            page=page,
-            tokens=tokens,
+            page=move.packed // self.format.page_tokens,
+            tokens=move.tokens,
             start=slots.start,
             step=slots.step,
             count=self.config.window,
-        )
-
-    def _move_in_bulk(self, exact_k: Tensor, exact_v: Tensor, after: Slots, leaving: Tensor, staying: Tensor) -> None:
-        """Of the tokens exact so far and new ones, pack those that leave and keep those that stay (indices)."""
-        used = self._pages_used
-        store = self.pages
-        if len(leaving):
-            pages = ops.quantize(exact_k, exact_v, self.format, index=leaving[None])
-            store = pages
-            if used:
-                store = self._pages_with_room_for(used + pages.shape[2])
-                store[:, :, used : used + pages.shape[2]] = pages
-        # All that may run out of memory comes before the first write to the window.
-        stay_k, stay_v = exact_k.index_select(2, staying), exact_v.index_select(2, staying)
-        self._reserve_window(after.exact)
-        self.pages = store
-        self.window_k[:, :, : after.exact] = stay_k
-        self.window_v[:, :, : after.exact] = stay_v
-
-    def _commit(self, slots: Slots) -> None:
-        self.slots = slots
-        self._version += 1
-
-    def _view(self, exact_k: Tensor, exact_v: Tensor, slots: Slots, queries: int) -> KVView:
-        """What the newest ``queries`` tokens attend to: the packed tokens of ``slots``, and all others exactly."""
-        version, tokens = self._version, self.slots.tokens
-        return KVView(
-            self.pages[:, :, : slots.packed // self.format.page_tokens],
-            exact_k,
-            exact_v,
-            self.format,
-            tokens=tokens,
-            queries=queries,
-            positions=lambda device: slots.positions(device, tokens - slots.tokens),
-            has_dead_slots=slots.has_dead_slots,
-            is_current=lambda: self._version == version,
         )
 
     # --------------------------------------------------------------------------------- what transformers asks for
@@ -216,7 +422,7 @@ class LogQuantLayer(CacheLayerMixin):
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self.slots.tokens
+        return self._columns
 
     def get_max_length(self) -> int:
         return -1
@@ -224,10 +430,15 @@ class LogQuantLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget all tokens."""
         self.is_initialized = False
-        self.slots = self._empty
+        self._rows = self._empty
+        self._columns = 0
+        self.handles = None
+        self._pending = None
+        self._interrupted = False
         self.record_past = False
-        self._version = getattr(self, "_version", 0) + 1
-        for name in ("window_k", "window_v", "pages"):
+        self._version += 1
+        self._shared.forget()
+        for name in ("window_k", "window_v", "pages", "_sharers"):
             self.__dict__.pop(name, None)
 
     def activate_past_recording(self) -> None:
@@ -235,10 +446,11 @@ class LogQuantLayer(CacheLayerMixin):
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest ``-tokens_to_remove`` tokens.
+        """Remove the newest ``-tokens_to_remove`` columns.
 
-        Exact tokens leave no trace. Packed ones stay where they are, hidden from attention, and what was packed with
-        them stays packed: quantisation cannot be undone.
+        The layer then holds what it would hold had they never come, with one exception: quantisation cannot be undone,
+        so tokens that would still be exact, but were packed meanwhile, come back as they were packed. None are if the
+        columns came with the last :meth:`update`, or since :meth:`activate_past_recording` and are W at most.
 
         Args:
             tokens_to_remove: 0 or negative, as for transformers' own layers.
@@ -250,44 +462,145 @@ class LogQuantLayer(CacheLayerMixin):
             raise ValueError(f"tokens_to_remove must be 0 or negative, got {tokens_to_remove}")
         if not self.is_initialized:
             return
+        self._settle(recallable=self._pending.new if self._pending else 0)
+        cropped = self._rows.crop(-tokens_to_remove) if tokens_to_remove else self._rows
+        after, moves = cropped.append(0), cropped.moves(0, self.device)
         if tokens_to_remove:
-            self._commit(self.slots.crop(-tokens_to_remove))
-        after = self.slots.append(0)
-        if after.packed > self.slots.packed:
-            exact = slice(0, self.slots.exact)
-            moves = self.slots.moves(0, self.device)
-            self._move_in_bulk(self.window_k[:, :, exact], self.window_v[:, :, exact], after, *moves)
-        self._commit(after)
-
-    def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Replace every tensor of the layer; all or none if one of the calls fails."""
-        if self.is_initialized:
-            self.window_k, self.window_v, self.pages = (
-                function(self.window_k),
-                function(self.window_v),
-                function(self.pages),
-            )
+            self._crop(cropped)
             self._version += 1
+        # The tokens that are left are here to stay, so the rule is applied to all of them.
+        window_k, window_v = (w[:, :, : cropped.exact] for w in (self.window_k, self.window_v))
+        with torch.no_grad():
+            self._move(window_k, window_v, True, moves, after)
+
+    def _crop(self, after: Rows) -> None:
+        before = self._rows
+        batch, page_tokens = self.batch_size, self.format.page_tokens
+        gone_by = tuple(zip(before.slots, after.slots * (len(before.slots) // len(after.slots)), strict=True))
+        sources = [b.exact_before(a) for b, a in gone_by]
+        pages_left = after.packed // page_tokens
+        store, windows = self.pages, (self.window_k, self.window_v)
+        if 2 * pages_left < store.shape[2]:
+            store = store[:, :, :pages_left].clone()
+        if any((source < b.packed).any() for (b, _), source in zip(gone_by, sources, strict=True)):
+            window_k, window_v = self.window_k.clone(), self.window_v.clone()
+            for row, ((held, _), source) in enumerate(zip(gone_by, sources, strict=True)):
+                rows = slice(0, batch) if before.alike else slice(row, row + 1)
+                returns = (source < held.packed).nonzero().squeeze(1)
+                pages, place = (source[returns] // page_tokens).unique(return_inverse=True)
+                place = (place * page_tokens + source[returns] % page_tokens).to(self.device)
+                used = self.pages[rows].index_select(2, pages.to(self.pages.device)).to(self.device)
+                packed = ops.dequantize(used, self.format, dtype=self.dtype)
+                stays = (source[source >= held.packed] - held.packed).to(self.device)
+                to_return, to_stay = returns.to(self.device), (source >= held.packed).nonzero().squeeze(1)
+                to_stay = to_stay.to(self.device)
+                for window, old, unpacked in zip(
+                    (window_k, window_v), (self.window_k, self.window_v), packed, strict=True
+                ):
+                    window[rows].index_copy_(2, to_stay, old[rows].index_select(2, stays))
+                    window[rows].index_copy_(2, to_return, unpacked.index_select(2, place))
+            windows = window_k, window_v
+        if store is not self.pages:
+            self._own_pages(store)
+        (self.window_k, self.window_v), self._rows, self._columns = windows, after, after.columns
+
+    def _map_tensors(self, function: Callable[[Tensor], Tensor], rows: Rows) -> None:
+        """Replace every tensor of the layer; all or none if one of the calls fails."""
+        window_k, window_v, pages = function(self.window_k), function(self.window_v), function(self.pages)
+        self._own_pages(pages)
+        self.window_k, self.window_v, self._rows = window_k, window_v, rows
+        self._version += 1
+
+    def _select_rows(self, indices: Tensor) -> None:
+        if self.is_initialized:
+            rows = self.rows if self.rows.alike else self.rows.select(indices.tolist())
+            self._map_tensors(lambda t: t.index_select(0, indices.to(t.device)), rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map_tensors(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self._select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map_tensors(lambda t: t.repeat_interleave(repeats, 0))
+        if self.is_initialized:
+            self._select_rows(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._map_tensors(lambda t: t[indices.to(t.device)])
+        if self.is_initialized:
+            self._select_rows(torch.arange(self.batch_size, device=indices.device)[indices])
 
     def offload(self) -> None:
-        self._map_tensors(lambda t: t.to("cpu", non_blocking=True))
+        """Move the pages to the CPU's memory; the exact tokens stay."""
+        if self.is_initialized:
+            self._own_pages(self.pages.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        self._map_tensors(lambda t: t.to(self.device, non_blocking=True))
+        """Move offloaded pages back."""
+        if self.is_initialized and self.pages.device != self.device:
+            self._own_pages(self.pages.to(self.device, non_blocking=True))
+
+    def to(self, device: torch.device | str) -> None:
+        """Move all tensors to ``device``; tokens that come next must be there."""
+        if self.is_initialized:
+            self._map_tensors(lambda t: t.to(device), self.rows)
+            self.device = self.window_k.device
+
+    def restore(self, rows: Rows | None, pages: Tensor, window_k: Tensor, window_v: Tensor) -> None:
+        """Hold what another layer held, as :meth:`LogQuantCache.load` reads it.
+
+        Raises:
+            ValueError: tensors that do not fit each other, the layer's settings or ``rows``.
+        """
+        if any(t.dim() != 4 for t in (pages, window_k, window_v)):
+            raise ValueError("pages, window_k and window_v must have four dimensions")
+        fmt = self.config.page_format(window_k.shape[3], window_v.shape[3])
+        batch, heads, exact, _ = window_k.shape
+        fits = (
+            rows is not None
+            and (rows.alike or len(rows.slots) == batch)
+            and exact == rows.exact
+            and window_v.shape[:3] == window_k.shape[:3]
+            and pages.shape == (batch, heads, rows.packed // fmt.page_tokens, fmt.words)
+            and pages.dtype == torch.int32
+            and window_k.dtype == window_v.dtype
+            and window_k.dtype in DTYPES
+        )
+        if not fits or rows is None:
+            raise ValueError(
+                f"pages {list(pages.shape)}, window_k {list(window_k.shape)} and window_v {list(window_v.shape)} do "
+                "not fit each other and the settings of the cache"
+            )
+        self.lazy_initialization(window_k, window_v)
+        self.window_k, self.window_v, self._rows, self._columns = window_k, window_v, rows, rows.columns
+        self._own_pages(pages)
+        self._version += 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LogQuantLayer:
+        """An independent layer. Both share the page store until one of them writes to it."""
+        self._settle()
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(self.__dict__)
+        twin._shared, twin.handles = copy.deepcopy(self._shared, memo), None
+        if self.is_initialized:
+            twin.window_k, twin.window_v = self.window_k.clone(), self.window_v.clone()
+            twin._ticket = compiled.ticket_for(twin, len(self._ticket))
+            self._sharers.add(twin)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        return {name: value for name, value in self.__dict__.items() if name not in ("_sharers", "handles")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, handles=None)
+        if self.is_initialized:
+            self._ticket = compiled.ticket_for(self, len(self._ticket))
+            self._own_pages(self.pages)
 
     # ------------------------------------------------------------------------------------------------ accounting
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors this layer holds."""
+        """Bytes of the tensors this layer holds; a page store that copies share counts for each."""
+        self._settle()
         return sum(t.nbytes for t in (self.window_k, self.window_v, self.pages)) if self.is_initialized else 0
 
     @property
@@ -296,10 +609,38 @@ class LogQuantLayer(CacheLayerMixin):
         if not self.is_initialized:
             return 0
         batch, heads, _, head_dim = self.window_k.shape
-        return batch * heads * self.slots.tokens * (head_dim + self.window_v.shape[3]) * self.dtype.itemsize
+        return batch * heads * self.get_seq_length() * (head_dim + self.window_v.shape[3]) * self.dtype.itemsize
 
 
-class LogQuantCache(Cache):
+class LayerReport(NamedTuple):
+    """What one layer of a cache holds.
+
+    Attributes:
+        layer: its index.
+        kind: its class.
+        exact, packed: tokens of all rows that are exact and that are quantised; None where a layer is not LogQuant's.
+        nbytes: bytes of its tensors.
+        bits_per_element: of its tensors, for each element of the keys and values of its tokens; None if it has none.
+    """
+
+    layer: int
+    kind: str
+    exact: int | None
+    packed: int | None
+    nbytes: int
+    bits_per_element: float | None
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors that a layer of transformers holds; some keep them in dictionaries."""
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,):
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, dict | list | tuple):
+            yield from _tensors_in(item)
+
+
+class LogQuantCache(DynamicCache):
     """A KV cache that keeps old tokens in 2 bits and a few hundred exact ones, dense near the end.
 
     Use it where a ``DynamicCache`` would be used; layers with full attention are LogQuant layers, all others (sliding
@@ -327,19 +668,44 @@ class LogQuantCache(Cache):
         head_dim = getattr(config.get_text_config(decoder=True), "head_dim", None)
         if head_dim:
             self.quantization.page_format(head_dim)
-        slots = Slots(self.quantization.window, self.quantization.rule, self.quantization.sink_tokens)
+        rows = Rows((Slots(self.quantization.window, self.quantization.rule, self.quantization.sink_tokens),))
         layers = DynamicCache(config=config).layers
-        super().__init__(
+        self.config = config
+        self._shared = _Shared(layers=sum(type(layer) is DynamicLayer for layer in layers))
+        # Not DynamicCache's own __init__, which would make other layers. It is the base because transformers asks for
+        # it where a cache must be able to crop and select rows (EncoderDecoderCache).
+        Cache.__init__(
+            self,
             layers=[
-                LogQuantLayer(self.quantization, slots) if type(layer) is DynamicLayer else layer for layer in layers
-            ]
+                LogQuantLayer(self.quantization, self._shared, rows) if type(layer) is DynamicLayer else layer
+                for layer in layers
+            ],
         )
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, ...]]:
+        """Keys and values of each layer, dequantised, and its sliding window, as those of a ``DynamicCache``."""
+        for layer in self.layers:
+            yield tuple(getattr(layer, name, None) for name in ("keys", "values", "_sliding_window_tensor"))
+
+    def set_padding(self, attention_mask: Tensor | None) -> None:
+        """Say which columns are padding, for attention implementations that do not tell (all but logquant and sdpa).
+
+        Args:
+            attention_mask: ``[B, columns]``, 0 where there is padding, of all columns up to those that come next; None
+                if there is none. It holds until the next call.
+
+        Raises:
+            ValueError: another number of dimensions.
+        """
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(f"attention_mask must be [batch, columns], got {list(attention_mask.shape)}")
+        self._shared.padding = attention_mask
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors the cache holds."""
         own = [layer for layer in self.layers if isinstance(layer, LogQuantLayer)]
-        shared = {id(layer.slots): layer.slots.nbytes for layer in own}
+        shared = {id(layer.rows): layer.rows.nbytes for layer in own}
         return sum(layer.nbytes for layer in own) + sum(shared.values()) + self._other_nbytes
 
     @property
@@ -351,4 +717,105 @@ class LogQuantCache(Cache):
     @property
     def _other_nbytes(self) -> int:
         others = [layer for layer in self.layers if not isinstance(layer, LogQuantLayer)]
-        return sum(t.nbytes for layer in others for t in vars(layer).values() if isinstance(t, Tensor))
+        return sum(t.nbytes for layer in others for t in _tensors_in(vars(layer)))
+
+    def report(self) -> list[LayerReport]:
+        """What each layer holds."""
+        lines = []
+        for i, layer in enumerate(self.layers):
+            kind = type(layer).__name__
+            if not isinstance(layer, LogQuantLayer):
+                lines.append(LayerReport(i, kind, None, None, sum(t.nbytes for t in _tensors_in(vars(layer))), None))
+                continue
+            rows = layer.rows
+            copies = layer.batch_size if layer.is_initialized and rows.alike else 1
+            exact, packed = (copies * sum(getattr(s, name) for s in rows.slots) for name in ("exact", "packed"))
+            bits = None
+            if exact + packed:
+                elements = (exact + packed) * layer.window_k.shape[1] * (layer.format.head_dim + layer.format.value_dim)
+                bits = 8 * layer.nbytes / elements
+            lines.append(LayerReport(i, kind, exact, packed, layer.nbytes, bits))
+        return lines
+
+    # ------------------------------------------------------------------------------------- moving, saving, recovering
+    def to(self, device: torch.device | str) -> LogQuantCache:
+        """Move all tensors to ``device``; the tokens that come next must be there."""
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device)
+            if isinstance(value, torch.device):
+                return torch.empty(0, device=device).device
+            if isinstance(value, dict):
+                return {key: moved(item) for key, item in value.items()}
+            return [moved(item) for item in value] if isinstance(value, list) else value
+
+        for layer in self.layers:
+            if isinstance(layer, LogQuantLayer):
+                layer.to(device)
+            else:
+                vars(layer).update(moved(vars(layer)))
+        return self
+
+    def save(self, path: str | os.PathLike[str], model: PreTrainedModel | None = None) -> None:
+        """Write the cache to a safetensors file. A file that is there is replaced once the new one is complete.
+
+        Args:
+            path: where to.
+            model: given, the file also tells its weights from others with the same configuration.
+
+        Raises:
+            OSError: the file cannot be written, as on a full disk; nothing is left of it, and the cache is unchanged.
+            ValueError: some layers have more tokens than others (:meth:`rewind`).
+        """
+        from . import saving
+
+        saving.save(self, path, model)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: PreTrainedModel | PreTrainedConfig,
+        device: torch.device | str | None = None,
+    ) -> LogQuantCache:
+        """Read a cache that :meth:`save` has written.
+
+        Args:
+            path: the file.
+            model: the model that the cache is for, or its configuration.
+            device: where the tensors go; by default the model's device, or the CPU.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a damaged file, one of another format version, or of another model.
+        """
+        from . import saving
+
+        return saving.load(cls, path, model, device)
+
+    def check_layers_agree(self) -> None:
+        """Refuse if some layers have more tokens than others (ValueError), as after an error within a forward pass."""
+        lengths = {layer.get_seq_length() for layer in self.layers if isinstance(layer, LogQuantLayer)}
+        if len(lengths - {0}) > 1:
+            raise ValueError(
+                f"the layers of the cache hold {sorted(lengths)} tokens: a forward pass ended early; rewind() the cache"
+            )
+
+    def rewind(self) -> int:
+        """After an error within a forward pass: remove the tokens that only the first layers have.
+
+        The tokens of one pass are removed without a trace (:meth:`LogQuantLayer.crop`).
+
+        Returns:
+            How many tokens there are now.
+
+        Raises:
+            RuntimeError: a sliding or linear layer has forgotten what it would need; :meth:`reset` the cache then.
+        """
+        layers = [layer for layer in self.layers if isinstance(layer, CacheLayerMixin) and hasattr(layer, "crop")]
+        length = min(layer.get_seq_length() for layer in layers)
+        for layer in layers:
+            if layer.get_seq_length() > length:
+                layer.crop(length - layer.get_seq_length())
+        return length

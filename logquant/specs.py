@@ -120,8 +120,8 @@ def packed_bits_per_element(cache: Cache) -> float | None:
     bits = elements = 0
     for layer in cache.layers:
         if isinstance(layer, LogQuantLayer) and layer.is_initialized:
+            packed = layer.rows.packed
             batch, heads, _, words = layer.pages.shape
-            packed = layer.slots.packed
             bits += batch * heads * (packed // layer.format.page_tokens) * words * 32
             elements += batch * heads * packed * (layer.format.head_dim + layer.format.value_dim)
     return bits / elements if elements else None

@@ -13,14 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaCo
 from logquant import LogQuantCache, LogQuantConfig, attention, reference
 from logquant.attention import KVHandle, exact_attention
 from logquant.cache import LogQuantLayer
-from logquant.window import RULES, Slots, split_positions
+from logquant.window import RULES, split_positions
 
 IMPLEMENTATIONS = ["logquant", "sdpa", "eager"]
 
 
 def make_layer(**options) -> LogQuantLayer:
     config = LogQuantConfig(**options)
-    return LogQuantLayer(config, Slots(config.window, config.rule, config.sink_tokens))
+    return LogQuantLayer(config)
 
 
 def random_tokens(count: int, *, batch: int = 1, heads: int = 2, dim: int = 64, value_dim: int = 64, seed: int = 0):
@@ -36,8 +36,8 @@ def feed(layer: LogQuantLayer, k: Tensor, v: Tensor, portions: list[int]) -> Non
 
 
 def contents(layer: LogQuantLayer) -> tuple[Tensor, Tensor, Tensor]:
-    used = layer.slots.packed // layer.format.page_tokens
-    exact = layer.slots.exact
+    used = layer.rows.packed // layer.format.page_tokens
+    exact = layer.rows.exact
     return layer.pages[:, :, :used], layer.window_k[:, :, :exact], layer.window_v[:, :, :exact]
 
 
@@ -55,7 +55,7 @@ def test_prefill_and_single_steps_give_the_same_state(window, rule, tokens):
     fmt = whole.format
     expected = reference.quantize(k, v, fmt, index=packed[None]), k[:, :, exact.long()], v[:, :, exact.long()]
     for layer in (whole, single, mixed):
-        assert layer.slots.positions(k.device).tolist() == packed.tolist() + exact.tolist()
+        assert layer.rows.positions(k.device)[0].tolist() == packed.tolist() + exact.tolist()
         for got, want in zip(contents(layer), expected, strict=True):
             assert torch.equal(got, want)
 
@@ -75,14 +75,14 @@ def test_page_store_grows_by_at_most_an_eighth():
     layer.update(k[:, :, :3000], v[:, :, :3000])
     for t in range(3000, 6000):
         layer.update(k[:, :, t : t + 1], v[:, :, t : t + 1])
-        used = layer.slots.packed // layer.format.page_tokens
+        used = layer.rows.packed // layer.format.page_tokens
         assert layer.pages.shape[2] <= used + max(1, used // 8)
 
 
 def test_first_prompt_attends_to_itself_exactly():
     k, v = random_tokens(1000)
     keys, values = make_layer().update(k, v)
-    assert keys is k and values is v
+    assert keys.dense() is k and values.dense() is v
 
 
 @pytest.mark.parametrize("portions", [[300, 1], [300, 40], [300, 300], [100, 91, 1]], ids=str)
@@ -186,6 +186,27 @@ FAMILIES = {
     },
     "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 24, "initializer_range": 0.3},
     "gpt_neox": {},
+    "phi3": {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 192, "head_dim": 96},
+    "gemma3_text": {
+        "sliding_window": 24,
+        "query_pre_attn_scalar": 16,
+        "initializer_range": 0.3,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 1},
+    "qwen3_moe": {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32},
+    "lfm2": {"full_attn_idxs": [1], "layer_types": ["conv", "full_attention", "conv"]},
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_value_heads": 2,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    },
     "deepseek_v3": {
         "q_lora_rank": None,
         "kv_lora_rank": 16,
@@ -218,6 +239,10 @@ def tiny_config(family: str):
         "eos_token_id": 2,
     }
     return AutoConfig.for_model(family, **base | FAMILIES[family])
+
+
+# What takes the fused path: transformers' "sdpa" refuses softcaps and drops attention sinks.
+FUSED = {"gemma2": ["logquant"], "gpt_oss": ["logquant"]}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -269,14 +294,16 @@ def test_every_family_attends_alike_through_every_implementation(any_model, ids,
     if padded:
         mask = torch.ones_like(ids)
         mask[1, :5] = 0
-    # Pad tokens share the ranges of pages with others, so at 2 bits what they hold would show.
-    options = {"window": 32, "bits": 8 if padded else 2}
+    options = {"window": 32}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        want = logits_of(any_model, LogQuantCache(any_model.config, **options), ids, portions, "eager", mask)
-    implementations = ["logquant"] if family in ("gemma2", "gpt_oss") else ["logquant", "sdpa"]
-    for implementation in implementations:
         cache = LogQuantCache(any_model.config, **options)
+        cache.set_padding(mask)
+        want = logits_of(any_model, cache, ids, portions, "eager", mask)
+    for implementation in FUSED.get(family, ["logquant", "sdpa"]):
+        cache = LogQuantCache(any_model.config, **options)
+        if family == "deepseek_v3":  # caches what it makes keys and values from: attention gets plain tensors
+            cache.set_padding(mask)
         got = logits_of(any_model, cache, ids, portions, implementation, mask)
         difference = (got - want).abs()
         if padded:
@@ -350,8 +377,8 @@ def test_multi_turn_continues_the_cache(llama, ids):
     fresh = LogQuantCache(llama.config, window=32)
     logits_of(llama, fresh, turn, [turn.shape[1]], "sdpa")
     for layer, want in zip(cache.layers, fresh.layers, strict=True):
-        positions = layer.slots.positions(ids.device)[: want.slots.packed]
-        assert torch.equal(positions, want.slots.positions(ids.device)[: want.slots.packed])
+        positions = layer.rows.positions(ids.device)[0][: want.rows.packed]
+        assert torch.equal(positions, want.rows.positions(ids.device)[0][: want.rows.packed])
 
 
 def test_batch_operations_move_whole_rows():
@@ -396,7 +423,7 @@ def test_crop_of_exact_tokens_leaves_no_trace(removed):
         layer.update(torch.cat([k[:, :, new], wrong_k], 2), torch.cat([v[:, :, new], wrong_v], 2))
         layer.crop(-removed)
     feed(straight, k, v, [400, 200])
-    assert layer.slots.positions(k.device).tolist() == straight.slots.positions(k.device).tolist()
+    assert layer.rows.positions(k.device)[0].tolist() == straight.rows.positions(k.device)[0].tolist()
     for got, want in zip(contents(layer), contents(straight), strict=True):
         assert torch.equal(got, want)
 
@@ -417,14 +444,44 @@ def test_crop_of_packed_tokens_hides_them(llama, ids, implementation, left):
     assert (got - want).abs().mean() < 5e-3 * want.abs().mean()
 
 
-def test_crop_gives_back_pages_at_the_end():
+@pytest.mark.parametrize("left", [990, 640, 300, 150, 0])
+def test_crop_leaves_what_a_fresh_run_has(left):
+    """Pages bit for bit, positions, and the tokens that were never packed; those that were come back as packed."""
     k, v = random_tokens(1000)
-    layer = make_layer()
+    layer, fresh = make_layer(), make_layer()
     layer.update(k, v)
-    layer.crop(-700)
-    packed = layer.slots.positions(k.device)[: layer.slots.packed]
-    assert layer.slots.packed == 640 < split_positions(1000, 64)[0].numel()
-    assert -1 in packed and packed[-64:].max() >= 0
+    before = layer.rows
+    never_packed = set(before.positions(k.device)[0, before.packed :].tolist())
+    dequantised = [x.clone() for x in layer.dense()]
+    layer.crop(left - 1000)
+    assert layer.get_seq_length() == left
+    if left == 0:
+        assert layer.rows.packed == 0 and layer.pages.shape[2] == 0
+        return
+    fresh.update(k[:, :, :left], v[:, :, :left])
+    assert torch.equal(layer.rows.positions(k.device), fresh.rows.positions(k.device))
+    (pages, *windows), (want_pages, *want_windows) = contents(layer), contents(fresh)
+    assert torch.equal(pages, want_pages)
+    exact = fresh.rows.positions(k.device)[0, fresh.rows.packed :].long()
+    kept = torch.tensor([p in never_packed for p in exact.tolist()])
+    assert kept.all() if left == 990 else not kept.all()
+    for window, want, packed in zip(windows, want_windows, dequantised, strict=True):
+        assert torch.equal(window[:, :, kept], want[:, :, kept])
+        assert torch.equal(window[:, :, ~kept], packed[:, :, exact[~kept]])
+
+
+def test_crop_of_the_last_update_leaves_no_trace():
+    """Without recording, whatever the rule would have done with the tokens."""
+    k, v = random_tokens(600)
+    layer, straight = make_layer(), make_layer()
+    feed(layer, k, v, [400])
+    for first in range(400, 600):
+        layer.update(-k[:, :, :1], -v[:, :, :1])
+        layer.crop(-1)
+        feed(layer, k[:, :, first:], v[:, :, first:], [1])
+    feed(straight, k, v, [600])
+    for got, want in zip(contents(layer), contents(straight), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_crop_of_a_positive_number_is_refused():

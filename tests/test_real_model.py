@@ -35,7 +35,7 @@ def test_until_the_window_overflows_tokens_are_those_of_a_full_cache(smollm2, pr
     smollm2.set_attn_implementation(implementation)
     cache = LogQuantCache(smollm2.config)
     got = greedy(smollm2, prompt[:, :131], cache, 60)
-    assert cache.layers[0].slots.packed == 0 and cache.get_seq_length() == 190
+    assert cache.layers[0].rows.packed == 0 and cache.get_seq_length() == 190
     assert torch.equal(got, greedy(smollm2, prompt[:, :131], DynamicCache(config=smollm2.config), 60))
 
 
@@ -43,7 +43,7 @@ def test_200_tokens_at_8_bits_are_those_of_a_full_cache(smollm2, prompt):
     smollm2.set_attn_implementation("logquant")
     cache = LogQuantCache(smollm2.config, bits=8)
     got = greedy(smollm2, prompt, cache, 200)
-    assert cache.layers[0].slots.packed == 1024
+    assert cache.layers[0].rows.packed == 1024
     assert torch.equal(got, greedy(smollm2, prompt, DynamicCache(config=smollm2.config), 200))
 
 
@@ -56,7 +56,7 @@ def test_two_bits_answer_from_the_packed_part_of_the_prompt(smollm2, smollm2_tok
     cache = LogQuantCache(smollm2.config)
     answer = smollm2_tokenizer.decode(greedy(smollm2, ids, cache, 8)[0])
     where = smollm2_tokenizer(text[: text.index("Whiskers")], return_tensors="pt", add_special_tokens=False)
-    assert where.input_ids.shape[1] not in cache.layers[0].slots.positions(ids.device)[cache.layers[0].slots.packed :]
+    assert where.input_ids.shape[1] not in cache.layers[0].rows.positions(ids.device)[0][cache.layers[0].rows.packed :]
     assert "Whiskers" in answer
 
 
@@ -76,3 +76,107 @@ def test_bytes_held_at_8000_tokens(smollm2, prompt):
     assert cache.nbytes == heads * cache.quantization.head_nbytes(8000, head_dim, itemsize=4)
     assert cache.full_precision_nbytes == heads * 8000 * 2 * head_dim * 4
     assert all(isinstance(layer, LogQuantLayer) for layer in cache.layers)
+
+
+def texts_of(tokenizer, data_dir, lengths: list[int]) -> list[Tensor]:
+    """The beginnings of books, in tokens."""
+    books = sorted((data_dir / "dev/books").glob("*.txt"))
+    return [
+        tokenizer(books[i % len(books)].read_text()[500 * i :][: 8 * n], return_tensors="pt").input_ids[0, :n]
+        for i, n in enumerate(lengths)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("implementation", "bits", "count"),
+    [
+        ("logquant", 2, 2),
+        *(
+            pytest.param(implementation, bits, 48, marks=pytest.mark.slow)
+            for implementation in ("logquant", "sdpa")
+            for bits in (8, 2)
+        ),
+    ],
+)
+def test_a_row_of_a_padded_batch_gives_the_tokens_it_gives_alone(
+    smollm2, smollm2_tokenizer, data_dir, implementation, bits, count
+):
+    smollm2.set_attn_implementation(implementation)
+    rows = texts_of(smollm2_tokenizer, data_dir, [400, 37, 250, 399, 192, 310, 5, 128])
+    padded = torch.stack([torch.cat([torch.zeros(400 - len(row), dtype=torch.long), row]) for row in rows])
+    mask = torch.stack([torch.arange(400) >= 400 - len(row) for row in rows]).long()
+    options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+    together = smollm2.generate(
+        padded, attention_mask=mask, past_key_values=LogQuantCache(smollm2.config, bits=bits), **options
+    )[:, 400:]
+    for row, got in zip(rows, together, strict=True):
+        assert torch.equal(greedy(smollm2, row[None], LogQuantCache(smollm2.config, bits=bits), count)[0], got)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 2])
+def test_beam_search_of_two_prompts_gives_what_each_gives_alone(smollm2, prompt, bits):
+    options = {"num_beams": 3, "max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
+    rows = torch.cat([prompt[:, :300], prompt[:, 500:800]])
+    together = smollm2.generate(
+        rows,
+        attention_mask=torch.ones_like(rows),
+        past_key_values=LogQuantCache(smollm2.config, bits=bits),
+        **options,
+    )
+    for row, got in zip(rows, together, strict=True):
+        alone = smollm2.generate(
+            row[None],
+            attention_mask=torch.ones(1, 300, dtype=torch.long),
+            past_key_values=LogQuantCache(smollm2.config, bits=bits),
+            **options,
+        )
+        assert torch.equal(alone[0], got)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 2])
+def test_prompt_lookup_gives_what_greedy_decoding_gives(smollm2, smollm2_tokenizer, data_dir, bits):
+    text = (data_dir / "dev/books/frankenstein_84.txt").read_text()[3000:3800]
+    ids = smollm2_tokenizer(f"{text}\n\nAgain, word for word:\n\n{text[:60]}", return_tensors="pt").input_ids
+    want = greedy(smollm2, ids, LogQuantCache(smollm2.config, bits=bits), 60)
+    got = smollm2.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=LogQuantCache(smollm2.config, bits=bits),
+        prompt_lookup_num_tokens=5,
+        max_new_tokens=60,
+        min_new_tokens=60,
+        do_sample=False,
+    )
+    assert torch.equal(got[:, ids.shape[1] :], want)
+
+
+@pytest.mark.parametrize(
+    ("bits", "count"), [(2, 8), *(pytest.param(bits, 70, marks=pytest.mark.slow) for bits in (2, 8))]
+)
+def test_crop_and_continue_equals_a_fresh_run(smollm2, prompt, bits, count):
+    """To a point that many evictions have passed: packed tokens bit for bit, and at 8 bits the tokens."""
+    cache, fresh = (LogQuantCache(smollm2.config, bits=bits) for _ in range(2))
+    with torch.no_grad():
+        smollm2(prompt[:, :600], past_key_values=cache, logits_to_keep=1)
+        cache.crop(-290)
+        smollm2(prompt[:, :310], past_key_values=fresh, logits_to_keep=1)
+    for layer, want in zip(cache.layers, fresh.layers, strict=True):
+        rows = layer.rows
+        assert torch.equal(rows.positions(prompt.device), want.rows.positions(prompt.device)) and rows.packed == 128
+        pages, want_pages = (x.pages[:, :, : rows.packed // x.format.page_tokens] for x in (layer, want))
+        # The prompts' lengths differ, and so may the last bit of what the model computes.
+        assert (pages == want_pages).float().mean() > 0.97
+    if bits == 8:
+        assert torch.equal(*(greedy(smollm2, prompt[:, :311], c, count) for c in (cache, fresh)))
+    recent = LogQuantCache(smollm2.config, bits=bits)
+    with torch.no_grad():
+        smollm2(prompt[:, :300], past_key_values=recent, logits_to_keep=1)
+        recent.activate_past_recording()
+        smollm2(prompt[:, 400:440], past_key_values=recent, logits_to_keep=1)
+        recent.crop(-40)
+        other = LogQuantCache(smollm2.config, bits=bits)
+        smollm2(prompt[:, :300], past_key_values=other, logits_to_keep=1)
+    recent.layers[0].record_past = False
+    assert torch.equal(*(greedy(smollm2, prompt[:, :301], c, count) for c in (recent, other)))

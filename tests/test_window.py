@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from logquant.window import RULES, Rule, Slots, evicted_slots, evictions, split_positions
+from logquant.window import RULES, Rows, Rule, Slots, evicted_slots, evictions, split_positions
 
 CPU = torch.device("cpu")
 rules = st.sampled_from(RULES)
@@ -79,65 +83,99 @@ def test_one_eviction_takes_the_stated_slots(tokens, window, rule, sinks):
     assert packed.tolist() == list(range(full)[taken])
 
 
-class PlainSlots:
-    """The state as lists, with the rule as a loop: what Slots must say after any sequence of operations."""
+class PlainRow:
+    """One row as lists, with the rule as a loop: what Rows must say after any sequence of operations."""
 
     def __init__(self, window: int, rule: Rule, sinks: int) -> None:
         self.window, self.rule, self.sinks = window, rule, sinks
-        self.packed: list[int] = []
-        self.exact: list[int] = []
-        self.total = 0
+        self.real: list[int] = []  # column of each token
+        self.columns = self.settled = 0
 
-    def append(self, tokens: int, recallable: int) -> None:
-        row = self.exact + list(range(self.total, self.total + tokens))
-        self.total += tokens
-        # The rule looks at all but the newest tokens; those it has looked at before it looks at again.
-        decided = max(len([p for p in row if p < self.settled]), len(row) - recallable)
-        self.settled = max(self.settled, self.total - recallable)
-        head, tail = row[:decided], row[decided:]
-        while len(head) >= 3 * self.window + self.sinks:
-            leaving = head[evicted_slots(self.rule, self.window, self.sinks)]
-            self.packed += leaving
-            head = [p for p in head if p not in set(leaving)]
-        self.exact = head + tail
+    def append(self, new: list[bool], recallable: int) -> None:
+        self.real += [self.columns + i for i, is_real in enumerate(new) if is_real]
+        self.columns += len(new)
+        self.settled = max(self.settled, len(self.real) - recallable)
 
-    settled = 0
+    def crop(self, columns: int) -> None:
+        self.columns = max(0, self.columns - columns)
+        self.real = [c for c in self.real if c < self.columns]
+        self.settled = min(self.settled, len(self.real))
 
-    def crop(self, tokens: int) -> None:
-        self.total = max(0, self.total - tokens)
-        self.settled = min(self.settled, self.total)
-        self.exact = [p for p in self.exact if p < self.total]
-        self.packed = [p if p < self.total else -1 for p in self.packed]
-        while self.packed and all(p < 0 for p in self.packed[-self.window :]):
-            del self.packed[-self.window :]
+    def layout(self) -> tuple[list[int], list[int]]:
+        """Columns of packed and of exact tokens."""
+        packed, exact = step_by_step(self.settled, self.window, self.rule, self.sinks)
+        exact += range(self.settled, len(self.real))
+        return [self.real[p] for p in packed], [self.real[p] for p in exact]
 
 
+BATCH = 3
+arrivals = st.integers(0, 70).flatmap(
+    lambda n: st.one_of(st.none(), st.lists(st.booleans(), min_size=BATCH * n, max_size=BATCH * n)).map(
+        lambda real: (n, real)
+    )
+)
 operations = st.lists(
     st.one_of(
-        st.tuples(st.just("append"), st.integers(0, 150), st.sampled_from([0, 0, 24])),
+        st.tuples(st.just("append"), arrivals, st.sampled_from([0, 0, 24])),
         st.tuples(st.just("crop"), st.integers(1, 90)),
+        st.tuples(st.just("select"), st.lists(st.integers(0, BATCH - 1), min_size=BATCH, max_size=BATCH)),
     ),
     max_size=10,
 )
 
 
+def check_rows(rows: Rows, plain: list[PlainRow]) -> None:
+    table = rows.positions(CPU, 2)
+    assert rows.columns == plain[0].columns and len(table) == (1 if rows.alike else BATCH)
+    for slots, got, row in zip(rows.slots * (BATCH // len(rows.slots)), table.expand(BATCH, -1), plain, strict=True):
+        packed, exact = row.layout()
+        assert (slots.tokens, slots.packed, slots.exact) == (len(row.real), len(packed), len(exact))
+        assert got[: len(packed)].tolist() == packed
+        new = [row.columns, row.columns + 1]
+        assert got[rows.packed : rows.packed + len(exact) + 2].tolist() == exact + new
+        empty = torch.cat([got[len(packed) : rows.packed], got[rows.packed + len(exact) + 2 :]])
+        assert (empty == -1).all()
+
+
 @given(program=operations, window=st.integers(1, 24), rule=rules, sinks=st.integers(0, 5))
-def test_slots_follow_any_program_of_arrivals_and_removals(program, window, rule, sinks):
-    slots, plain = Slots(window, rule, sinks), PlainSlots(window, rule, sinks)
+def test_rows_follow_any_program_of_arrivals_removals_and_selections(program, window, rule, sinks):
+    rows = Rows((Slots(window, rule, sinks),))
+    plain = [PlainRow(window, rule, sinks) for _ in range(BATCH)]
     for name, *arguments in program:
+        before = [row.layout() for row in plain]
         if name == "append":
-            leaving, staying = slots.moves(arguments[0], CPU, arguments[1])
-            row = plain.exact + list(range(plain.total, plain.total + arguments[0]))
-            before = list(plain.packed)
-        slots = getattr(slots, name)(*arguments)
-        getattr(plain, name)(*arguments)
-        if name == "append":
-            assert before + [row[i] for i in leaving] == plain.packed
-            assert [row[i] for i in staying] == plain.exact
-        assert slots.positions(CPU).tolist() == plain.packed + plain.exact
-        assert slots.positions(CPU, 3).tolist()[-3:] == [plain.total, plain.total + 1, plain.total + 2]
-        assert (slots.tokens, slots.packed, slots.exact) == (plain.total, len(plain.packed), len(plain.exact))
-        assert slots.has_dead_slots == (-1 in plain.packed)
+            (count, real), recallable = arguments
+            real = None if real is None or all(real) else torch.tensor(real).view(BATCH, count)
+            moves = rows.moves(count, CPU, recallable, real)
+            for row, coming in zip(plain, [[True] * count] * BATCH if real is None else real.tolist(), strict=True):
+                row.append(coming, recallable)
+            for move in moves:
+                for row, (packed, exact) in list(zip(plain, before, strict=True))[move.rows]:
+                    held = exact + list(range(rows.columns, rows.columns + count))
+                    staying = torch.arange(move.tokens - len(move.leaving)) if move.staying is None else move.staying
+                    assert len(packed) == move.packed
+                    assert packed + [held[i] for i in move.leaving] == row.layout()[0]
+                    assert [held[i] for i in staying] == row.layout()[1]
+                    if move.is_step:
+                        full = list(range(move.tokens))
+                        assert move.leaving.tolist() == full[evicted_slots(rule, window, sinks)]
+            rows = rows.append(count, recallable, real)
+        elif name == "crop":
+            after = rows.crop(*arguments)
+            for row in plain:
+                row.crop(*arguments)
+            all_alike = len(after.slots) < len(rows.slots)
+            for held, left, (packed, exact), row in zip(
+                rows.slots, after.slots * (BATCH if all_alike else 1), before, plain, strict=False
+            ):
+                slots = packed + exact
+                assert [slots[i] for i in held.exact_before(left)] == row.layout()[1]
+                assert packed[: left.packed] == row.layout()[0], "packed tokens only ever grow at their end"
+            rows = after
+        else:
+            rows = rows.select(*arguments)
+            plain = [copy.deepcopy(plain[i]) for i in arguments[0]] if not rows.alike else plain
+        check_rows(rows, plain)
 
 
 @given(tokens=st.integers(0, 400), more=st.integers(0, 60), window=st.integers(1, 24), rule=rules)
@@ -147,10 +185,51 @@ def test_a_recalled_arrival_leaves_no_trace(tokens, more, window, rule):
     assert (after.tokens, after.settled, after.packed, after.nbytes) == (tokens, tokens, before.packed, 0)
 
 
-def test_layers_share_the_next_slots():
-    slots = Slots(64)
-    assert slots.append(7) is slots.append(7)
-    assert slots.append(7) is not slots.append(8)
+def test_layers_share_the_next_rows():
+    rows = Rows((Slots(64),))
+    assert rows.append(7) is rows.append(7)
+    assert rows.append(7) is not rows.append(8)
+    real = torch.tensor([[True, False]])
+    assert rows.append(2, real=real) is rows.append(2, real=real.clone())
+
+
+def mask_of(*rows: list[int], queries: int = 1) -> Tensor:
+    return torch.tensor(rows).bool()[:, None, None].expand(-1, 1, queries, -1)
+
+
+def test_columns_that_no_query_sees_are_padding():
+    rows = Rows((Slots(64),))
+    causal = torch.ones(3, 3, dtype=torch.bool).tril()[None, None]
+    assert rows.real_columns(None, 3, 2) is None
+    assert rows.real_columns(causal, 3, 2) is None
+    left = causal & mask_of([0, 1, 1], [1, 1, 1], queries=3)
+    real = [[False, True, True], [True, True, True]]
+    assert rows.real_columns(left, 3, 2).tolist() == real
+    for dtype, low in itertools.product([torch.float32, torch.bfloat16, torch.float16], ["min", "-inf"]):
+        hidden = torch.finfo(dtype).min if low == "min" else -torch.inf
+        additive = torch.zeros(2, 1, 3, 3, dtype=dtype).masked_fill(~left, hidden)
+        assert rows.real_columns(additive, 3, 2).tolist() == real
+    after = rows.append(3, real=torch.tensor(real))
+    assert after.real_columns(mask_of([0, 1, 1, 1], [1, 1, 1, 0]), 1, 2).tolist() == [[True], [False]]
+    assert after.crop(3).alike and after.crop(2).real_columns(mask_of([0, 1], [1, 1]), 1, 2) is None
+
+
+def test_masks_that_cannot_be_served():
+    rows = Rows((Slots(64),))
+    with pytest.raises(ValueError, match=r"attention_mask must be .* with 3 columns or more, got \[2, 1,"):
+        rows.real_columns(mask_of([1, 1], [1, 1]), 3, 2)
+    padded = rows.append(2, real=torch.tensor([[True, True], [False, True]]))
+    for mask, got in ((None, "no mask"), (mask_of([1, 1, 1], [1, 1, 1]), "a mask that shows it")):
+        with pytest.raises(ValueError, match=rf"must hide column 0 of row 1: it was hidden \(padding\).*got {got}"):
+            padded.real_columns(mask, 1, 2)
+
+
+def test_a_mask_is_looked_at_once_unless_it_changes():
+    rows, mask = Rows((Slots(64),)), mask_of([0, 1], [1, 1]).clone()
+    first = rows.real_columns(mask, 2, 2)
+    assert rows.real_columns(mask, 2, 2) is first
+    mask[:] = True
+    assert rows.real_columns(mask, 2, 2) is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,223 @@
+"""Caches in files: safetensors, with all that is needed to refuse a file that does not fit the model.
+
+A file holds the tensors of each layer (``layers.3.pages``) and, as metadata, one JSON object: the file's version, the
+settings of the cache, what identifies the model, where the tokens are, and a digest of everything. There is no pickle
+in it, so reading one from a stranger is safe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .config import LogQuantConfig
+from .window import Rows, Slots
+
+if TYPE_CHECKING:
+    from .cache import LogQuantCache, LogQuantLayer
+
+FILE_VERSION = 1
+_METADATA_KEY = "logquant_cache"
+# Settings of a configuration that do not change what a model's keys and values are.
+_IRRELEVANT = ("architectures", "dtype", "output_attentions", "output_hidden_states", "return_dict", "use_cache")
+
+
+def fingerprint(model: PreTrainedModel | PreTrainedConfig) -> dict[str, str]:
+    """What identifies a model: digests of its configuration and, of a model with weights, of a sample of those."""
+    own: PreTrainedConfig = model if isinstance(model, PreTrainedConfig) else model.config
+    config = own.get_text_config(decoder=True).to_dict()
+    relevant = {
+        key: value
+        for key, value in config.items()
+        if key not in _IRRELEVANT and not key.startswith("_") and not key.endswith(("version", "token_id"))
+    }
+    digests = {"config": hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()}
+    if isinstance(model, PreTrainedModel):
+        digest = hashlib.sha256()
+        for name, weight in sorted(model.named_parameters()):
+            flat = weight.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 64)].double().cpu()
+            digest.update(f"{name} {list(weight.shape)}".encode() + sample.numpy().tobytes())
+        digests["weights"] = digest.hexdigest()
+    return digests
+
+
+def _digest(tensors: dict[str, Tensor], described: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# -------------------------------------------------------------------- layers that transformers made: whatever they hold
+def _take_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """``value`` as JSON; tensors in it go to ``tensors``."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().contiguous()
+        return {"tensor": name}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"device": None}
+    if isinstance(value, dict):
+        return {"dict": [[key, _take_apart(v, f"{name}.{key}", tensors)] for key, v in value.items()]}
+    if isinstance(value, list | tuple):
+        return {"list": [_take_apart(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return {"value": value}
+    raise TypeError(f"{name} is a {type(value).__name__}, which cannot be saved")
+
+
+def _put_together(described: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> Any:
+    ((kind, value),) = described.items()
+    if kind == "tensor":
+        return tensors[value].to(device)
+    if kind == "dtype":
+        return getattr(torch, value)
+    if kind == "device":
+        return device
+    if kind == "dict":
+        return {key: _put_together(v, tensors, device) for key, v in value}
+    if kind == "list":
+        return [_put_together(v, tensors, device) for v in value]
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------------- saving
+def save(cache: LogQuantCache, path: str | os.PathLike[str], model: PreTrainedModel | None = None) -> None:
+    """Write a cache to a file; see :meth:`logquant.LogQuantCache.save`."""
+    from .cache import LogQuantLayer
+
+    tensors: dict[str, Tensor] = {}
+    own = [layer for layer in cache.layers if isinstance(layer, LogQuantLayer) and layer.is_initialized]
+    cache.check_layers_agree()
+    layers = []
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, LogQuantLayer):
+            state = {"is_initialized": layer.is_initialized, "record_past": layer.record_past}
+            for name, tensor in _used(layer).items() if layer.is_initialized else ():
+                tensors[f"layers.{i}.{name}"] = tensor.detach().cpu().contiguous()
+            layers.append({"kind": "LogQuantLayer", "state": state})
+        else:
+            layers.append({"kind": type(layer).__name__, "state": _take_apart(vars(layer), f"layers.{i}", tensors)})
+    described = {
+        "version": FILE_VERSION,
+        "settings": asdict(cache.quantization),
+        "model": fingerprint(model if model is not None else cache.config),
+        "layers": layers,
+    }
+    if own:
+        rows = own[0].rows
+        described["rows"] = {"columns": rows.columns, "slots": [[s.tokens, s.settled] for s in rows.slots]}
+        if rows.real is not None:
+            real = torch.zeros(len(rows.slots), rows.columns, dtype=torch.uint8)
+            for row, columns in zip(real, rows.real, strict=True):
+                row[columns.long()] = 1
+            tensors["real"] = real
+    metadata = {_METADATA_KEY: json.dumps(described | {"digest": _digest(tensors, described)})}
+    # A file that is there stays until the new one is complete.
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, unfinished, metadata)
+        os.replace(unfinished, path)
+    except SafetensorError as error:
+        raise OSError(f"the cache could not be written to {path}: {error}") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            unfinished.unlink()
+
+
+def _used(layer: LogQuantLayer) -> dict[str, Tensor]:
+    """The parts of a layer's tensors that hold something."""
+    rows = layer.rows
+    return {
+        "pages": layer.pages[:, :, : rows.packed // layer.format.page_tokens],
+        "window_k": layer.window_k[:, :, : rows.exact],
+        "window_v": layer.window_v[:, :, : rows.exact],
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+def load(
+    kind: type[LogQuantCache],
+    path: str | os.PathLike[str],
+    model: PreTrainedModel | PreTrainedConfig,
+    device: torch.device | str | None = None,
+) -> LogQuantCache:
+    """Read a cache from a file; see :meth:`logquant.LogQuantCache.load`."""
+    from .cache import LogQuantLayer
+
+    path = Path(path)
+    tensors, described = _read(path)
+    if device is None:
+        device = model.device if isinstance(model, PreTrainedModel) else "cpu"
+    device = torch.device(device)
+    config = model if isinstance(model, PreTrainedConfig) else model.config
+    for part, digest in fingerprint(model).items():
+        if described["model"].get(part, digest) != digest:
+            raise ValueError(f"{path} was made by another model: its {part} differs from that of the model given")
+    cache = kind(config, LogQuantConfig(**described["settings"]))
+    kinds = [type(layer).__name__ for layer in cache.layers]
+    if kinds != [layer["kind"] for layer in described["layers"]]:
+        raise ValueError(f"{path} has other kinds of layers than a cache of this model: {kinds}")
+    rows = _rows(described, tensors, cache.quantization)
+    for i, (layer, saved) in enumerate(zip(cache.layers, described["layers"], strict=True)):
+        if not isinstance(layer, LogQuantLayer):
+            vars(layer).update(_put_together(saved["state"], tensors, device))
+            continue
+        layer.record_past = saved["state"]["record_past"]
+        if saved["state"]["is_initialized"]:
+            parts = {name: tensors[f"layers.{i}.{name}"].to(device) for name in ("pages", "window_k", "window_v")}
+            layer.restore(rows, **parts)
+    return cache
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and description of a file that is complete and unchanged."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+    if _METADATA_KEY not in metadata:
+        raise ValueError(f"{path} holds no LogQuant cache")
+    try:
+        described = json.loads(metadata[_METADATA_KEY])
+        version, digest = described["version"], described.pop("digest", None)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: its description cannot be read ({error})") from error
+    if version != FILE_VERSION:
+        raise ValueError(f"{path} has version {version} of the file format; this logquant reads version {FILE_VERSION}")
+    if digest != _digest(tensors, described):
+        raise ValueError(f"{path} is damaged: its contents are not those that were saved")
+    return tensors, described
+
+
+def _rows(described: dict[str, Any], tensors: dict[str, Tensor], settings: LogQuantConfig) -> Rows | None:
+    if "rows" not in described:
+        return None
+    slots = tuple(
+        Slots(settings.window, settings.rule, settings.sink_tokens, tokens, settled)
+        for tokens, settled in described["rows"]["slots"]
+    )
+    real = None
+    if "real" in tensors:
+        real = tuple(row.nonzero().squeeze(1).int() for row in tensors["real"])
+    return Rows(slots, described["rows"]["columns"], real)

@@ -1,0 +1,99 @@
+"""torch.compile: no graph breaks in a decode step, no recompilation as the context grows, the same tokens."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from logquant import LogQuantCache
+from tests.test_cache import tiny_config as family_config
+from tests.test_padding import pad_mask
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, 256, (2, 500), generator=torch.Generator().manual_seed(0))
+
+
+def decode(forward, cache, ids: Tensor, start: int, mask: Tensor | None = None) -> tuple[Tensor, list[int]]:
+    """Logits of each token from ``start`` on, and how many graphs there were after each."""
+    out, graphs = [], []
+    for t in range(start, ids.shape[1]):
+        seen = None if mask is None else mask[:, : t + 1]
+        with torch.no_grad():
+            out.append(forward(ids[:, t : t + 1], attention_mask=seen, past_key_values=cache).logits)
+        graphs.append(counters["stats"]["unique_graphs"])
+    return torch.cat(out, 1), graphs
+
+
+@pytest.mark.parametrize(
+    ("family", "padded"),
+    [
+        ("tiny", True),
+        ("gemma2", False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("tiny", False), ("gemma2", True))),
+        *(pytest.param("gpt_oss", padded, marks=pytest.mark.slow) for padded in (False, True)),
+    ],
+)
+def test_decoding_is_one_graph_that_the_growing_context_does_not_change(ids, family, padded):
+    if family == "tiny":
+        model = tiny_model()
+    else:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(family_config(family)).eval()
+    model.set_attn_implementation("logquant")
+    mask = torch.cat([pad_mask([300, 250], "left"), torch.ones(2, 200, dtype=torch.long)], 1) if padded else None
+    cache = LogQuantCache(model.config)
+    with torch.no_grad():
+        model(ids[:, :300], attention_mask=None if mask is None else mask[:, :300], past_key_values=cache)
+    twin, third = copy.deepcopy(cache), copy.deepcopy(cache)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    got, graphs = decode(compiled, cache, ids[:, :420], 300, mask)
+    want, _ = decode(model, twin, ids[:, :420], 300, mask)
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()
+    assert not counters["graph_break"]
+    # The second step makes lengths symbolic, and later ones have nothing new to see: eviction does not show.
+    assert graphs[-1] == graphs[3] <= 3, graphs
+    again, graphs = decode(compiled, third, ids[:, :310], 300, mask)
+    assert torch.equal(again, got[:, :10]) and graphs[-1] <= graphs[0] + 1, "another cache is not another program"
+    assert cache.layers[1].rows.packed > third.layers[1].rows.packed
+    assert cache.get_seq_length() == 420
+
+
+def test_a_compiled_prompt_is_computed_outside_of_the_graph(ids):
+    model = tiny_model()
+    model.set_attn_implementation("logquant")
+    want = model.generate(
+        ids[:1, :250], past_key_values=LogQuantCache(model.config), max_new_tokens=40, do_sample=False
+    )
+    model.forward = torch.compile(model.forward, backend="aot_eager")
+    got = model.generate(ids[:1, :250], past_key_values=LogQuantCache(model.config), max_new_tokens=40, do_sample=False)
+    assert torch.equal(got, want)
+
+
+def test_a_compiled_model_serves_other_caches_too(ids):
+    model = tiny_model()
+    model.set_attn_implementation("logquant")
+    compiled = torch.compile(model, backend="aot_eager")
+    for make in (lambda: DynamicCache(config=model.config), lambda: LogQuantCache(model.config)):
+        first, second = make(), make()
+        with torch.no_grad():
+            model(ids[:, :100], past_key_values=first)
+            model(ids[:, :100], past_key_values=second)
+        got, _ = decode(compiled, first, ids[:, :110], 100)
+        want, _ = decode(model, second, ids[:, :110], 100)
+        assert (got - want).abs().max() < 1e-4 * want.abs().max()

@@ -1,0 +1,67 @@
+"""Tensor parallelism: two processes on the CPU, each with its own heads' cache, give the tokens of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import tiny_model
+
+ROOT = Path(__file__).parents[1]
+
+PROGRAM = """
+import json, os, sys, torch
+from transformers import AutoModelForCausalLM, DistributedConfig
+from logquant import LogQuantCache
+from tests.test_padding import pad_mask
+
+torch.set_num_threads(1)
+folder, rank = sys.argv[1], os.environ.get("RANK")
+parallel = {} if rank is None else {"distributed_config": DistributedConfig(tp_plan="auto")}
+model = AutoModelForCausalLM.from_pretrained(folder, **parallel)
+model.set_attn_implementation("logquant")
+ids = torch.randint(0, 256, (2, 300), generator=torch.Generator().manual_seed(0))
+mask = pad_mask([300, 170], "left")
+cache = LogQuantCache(model.config, bits=2)
+out = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=40, do_sample=False)
+found = {"tokens": out[:, 300:].tolist(), "heads": cache.layers[0].pages.shape[1], "nbytes": cache.nbytes}
+with open(f"{folder}/result-{rank}.json", "w") as file:
+    json.dump(found, file)
+"""
+
+
+def run(folder: Path, *launcher: str) -> None:
+    program = folder / "program.py"
+    program.write_text(PROGRAM)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launcher, str(program), str(folder)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tensor_parallel")
+    tiny_model().save_pretrained(path)
+    return path
+
+
+def test_two_processes_give_the_tokens_of_one(folder):
+    run(folder)
+    run(folder, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    alone, *ranks = (json.loads((folder / f"result-{rank}.json").read_text()) for rank in (None, 0, 1))
+    assert alone["heads"] == 2 and [rank["heads"] for rank in ranks] == [1, 1]
+    assert ranks[0]["tokens"] == ranks[1]["tokens"] == alone["tokens"]
+    # Each holds half of the pages and windows, and all of the positions.
+    assert all(0.45 < rank["nbytes"] / alone["nbytes"] < 0.55 for rank in ranks)
