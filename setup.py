@@ -141,7 +141,7 @@ class NinjaBuild(build_ext):
             nvcc = escape(home / "bin" / "nvcc")
             architectures = cuda_architectures(home)
             objects["ops_cuda.o"] = (CSRC / "ops_cuda.cpp", [*binding_flags, f"-isystem{home / 'include'}"])
-            module_flags = [*binding_flags, f'-DLOGQUANT_CUDA_ARCHITECTURES=\\"{"$ ".join(architectures)}\\"']
+            module_flags = [*binding_flags, f'-DLOGQUANT_CUDA_ARCHITECTURES=\\"{",".join(architectures)}\\"']
             objects["module.o"] = (CSRC / "module.cpp", module_flags)
             for source in sorted((CSRC / "cuda").glob("*.cu")):
                 objects[f"{source.stem}.cu.o"] = (source, gencode(architectures))

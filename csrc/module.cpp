@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 #include <torch/headeronly/version.h>
 
-#include <iterator>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -27,9 +26,11 @@ std::vector<std::string> names(const std::vector<const cpu::Kernels*>& sets) {
   return out;
 }
 
-std::vector<std::string> words(const std::string& text) {
+std::vector<std::string> split(const std::string& text) {
+  std::vector<std::string> parts;
   std::istringstream in(text);
-  return {std::istream_iterator<std::string>(in), {}};
+  for (std::string part; std::getline(in, part, ',');) parts.push_back(part);
+  return parts;
 }
 
 }  // namespace
@@ -40,7 +41,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.attr("format_version") = logquant::kFormatVersion;
   m.attr("compiler") = "" __VERSION__;
   m.attr("torch_version") = TORCH_VERSION;
-  m.attr("cuda_architectures") = py::cast(words(LOGQUANT_CUDA_ARCHITECTURES));
+  m.attr("cuda_architectures") = py::cast(split(LOGQUANT_CUDA_ARCHITECTURES));
   m.def(
       "compiled_cpu_isas", [] { return names(cpu::compiled_kernels()); },
       "Names of the CPU instruction sets that kernels were compiled for.");

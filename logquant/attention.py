@@ -28,8 +28,10 @@ from . import compiled, ops
 from .reference import PageFormat
 from .window import Rows
 
-# Beyond this many query tokens (chunked prefill) it is faster to dequantise once and use matrix products.
+# Beyond this many query tokens (chunked prefill) it is faster on a CPU to dequantise once and use matrix products.
 MAX_FUSED_QUERIES = 16
+# On a GPU csrc/cuda/attend_prefill.cu dequantises in shared memory, for 16-bit models up to this dim.
+MAX_PREFILL_DIM = 256
 # Scores held at once by the plain-torch path for models with a softcap or attention sinks.
 _SCORES_AT_ONCE = 1 << 24
 
@@ -132,7 +134,7 @@ class KVView:
         self, q: Tensor, mask: Tensor | None, scale: float, *, softcap: float, sinks: Tensor | None, causal: bool
     ) -> Tensor:
         queries = q.shape[2]
-        if self.is_prompt or queries > MAX_FUSED_QUERIES or q.dtype != self.window_k.dtype:
+        if self.is_prompt or not self._is_fused(q):
             keys, values = (x.to(q.dtype) for x in self.dense())
             if causal and queries != self.columns:
                 causal, mask = False, torch.ones(queries, self.columns, dtype=torch.bool, device=q.device)
@@ -158,6 +160,14 @@ class KVView:
             lengths=self.rows.lengths(q.device, self.fmt.page_tokens, self.window_k.shape[2]),
         )
         return out
+
+    def _is_fused(self, q: Tensor) -> bool:
+        if q.dtype != self.window_k.dtype:
+            return False
+        if q.shape[2] <= MAX_FUSED_QUERIES:
+            return True
+        prefills = q.is_cuda and q.dtype != torch.float32 and ops.has_cuda_kernels()
+        return prefills and max(self.fmt.head_dim, self.fmt.value_dim) <= MAX_PREFILL_DIM
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """All keys ``[B, H, T, D]`` and values ``[B, H, T, Dv]``, dequantised, by column; 0 where padding was."""

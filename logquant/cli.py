@@ -1,4 +1,4 @@
-"""The command line: ``logquant generate``, ``eval``, ``bench attend``, ``bench memory`` and ``info``."""
+"""The command line: ``logquant generate``, ``eval``, ``bench attend|generate|memory`` and ``info``."""
 
 from __future__ import annotations
 
@@ -47,6 +47,13 @@ class Dtype(str, Enum):
     @property
     def torch(self) -> torch.dtype:
         return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[self.value]
+
+
+class Device(str, Enum):
+    """Of torch."""
+
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 Model = Annotated[
@@ -307,28 +314,31 @@ def attend(
     kv_heads: Annotated[int, typer.Option(help="Key-value heads.")] = 8,
     dim: Annotated[int, typer.Option(help="Channels of a head.")] = 128,
     context: Annotated[str, typer.Option(help="Cached tokens; several separated by commas.")] = "2048,8192,32768",
-    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    batch: Annotated[str, typer.Option(help="Sequences; several numbers separated by commas.")] = "1",
     bits: Annotated[int, typer.Option(help="Bits of a quantised element.")] = 2,
     window: Annotated[int, typer.Option(help="W: between 2W and 3W tokens stay exact.")] = 64,
     dtype: Annotated[Dtype, typer.Option(help="Of queries and exact tokens.")] = Dtype.bfloat16,
     rounds: Annotated[int, typer.Option(min=3, help="Timed calls of each contender.")] = 20,
+    device: Annotated[Device, typer.Option(help="What attends.")] = Device.cpu,
     json_file: Json = None,
 ) -> None:
-    """Time one token's attention: fused, dequantise + SDPA, and SDPA over a full cache; with cold CPU caches."""
+    """Time one token's attention: fused, dequantise + SDPA, and SDPA over a full cache; with cold caches."""
     arguments = dict(locals())
     from .bench.attend import Shape, bench_attend
     from .bench.timing import read_bandwidth
 
-    contexts = number_list("--context", context)
+    contexts, batches = number_list("--context", context), number_list("--batch", batch)
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise typer.BadParameter(machine.cuda()["cuda_device"], param_hint="--device")
     with errors_of("arguments"):
-        shapes = [Shape(tokens, heads, kv_heads, dim, batch) for tokens in contexts]
+        shapes = [Shape(tokens, heads, kv_heads, dim, size) for size in batches for tokens in contexts]
         quantization = LogQuantConfig(bits=bits, window=window)
         quantization.page_format(dim)
     with progress() as bar:
         task = bar.add_task("rounds", total=len(shapes) * (rounds + 2))
-        bandwidth = read_bandwidth()
+        bandwidth = read_bandwidth(device.value)
         results = [
-            bench_attend(shape, quantization, dtype.torch, rounds, on_progress=lambda: bar.advance(task))
+            bench_attend(shape, quantization, dtype.torch, rounds, lambda: bar.advance(task), device.value)
             for shape in shapes
         ]
     for result in results:
@@ -346,7 +356,8 @@ def _attend_table(result: AttendResult, bandwidth: float) -> Table:
         "median, ms",
         "quartiles",
         "slower by",
-        title=f"{result.shape.context:,} tokens",
+        title=f"{result.shape.context:,} tokens, batch {result.shape.batch}, "
+        f"heads {result.shape.heads}/{result.shape.kv_heads}, dim {result.shape.dim}",
         caption=f"fused reads {megabytes(result.packed_nbytes)} (full cache {megabytes(result.full_nbytes)}) "
         f"at {rate / 1e9:.1f} GB/s, {rate / bandwidth:.0%} of the {bandwidth / 1e9:.1f} GB/s that torch reads here",
     )
@@ -357,6 +368,50 @@ def _attend_table(result: AttendResult, bandwidth: float) -> Table:
         quartiles = f"{1e3 * timing.low:.2f}-{1e3 * timing.high:.2f}"
         table.add_row(name, f"{1e3 * timing.median:.2f}", quartiles, f"{timing.median / fused:.1f}x")
     return table
+
+
+@bench.command(name="generate")
+def bench_generate_command(
+    context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 2000,
+    batch: Annotated[str, typer.Option(help="Sequences decoded at once; several numbers separated by commas.")] = "1,8",
+    steps: Annotated[int, typer.Option(min=3, help="Timed steps of each cache.")] = 40,
+    caches: Annotated[str, typer.Option(help=f"Separated by commas: {CACHE_HELP}")] = "full,logquant,recent",
+    model: Model = None,
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.bfloat16,
+    json_file: Json = None,
+) -> None:
+    """Decode with each cache in turn, a step at a time: tokens per second and bytes held."""
+    arguments = dict(locals())
+    from .bench.generate import bench_generate
+    from .specs import parse_caches
+
+    batches = number_list("--batch", batch)
+    with errors_of("--caches"):
+        specs = parse_caches(caches)
+    loaded, _ = load_model(model, dtype)
+    loaded.set_attn_implementation("logquant")
+    results = []
+    with progress() as bar:
+        task = bar.add_task("prefills and steps", total=len(batches) * (len(specs) + steps + 2))
+        for size in batches:
+            results += bench_generate(
+                loaded, specs, context=context, batch=size, steps=steps, on_progress=lambda: bar.advance(task)
+            )
+    table = Table("batch", "cache", "tokens/s", "step, ms", "quartiles", "held", title=f"after {context:,} tokens")
+    for column in table.columns:
+        column.justify = "right"
+    for result in results:
+        timing = result.timing
+        table.add_row(
+            str(result.batch),
+            result.cache,
+            f"{result.tokens_per_second:.1f}",
+            f"{1e3 * timing.median:.1f}",
+            f"{1e3 * timing.low:.1f}-{1e3 * timing.high:.1f}",
+            megabytes(result.held),
+        )
+    Console().print(table)
+    write_json(json_file, arguments, results=[result.as_dict() for result in results])
 
 
 @bench.command()

@@ -49,6 +49,25 @@ def build() -> dict[str, Any]:
     return facts
 
 
+def cuda() -> dict[str, Any]:
+    """The GPU that torch finds, or why there is none, and whether the kernels were compiled for it."""
+    if torch.version.cuda is None:
+        return {"cuda_device": "none: this build of torch has no CUDA"}
+    if not torch.cuda.is_available():
+        return {"cuda_device": "none: torch finds no GPU, or no driver for it"}
+    properties = torch.cuda.get_device_properties(0)
+    capability = f"{properties.major}.{properties.minor}"
+    facts: dict[str, Any] = {
+        "cuda_device": f"{properties.name}, compute capability {capability}",
+        "cuda_version": torch.version.cuda,
+        "cuda_multiprocessors": properties.multi_processor_count,
+        "cuda_memory_bytes": properties.total_memory,
+    }
+    if ops.extension_error() is None and not ops.has_cuda_kernels():
+        facts["cuda_kernels"] = "off: built without CUDA; reinstall with nvcc on the PATH and LOGQUANT_CUDA=1"
+    return facts
+
+
 def describe() -> dict[str, Any]:
     """Machine, threads and build, for JSON files."""
     return {
@@ -58,4 +77,5 @@ def describe() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         **build(),
+        **cuda(),
     }

@@ -38,6 +38,11 @@ def extension_error() -> str | None:
     return None
 
 
+def has_cuda_kernels() -> bool:
+    """Whether the extension was built with CUDA kernels, for whatever architecture."""
+    return extension_error() is None and torch._C._dispatch_has_kernel_for_dispatch_key("logquant::attend", "CUDA")
+
+
 @contextlib.contextmanager
 def use_backend(backend: Backend) -> Iterator[None]:
     """Run the operators on a chosen backend within a ``with`` block.

@@ -6,7 +6,7 @@ low-precision torch computation. The page is described in csrc/format.h, which :
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -137,7 +137,19 @@ class PageFormat:
 
     def fields(self) -> list[int]:
         """The ten integers that describe a format in operator schemas and files (csrc/format.h)."""
-        return [FORMAT_VERSION, *astuple(self)]
+        # Not dataclasses.astuple, which copies: every operator call of every layer comes by here.
+        return [
+            FORMAT_VERSION,
+            self.head_dim,
+            self.value_dim,
+            self.page_tokens,
+            self.key_bits,
+            self.value_bits,
+            self.key_columns,
+            self.value_group,
+            self.key_param_bits,
+            self.value_param_bits,
+        ]
 
     @classmethod
     def from_fields(cls, fields: list[int]) -> PageFormat:

@@ -85,7 +85,10 @@ def _put_together(described: dict[str, Any], tensors: dict[str, Tensor], device:
     if kind == "tensor":
         return tensors[value].to(device)
     if kind == "dtype":
-        return getattr(torch, value)
+        dtype = getattr(torch, value, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"the file names a dtype that torch does not have: {value!r}")
+        return dtype
     if kind == "device":
         return device
     if kind == "dict":

@@ -1,4 +1,4 @@
-"""The backends that every operator test runs on: plain torch, each CPU instruction set, the emulated CUDA kernels."""
+"""The backends that every operator test runs on: plain torch, each CPU instruction set, CUDA emulated, CUDA."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import dataclasses
 from collections.abc import Iterator
 from unittest import mock
 
+import torch
+
 from logquant import ops
 from logquant.reference import PageFormat
 from tests import emulated
+from tests.on_device import OnDevice
 
 if ops.extension_error() is None:
     from logquant import _C
@@ -20,12 +23,13 @@ else:  # the tests of the compiled operators then fail with the reason, they do 
 
 # Where no CUDA headers are, the emulated kernels cannot be compiled, and their tests say so by being absent.
 EMULATED = ["emulated"] if emulated.cuda_include() else []
-BACKENDS = ["reference", *CPU_SETS, *EMULATED]
+CUDA = ["cuda"] if ops.has_cuda_kernels() and torch.cuda.is_available() else []
+BACKENDS = ["reference", *CPU_SETS, *EMULATED, *CUDA]
 
 
 def known_to(backend: str, fmt: PageFormat) -> PageFormat:
     """The format, or the plain one of its sizes where a backend knows only that: CUDA has no 8-bit parameters yet."""
-    if backend.startswith("emulated"):
+    if backend.startswith(("emulated", "cuda")):
         return dataclasses.replace(fmt, key_param_bits=16, value_param_bits=16)
     return fmt
 
@@ -34,8 +38,9 @@ def known_to(backend: str, fmt: PageFormat) -> PageFormat:
 def on(backend: str) -> Iterator[None]:
     """Run the operators on a backend of :data:`BACKENDS`."""
     name, _, isa = backend.partition("-")
-    if name == "emulated":
-        with ops.use_backend("reference"), mock.patch.object(ops, "reference", emulated):
+    if name in ("emulated", "cuda"):
+        stand_in = emulated if name == "emulated" else OnDevice("cuda")
+        with ops.use_backend("reference"), mock.patch.object(ops, "reference", stand_in):
             yield
         return
     with ops.use_backend(name):  # type: ignore[arg-type]

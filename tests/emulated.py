@@ -12,6 +12,7 @@ import functools
 import os
 import struct
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
@@ -284,3 +285,9 @@ def attend_path(
     """The kernel that :func:`attend` takes for these arguments: ``"tensor"`` or ``"general"``."""
     numbers = _attend_numbers(q, pages, window_k, window_v, fmt, q, q, **options)  # type: ignore[arg-type]
     return library().emulated_attend_path((ctypes.c_int64 * len(numbers))(*numbers)).decode()
+
+
+if __name__ == "__main__":  # python -m tests.emulated NAME: csrc/tests/NAME.cu as a program, on the emulator
+    name = sys.argv[1]
+    program = build(name, [CSRC / f"tests/{name}.cu", CSRC / "emulator/emulator.cpp"], FLAGS, shared=False)
+    sys.exit(subprocess.run([program], check=False).returncode)

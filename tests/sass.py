@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,3 +84,22 @@ def page_loop(code: list[Instruction]) -> list[Instruction]:
                 continue
         i += 1
     return path
+
+
+def counts(name: str, arch: str) -> dict[tuple[str, int], int]:
+    """Instructions of the page loop of one source's kernels, by dtype and tiles of 8 query rows."""
+    from tests import cubins
+
+    cubins.build([name], [arch])
+    found = {}
+    for kernel, code in functions(cubins.BUILD / f"{name}.{arch}.cubin").items():
+        tiles = re.search(r"Li(\d)EEEv", kernel)
+        assert tiles is not None
+        found["bf16" if "bfloat16" in kernel else "f16", int(tiles[1])] = len(page_loop(code))
+    return found
+
+
+if __name__ == "__main__":  # python -m tests.sass ARCH NAME...: instructions a cached token of pages of 64
+    for source in sys.argv[2:]:
+        for (dtype, tiles), count in counts(source, sys.argv[1]).items():
+            print(f"{source} sm_{sys.argv[1]} {dtype:4} {8 * (tiles - 1) + 1}-{8 * tiles} rows: {count / 64:.2f}")

@@ -311,6 +311,20 @@ def test_every_family_attends_alike_through_every_implementation(any_model, ids,
         assert difference.max() < 3e-3 * want.abs().max(), implementation
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+def test_a_long_chunk_attends_through_the_operator_as_it_does_dequantised(llama, ids, padded, monkeypatch):
+    """As on a GPU, whose kernels take chunks of any length."""
+    mask = torch.ones_like(ids)
+    mask[1, : 5 * padded] = 0
+    logits = []
+    for most in (attention.MAX_FUSED_QUERIES, 1000):
+        monkeypatch.setattr(attention, "MAX_FUSED_QUERIES", most)
+        logits.append(logits_of(llama, LogQuantCache(llama.config, window=32), ids, PORTIONS[1], "logquant", mask))
+    difference = (logits[0] - logits[1]).abs()
+    difference[1, : 5 * padded] = 0
+    assert difference.max() < 3e-3 * logits[0].abs().max()
+
+
 @pytest.mark.parametrize("portions", PORTIONS, ids=["prompt+steps", "turns", "chunks"])
 def test_eight_bits_are_close_to_a_full_cache(any_model, ids, portions):
     want = logits_of(any_model, DynamicCache(config=any_model.config), ids, portions, "eager")

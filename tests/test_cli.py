@@ -209,3 +209,34 @@ def test_bench_memory_holds_what_the_formula_says(model, json_file):
     assert packed["held"] == packed["predicted"] == 4 * LogQuantConfig(window=32).head_nbytes(700, 32)
     assert all(row["peak_rise"] > 0 and row["live_peak_rise"] > 0 for row in (full, packed))
     assert output.count("equal") == 2
+
+
+def test_bench_generate_times_every_cache(model, json_file):
+    args = ("--model", model, "--context", 300, "--batch", "1,2", "--steps", 3, "--caches", "full,logquant:window=32")
+    output = succeed("bench", "generate", *args, "--dtype", "float32", "--json", json_file).output
+    results = json.loads(json_file.read_text())["results"]
+    assert [(row["batch"], row["cache"]) for row in results] == [
+        (batch, cache) for batch in (1, 2) for cache in ("full", "logquant:window=32")
+    ]
+    for row in results:
+        assert row["tokens_per_second"] == row["batch"] / row["timing"]["median"] > 0
+        assert len(row["timing"]["samples"]) == 3
+        tokens = 300 + 3 + 2  # two steps are not timed
+        full = row["batch"] * 4 * tokens * 2 * 32 * 4
+        assert row["held"] == full if row["cache"] == "full" else 0 < row["held"] < full
+    assert "tokens/s" in output and "logquant:window=32" in output
+
+
+def test_info_names_the_gpu_or_says_why_there_is_none(json_file, monkeypatch):
+    output = succeed("info", "--json", json_file).output
+    facts = json.loads(json_file.read_text())["machine"]
+    assert facts["cuda_device"] in output
+    monkeypatch.setattr(machine.torch.version, "cuda", "13.0")
+    monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: False)
+    assert "none: torch finds no GPU" in succeed("info").output
+
+
+def test_bench_attend_refuses_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: False)
+    result = run("bench", "attend", "--device", "cuda")
+    assert result.exit_code == 2 and "none: " in result.output

@@ -11,6 +11,34 @@ namespace logquant::cuda {
 inline constexpr float kLog2e = 1.4426950408889634f;
 inline constexpr float kHidden = -1e30f;  // an additive mask at or below hides a slot (reference.HIDDEN)
 
+// The lowest reference exponent: finite, so that a row that sees nothing does not compute inf - inf.
+inline constexpr float kLowest = -1e37f;
+
+// Pairs of 16-bit elements, as tensor cores take them.
+template <class T>
+struct Operand;
+template <>
+struct Operand<__half> {
+  static constexpr uint32_t kOnes = 0x3C003C00u, kExponent = 0x7C00u;
+  static LOGQUANT_DEVICE uint32_t pack(float a, float b) { return ptx::pack_f16(a, b); }
+  static LOGQUANT_DEVICE float low(uint32_t w) { return half_to_float(static_cast<uint16_t>(w)); }
+  static LOGQUANT_DEVICE float high(uint32_t w) { return half_to_float(static_cast<uint16_t>(w >> 16)); }
+};
+template <>
+struct Operand<__nv_bfloat16> {
+  static constexpr uint32_t kOnes = 0x3F803F80u, kExponent = 0x7F80u;
+  static LOGQUANT_DEVICE uint32_t pack(float a, float b) { return ptx::pack_bf16(a, b); }
+  static LOGQUANT_DEVICE float low(uint32_t w) { return __uint_as_float(w << 16); }
+  static LOGQUANT_DEVICE float high(uint32_t w) { return __uint_as_float(w & 0xFFFF0000u); }
+};
+
+// 0xFFFF in each half of a word that is an infinity or a NaN.
+template <class T>
+LOGQUANT_DEVICE uint32_t not_finite(uint32_t word) {
+  constexpr uint32_t kLow = Operand<T>::kExponent, kHigh = kLow << 16;
+  return ((word & kLow) == kLow ? 0xFFFFu : 0u) | ((word & kHigh) == kHigh ? 0xFFFF0000u : 0u);
+}
+
 struct Row {
   int batch, head, query;  // head: of the queries
 };

@@ -55,8 +55,6 @@ namespace tensor {
 
 inline constexpr int kWarps = 4, kThreads = 32 * kWarps, kStages = 2;
 inline constexpr float kUnit = LOGQUANT_NORMAL_CODES ? 1.0f : 16777216.0f;  // 1 / what a code of 1 is as an operand
-// The lowest reference: finite, so that a row that sees nothing does not compute inf - inf.
-inline constexpr float kLowest = -1e37f;
 
 constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
 // The smallest multiple of 16 from x on that is `remainder` modulo 128: for rows that must fall on different banks.
@@ -139,23 +137,6 @@ struct Layout {
   static constexpr bool kWide = S::kGroup % 32 == 0 || S::kGroups == 1;
   static constexpr int kWideBlocks = kWide ? S::kValueDim / 32 : 0, kTiles = S::kValueDim / 16;
   static_assert(kRings % 16 == 0 && kStage % 16 == 0);
-};
-
-template <class T>
-struct Operand;
-template <>
-struct Operand<__half> {
-  static constexpr uint32_t kOnes = 0x3C003C00u, kExponent = 0x7C00u;
-  static LOGQUANT_DEVICE uint32_t pack(float a, float b) { return ptx::pack_f16(a, b); }
-  static LOGQUANT_DEVICE float low(uint32_t w) { return half_to_float(static_cast<uint16_t>(w)); }
-  static LOGQUANT_DEVICE float high(uint32_t w) { return half_to_float(static_cast<uint16_t>(w >> 16)); }
-};
-template <>
-struct Operand<__nv_bfloat16> {
-  static constexpr uint32_t kOnes = 0x3F803F80u, kExponent = 0x7F80u;
-  static LOGQUANT_DEVICE uint32_t pack(float a, float b) { return ptx::pack_bf16(a, b); }
-  static LOGQUANT_DEVICE float low(uint32_t w) { return __uint_as_float(w << 16); }
-  static LOGQUANT_DEVICE float high(uint32_t w) { return __uint_as_float(w & 0xFFFF0000u); }
 };
 
 template <class U>
@@ -1021,13 +1002,12 @@ class TensorAttention {
   // As spare_hidden, for values of the window that are not finite.
   template <int first_tile, int count>
   LOGQUANT_DEVICE void spare_hidden_values(WindowRow<count> (&v)[2], const B2 (&seen_tokens)[tiles]) {
-    constexpr uint32_t kLow = Operand<T>::kExponent, kHigh = kLow << 16;
     bool any = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
 #pragma unroll
       for (int n = 0; n < count / 8; ++n) {
-        any = any || (v[h].words[n] & kLow) == kLow || (v[h].words[n] & kHigh) == kHigh;
+        any = any || not_finite<T>(v[h].words[n]) != 0;
       }
     }
     if (!__any_sync(ptx::kFullMask, any)) return;
@@ -1043,7 +1023,7 @@ class TensorAttention {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint32_t& word = v[i / 2].words[2 * j + i % 2];
-        const uint32_t mask = ((word & kLow) == kLow ? 0xFFFFu : 0u) | ((word & kHigh) == kHigh ? 0xFFFF0000u : 0u);
+        const uint32_t mask = not_finite<T>(word);
         word &= ~mask;
         bad[i] = ptx::movmatrix_trans(mask & Operand<T>::kOnes);
       }

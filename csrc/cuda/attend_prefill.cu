@@ -20,7 +20,6 @@ namespace logquant::cuda {
 namespace {
 
 constexpr int kMostShared = 99 << 10;  // of a block on sm_86, sm_89 and sm_120
-constexpr float kLowest = -1e37f;      // finite, so that a row that sees nothing does not compute inf - inf
 
 template <int dim>
 struct Tiles {
@@ -43,25 +42,6 @@ bool is_staged(const AttendArgs& a) {
   const int64_t strides = a.pages.batch_stride | a.pages.head_stride | a.pages.page_stride | a.format.words();
   return reinterpret_cast<uintptr_t>(a.pages.data) % 16 == 0 && strides % 4 == 0 &&
          Tiles<dim>::kFree + table_bytes<dim>(a) + 4 * a.format.words() <= kMostShared;
-}
-
-template <class T>
-struct Half;
-template <>
-struct Half<__half> {
-  static constexpr uint32_t kOnes = 0x3C003C00u, kExponent = 0x7C00u;
-  static LOGQUANT_DEVICE uint32_t pack(float a, float b) { return ptx::pack_f16(a, b); }
-};
-template <>
-struct Half<__nv_bfloat16> {
-  static constexpr uint32_t kOnes = 0x3F803F80u, kExponent = 0x7F80u;
-  static LOGQUANT_DEVICE uint32_t pack(float a, float b) { return ptx::pack_bf16(a, b); }
-};
-// 0xFFFF in each half of a word that is an infinity or a NaN.
-template <class T>
-LOGQUANT_DEVICE uint32_t not_finite(uint32_t word) {
-  constexpr uint32_t kLow = Half<T>::kExponent, kHigh = kLow << 16;
-  return ((word & kLow) == kLow ? 0xFFFFu : 0u) | ((word & kHigh) == kHigh ? 0xFFFF0000u : 0u);
 }
 
 struct Aligned {
@@ -272,7 +252,7 @@ class Prefill {
       for (int n = 0; n < kKeyTiles; ++n) {
         const float x = ptx::exp2(s[n][2 * r] - most), y = ptx::exp2(s[n][2 * r + 1] - most);
         total += x + y;
-        p[n][r] = Half<T>::pack(x, y);
+        p[n][r] = Operand<T>::pack(x, y);
       }
       sum[r] = fmaf(sum[r], less, total);
 #pragma unroll
@@ -306,13 +286,13 @@ class Prefill {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* const x = s[2 * k + i / 2] + 2 * (i % 2);
-        seen[i] = Half<T>::pack(x[0] == -INFINITY ? 0.0f : 1.0f, x[1] == -INFINITY ? 0.0f : 1.0f);
+        seen[i] = Operand<T>::pack(x[0] == -INFINITY ? 0.0f : 1.0f, x[1] == -INFINITY ? 0.0f : 1.0f);
       }
       for (int j = 0; j < kChannelTiles; j += 2) {
         uint32_t bad[4];
         ptx::ldmatrix_trans(bad, value + k * 16 * L::kPitch + 8 * j);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) bad[i] = not_finite<T>(bad[i]) & Half<T>::kOnes;
+        for (int i = 0; i < 4; ++i) bad[i] = not_finite<T>(bad[i]) & Operand<T>::kOnes;
         float hit[2][4] = {};
         ptx::mma<T>(hit[0], seen, {bad[0], bad[1]});
         ptx::mma<T>(hit[1], seen, {bad[2], bad[3]});
@@ -364,7 +344,7 @@ class Prefill {
       for (int j = 0; j < kChannelTiles; ++j) {
         const int c = 8 * j + 2 * t;
         if (c < a.format.value_dim) {
-          *reinterpret_cast<uint32_t*>(to + c) = Half<T>::pack(out[j][2 * r] * factor, out[j][2 * r + 1] * factor);
+          *reinterpret_cast<uint32_t*>(to + c) = Operand<T>::pack(out[j][2 * r] * factor, out[j][2 * r + 1] * factor);
         }
       }
       if (t == 0) a.lse[out_row] = total == 0.0f ? -INFINITY : (most + log2f(total)) / kLog2e;

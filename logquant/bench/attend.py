@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 from .. import ops
 from ..config import LogQuantConfig
 from ..window import split_positions
-from .timing import ColdCache, Timing, time_interleaved
+from .timing import ColdCache, Timing, clock_of, time_interleaved
 
 FUSED = "logquant attend"
 DEQUANTIZE = "dequantize + SDPA"
@@ -83,6 +84,30 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> Tensor:
     return F.scaled_dot_product_attention(q.view(q.shape[0], k.shape[1], -1, q.shape[3]), k, v).view_as(q)
 
 
+def _other_libraries(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Decode attention of the GPU libraries that are installed, over the full cache in their own layout."""
+    found: dict[str, Callable[[], Tensor]] = {}
+    by_token = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+    with contextlib.suppress(ImportError):
+        from flash_attn import flash_attn_with_kvcache
+
+        found[f"{FULL}, FlashAttention"] = lambda: flash_attn_with_kvcache(*by_token)
+    if q.shape[0] == 1:
+        with contextlib.suppress(ImportError):
+            from flashinfer import single_decode_with_kv_cache
+
+            one_q, one_k, one_v = by_token[0][0, 0], by_token[1][0], by_token[2][0]
+            found[f"{FULL}, FlashInfer"] = lambda: single_decode_with_kv_cache(one_q, one_k, one_v)
+    return found
+
+
+def _check_kernels(device: str) -> None:
+    if reason := ops.extension_error():
+        raise RuntimeError(f"there is nothing to measure: {reason}")
+    if device == "cuda" and not ops.has_cuda_kernels():
+        raise RuntimeError("there is nothing to measure: logquant was built without CUDA; see `logquant info`")
+
+
 @torch.inference_mode()
 def bench_attend(
     shape: Shape,
@@ -90,27 +115,28 @@ def bench_attend(
     dtype: torch.dtype = torch.bfloat16,
     rounds: int = 20,
     on_progress: Callable[[], None] = lambda: None,
+    device: str = "cpu",
 ) -> AttendResult:
-    """Time one call of every contender, each from cold CPU caches.
+    """Time one call of every contender, each from cold caches.
 
-    torch's contenders run in ``dtype`` and in float32, with ``enable_gqa`` and grouped: which is fastest depends on the
-    CPU, and a comparison with a slow form would be worth nothing.
+    torch's contenders run with ``enable_gqa`` and grouped, on a CPU in ``dtype`` and in float32: which is fastest
+    depends on the machine, and a comparison with a slow form would be worth nothing. On a GPU, FlashAttention and
+    FlashInfer take part where they are installed.
 
     Raises:
-        RuntimeError: no compiled extension, or a fused result that is wrong.
+        RuntimeError: no compiled kernels for the device, or a fused result that is wrong.
     """
-    if reason := ops.extension_error():
-        raise RuntimeError(f"there is nothing to measure: {reason}")
-    generator = torch.Generator().manual_seed(0)
+    _check_kernels(device)
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(heads: int, tokens: int) -> Tensor:
-        return torch.randn(shape.batch, heads, tokens, shape.dim, generator=generator).to(dtype)
+        return torch.randn(shape.batch, heads, tokens, shape.dim, generator=generator, device=device).to(dtype)
 
     q, k, v = random(shape.heads, 1), random(shape.kv_heads, shape.context), random(shape.kv_heads, shape.context)
     packed, exact = split_positions(shape.context, quantization.window, quantization.rule, quantization.sink_tokens)
     fmt = quantization.page_format(shape.dim)
-    pages = ops.quantize(k, v, fmt, index=packed[None])
-    window_k, window_v = k[:, :, exact], v[:, :, exact]
+    pages = ops.quantize(k, v, fmt, index=packed[None].to(device))
+    window_k, window_v = (x[:, :, exact.to(device)].contiguous() for x in (k, v))
     scale = shape.dim**-0.5
 
     def fused() -> Tensor:
@@ -129,15 +155,20 @@ def bench_attend(
         return lambda: _sdpa(kind_q, kind_k, kind_v, grouped)
 
     contenders: dict[str, Callable[[], Tensor]] = {FUSED: fused}
-    forms = itertools.product(((DEQUANTIZE, dequantize), (FULL, full)), dict.fromkeys((dtype, torch.float32)), (0, 1))
+    kinds = dict.fromkeys((dtype,) if device == "cuda" else (dtype, torch.float32))
+    forms = itertools.product(((DEQUANTIZE, dequantize), (FULL, full)), kinds, (0, 1))
     for (group, make), kind, grouped in forms:
         form = ("enable_gqa", "grouped")[grouped]
         contenders[f"{group}, {DTYPE_NAMES[kind]}, {form}"] = make(kind, bool(grouped))
+    if device == "cuda" and dtype != torch.float32:
+        contenders |= _other_libraries(q, k, v)
 
     expected = dequantize(torch.float32, True)()
     error = float(((fused() - expected).square().mean() / expected.square().mean()).sqrt())
     if not error < 0.05:
         raise RuntimeError(f"attend must agree with dequantised SDPA, got a relative error of {error:.3g}")
-    timings = time_interleaved(contenders, rounds, before_each=ColdCache(), on_progress=on_progress)
+    timings = time_interleaved(
+        contenders, rounds, before_each=ColdCache(device), on_progress=on_progress, clock=clock_of(device)
+    )
     packed_nbytes = pages.nbytes + window_k.nbytes + window_v.nbytes
     return AttendResult(shape, timings, packed_nbytes, k.nbytes + v.nbytes, error)

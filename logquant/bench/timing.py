@@ -31,16 +31,42 @@ class Timing:
 
 
 class ColdCache:
-    """Called, reads twice as many bytes as the CPU caches hold, so that what comes next starts from memory.
+    """Called, reads twice as many bytes as the caches of the CPU or GPU hold: what comes next starts from memory.
 
     A decoding step visits every layer before it returns to the first one, so a layer's tokens are in no cache by then.
     """
 
-    def __init__(self) -> None:
-        self._buffer = torch.ones(2 * last_level_cache_bytes() // 4)
+    def __init__(self, device: str = "cpu") -> None:
+        self._buffer = torch.ones(2 * cache_bytes(device) // 4, device=device)
 
     def __call__(self) -> None:
         self._buffer.sum()
+
+
+def cache_bytes(device: str) -> int:
+    """Bytes of the last cache before the memory of a device."""
+    return int(torch.cuda.get_device_properties(device).L2_cache_size) if device == "cuda" else last_level_cache_bytes()
+
+
+def cpu_seconds(call: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def cuda_seconds(call: Callable[[], object]) -> float:
+    """Seconds that the GPU takes for one call, behind whatever was queued before it."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def clock_of(device: str) -> Callable[[Callable[[], object]], float]:
+    return cuda_seconds if device == "cuda" else cpu_seconds
 
 
 def time_interleaved(
@@ -49,6 +75,7 @@ def time_interleaved(
     *,
     before_each: Callable[[], None] = lambda: None,
     on_progress: Callable[[], None] = lambda: None,
+    clock: Callable[[Callable[[], object]], float] = cpu_seconds,
 ) -> dict[str, Timing]:
     """Call every function once a round, so that whatever disturbs the machine disturbs all of them.
 
@@ -57,22 +84,28 @@ def time_interleaved(
         rounds: timed calls of each, after two that are not.
         before_each: called before every call, outside the timing.
         on_progress: called after every round, warm-up included.
+        clock: times one call, in seconds.
     """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 2):
         for name, call in contenders.items():
             before_each()
-            start = time.perf_counter()
-            call()
-            seconds = time.perf_counter() - start
+            seconds = clock(call)
             if number >= 2:
                 samples[name].append(seconds)
         on_progress()
     return {name: Timing.of(values) for name, values in samples.items()}
 
 
-def read_bandwidth(rounds: int = 10) -> float:
-    """Bytes a second that all threads together read from memory: the faster of two torch reductions, median."""
-    buffer = torch.ones(max(256 << 20, 4 * last_level_cache_bytes()) // 4)
+def read_bandwidth(device: str = "cpu", rounds: int = 10) -> float:
+    """Bytes a second that a device reads from its memory, median.
+
+    A CPU: the faster of two torch reductions, all threads together. A GPU: a copy, which counts twice.
+    """
+    buffer = torch.ones(max(256 << 20, 4 * cache_bytes(device)) // 4, device=device)
+    if device == "cuda":
+        other = torch.empty_like(buffer)
+        timing = time_interleaved({"copy": lambda: other.copy_(buffer)}, rounds, clock=cuda_seconds)["copy"]
+        return 2 * buffer.nbytes / timing.median
     timings = time_interleaved({"sum": buffer.sum, "max": buffer.max}, rounds)
     return buffer.nbytes / min(timing.median for timing in timings.values())
