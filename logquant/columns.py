@@ -12,6 +12,9 @@ from torch import Tensor
 
 from .reference import MAX_CODE_BITS, PageFormat
 
+# Tokens that are worked on at once: float32 copies of a long prompt would raise the peak.
+_AT_ONCE = 2048
+
 # Mean squared error of a channel with 0, 1, 2, ... columns of 2 bits, in parts of its variance within a page.
 DISTORTIONS = {2: (1.0, 0.13, 0.012, 0.0008), 4: (1.0, 0.012, 0.00005), 8: (1.0, 0.00005)}
 
@@ -57,29 +60,61 @@ def key_scores(keys: Tensor, mean_square_q: Tensor | None, span: int) -> Tensor:
     """
     span = min(span, keys.shape[2])
     spans = keys[:, :, : keys.shape[2] // span * span].unflatten(2, (-1, span))
-    # One span at a time: a float32 copy of a long prompt's keys would raise the peak.
-    variance = torch.stack([part.float().var(2, correction=0) for part in spans.unbind(2)]).mean(0)
+    # Some at a time: a float32 copy of a long prompt's keys would raise the peak.
+    parts = spans.split(max(1, _AT_ONCE // span), 2)
+    variance = torch.cat([part.float().var(3, correction=0) for part in parts], 2).mean(2)
     return variance if mean_square_q is None else variance * mean_square_q
 
 
-def attention_received(
-    queries: Tensor, lse: Tensor, keys: Tensor, scale: float, page_tokens: int, softcap: float = 0.0
-) -> Tensor:
-    """Weights of the squared errors of ``keys``: the mean attention each got, 1 on average over a page, plus 1.
+def squares_of(queries: Tensor, kv_heads: int, real: Tensor | None) -> Tensor:
+    """Sums of squared queries and how many there are: what ``E[q_c^2]`` is made of, and can be added up.
 
     Args:
-        queries: ``[B, H, n, D]``, of all query heads of each KV head.
-        lse: float32 ``[B, H, n]``, the log-sum-exp of their scores over all tokens.
-        keys: ``[B, H, N, D]``, N a multiple of ``page_tokens``.
+        queries: ``[B, Hq, L, D]``.
+        kv_heads: H.
+        real: bool ``[B, L]``, which columns hold a token; None if all do.
+
+    Returns:
+        float32 ``[B, H, D + 1]``: the sums, then the count.
+    """
+    batch, heads, length, dim = queries.shape
+    total = queries.new_zeros(batch, kv_heads, dim + 1, dtype=torch.float32)
+    for first in range(0, length, _AT_ONCE):
+        part = queries[:, :, first : first + _AT_ONCE].float().square()
+        if real is not None:
+            part = part * real[:, None, first : first + _AT_ONCE, None].to(part.device)
+        total[..., :-1] += part.sum(2).unflatten(1, (kv_heads, -1)).sum(2)
+    count = torch.full((batch,), length) if real is None else real.sum(1)
+    total[..., -1] = (count * (heads // kv_heads)).to(total)[:, None]
+    return total
+
+
+def attention_received(
+    queries: Tensor, keys: Tensor, leaving: Tensor, scale: float, page_tokens: int, softcap: float = 0.0
+) -> Tensor:
+    """Weights of the squared errors of keys that leave: the mean attention each got, 1 on average over a page, plus 1.
+
+    Args:
+        queries: ``[B, Hq, n, D]``, the newest.
+        keys: ``[B, H, T, D]``, all that are still exact.
+        leaving: int32 ``[N]``, indices of keys, N a multiple of ``page_tokens``.
         scale, softcap: of the scores.
         page_tokens: tokens of a page.
 
     Returns:
-        float32 ``[B, H, N]``.
+        float32 ``[B, H, N]``. All 1 where that is not finite.
     """
-    scores = scale * (queries.float() @ keys.float().mT)
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    received = (scores - lse.unsqueeze(-1)).exp().mean(2).unflatten(-1, (-1, page_tokens))
-    weights: Tensor = (received / received.mean(-1, keepdim=True) + 1.0).nan_to_num(1.0).flatten(-2)
-    return weights
+    grouped = queries.float().unflatten(1, (keys.shape[1], -1)).flatten(2, 3)  # [B, H, queries of a KV head, D]
+
+    def scores(part: Tensor) -> Tensor:
+        out: Tensor = scale * (grouped @ part.float().mT)
+        return softcap * torch.tanh(out / softcap) if softcap else out
+
+    parts = [scores(part).logsumexp(-1) for part in keys.split(_AT_ONCE, 2)]
+    lse = torch.stack(parts).logsumexp(0).unsqueeze(-1)
+    received = [(scores(keys.index_select(2, index)) - lse).exp().mean(2) for index in leaving.split(_AT_ONCE)]
+    pages = torch.cat(received, -1).unflatten(-1, (-1, page_tokens))
+    # Rounded to three bits, so that the order in which a matrix product adds up does not show in the pages.
+    weights = (pages / pages.mean(-1, keepdim=True) + 1.0).nan_to_num(1.0, 1.0, 1.0).flatten(-2)
+    mantissa, exponent = weights.frexp()
+    return ((mantissa * 16).round() / 16).ldexp(exponent)

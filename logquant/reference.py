@@ -94,6 +94,11 @@ class PageFormat:
         )
 
     @property
+    def has_map(self) -> bool:
+        """Whether pages need a column map."""
+        return self.key_columns != self.head_dim
+
+    @property
     def key_code_words(self) -> int:
         return self.key_columns * self.key_bits // 32
 

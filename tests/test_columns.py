@@ -61,15 +61,26 @@ def test_scores_are_variances_within_spans_times_squared_queries():
 
 
 def test_weights_are_one_plus_attention_with_mean_one():
-    q, k = torch.randn(1, 2, 6, 16), torch.randn(1, 2, 100, 16)
-    scores = 0.25 * (q @ k.mT)
-    weights = columns.attention_received(q, scores.logsumexp(-1), k[:, :, 4:68], 0.25, 32)
-    attention = scores.softmax(-1).mean(2)[:, :, 4:68].unflatten(-1, (2, 32))
+    q, k = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 5000, 16)
+    leaving = torch.arange(1, 4097, 2, dtype=torch.int32)
+    weights = columns.attention_received(q, k, leaving, 0.25, 32)
+    scores = 0.25 * q.unflatten(1, (2, 2)) @ k.mT.unsqueeze(2)
+    attention = scores.softmax(-1).mean((2, 3))[:, :, leaving.long()].unflatten(-1, (-1, 32))
     want = 1 + attention / attention.mean(-1, keepdim=True)
-    assert torch.allclose(weights, want.flatten(-2), rtol=1e-4)
-    assert torch.equal(
-        columns.attention_received(q * torch.nan, scores.logsumexp(-1), k[:, :, :64], 0.25, 32), torch.ones(1, 2, 64)
-    )
+    assert torch.allclose(weights, want.flatten(-2), rtol=1 / 15)
+    unknown = columns.attention_received(q * torch.nan, k, leaving, 0.25, 32)
+    assert torch.equal(unknown, torch.ones(1, 2, 2048))
+
+
+def test_squares_of_queries_leave_padding_out():
+    q = torch.randn(2, 4, 3000, 16)
+    real = torch.ones(2, 3000, dtype=torch.bool)
+    real[1, :2500] = False
+    sums = columns.squares_of(q, 2, real)
+    assert sums[:, 0, -1].tolist() == [6000, 1000]
+    want = q[1, :, 2500:].square().sum(1).unflatten(0, (2, 2)).sum(1)
+    assert torch.allclose(sums[1, :, :-1], want, rtol=1e-4)
+    assert torch.allclose(columns.squares_of(q[:1], 2, None), sums[:1])
 
 
 def test_columns_lower_the_error_of_scores():
