@@ -376,6 +376,7 @@ class LogQuantLayer(CacheLayerMixin):
             self.prefetch()
         store, window_k, window_v = self._stores_for(after, keys, values, in_window)
         key_map = self._chosen_map(keys, moves)
+        step_weights = [self._key_weights(keys, m, attended, real) for m in steps]
         for m in others:
             self._quantize_into(store, keys, values, m, key_map, self._key_weights(keys, m, attended, real))
         stays = [
@@ -386,8 +387,8 @@ class LogQuantLayer(CacheLayerMixin):
         ]
         # What is written from here on cannot be undone.
         self._interrupted = True
-        for m in steps:
-            self._evict(store, m, key_map, self._key_weights(keys, m, attended, real))
+        for m, weights in zip(steps, step_weights, strict=True):
+            self._evict(store, m, key_map, weights)
         for rows, stay, window in stays:
             window[rows, :, : stay.shape[2]] = stay
         if store is not self.pages:
