@@ -375,7 +375,7 @@ class LogQuantLayer(CacheLayerMixin):
         if steps:
             self.prefetch()
         store, window_k, window_v = self._stores_for(after, keys, values, in_window)
-        key_map = self._chosen_map(keys, moves)
+        key_map = self._chosen_map(keys, moves, real)
         step_weights = [self._key_weights(keys, m, attended, real) for m in steps]
         for m in others:
             self._quantize_into(store, keys, values, m, key_map, self._key_weights(keys, m, attended, real))
@@ -401,7 +401,15 @@ class LogQuantLayer(CacheLayerMixin):
             self._version += 1
         self._interrupted = False
 
-    def _chosen_map(self, keys: Tensor, moves: list[Move]) -> Tensor | None:
+    @staticmethod
+    def _tokens_of(keys: Tensor, move: Move, real: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keys of the tokens that a move is about, without padding, in order; and which of them leave."""
+        if real is None or move.staying is None:
+            return keys[move.rows, :, : move.tokens], move.leaving
+        slots = torch.cat([move.leaving, move.staying]).sort().values
+        return keys[move.rows].index_select(2, slots), torch.searchsorted(slots, move.leaving).int()
+
+    def _chosen_map(self, keys: Tensor, moves: list[Move], real: Tensor | None) -> Tensor | None:
         """The column map, with those of rows that get their first page chosen from the tokens they have now."""
         first = [m for m in moves if m.packed == 0 and len(m.leaving)]
         if self.key_map is None or not first:
@@ -411,7 +419,7 @@ class LogQuantLayer(CacheLayerMixin):
             mean_square = None
             if self._squares is not None:
                 mean_square = self._squares[m.rows, :, :-1] / self._squares[m.rows, :, -1:].clamp_min(1)
-            score = columns.key_scores(keys[m.rows, :, : m.tokens], mean_square, 2 * self.format.page_tokens)
+            score = columns.key_scores(self._tokens_of(keys, m, real)[0], mean_square, 2 * self.format.page_tokens)
             key_map[m.rows] = columns.allocate(score, self.format)
         return key_map
 
@@ -426,8 +434,7 @@ class LogQuantLayer(CacheLayerMixin):
             return None
         return columns.attention_received(
             queries[:, :, -_QUERIES:],
-            keys[move.rows, :, : move.tokens],
-            move.leaving,
+            *self._tokens_of(keys, move, real),
             attended.scale,
             self.format.page_tokens,
             attended.softcap,
@@ -646,8 +653,8 @@ class LogQuantLayer(CacheLayerMixin):
             and window_k.dtype in DTYPES
         )
         if fmt.has_map:
-            fits = fits and key_map is not None and key_map.shape == (batch, heads, fmt.key_columns)
-            fits = fits and key_map.dtype == torch.int16
+            map_shape = None if key_map is None or key_map.dtype != torch.int16 else key_map.shape
+            fits = fits and map_shape == (batch, heads, fmt.key_columns)
         if not fits or rows is None:
             raise ValueError(
                 f"pages {list(pages.shape)}, window_k {list(window_k.shape)} and window_v {list(window_v.shape)} do "

@@ -117,4 +117,5 @@ def attention_received(
     # Rounded to three bits, so that the order in which a matrix product adds up does not show in the pages.
     weights = (pages / pages.mean(-1, keepdim=True) + 1.0).nan_to_num(1.0, 1.0, 1.0).flatten(-2)
     mantissa, exponent = weights.frexp()
-    return ((mantissa * 16).round() / 16).ldexp(exponent)
+    rounded: Tensor = ((mantissa * 16).round() / 16).ldexp(exponent)
+    return rounded
