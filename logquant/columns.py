@@ -60,9 +60,11 @@ def key_scores(keys: Tensor, mean_square_q: Tensor | None, span: int) -> Tensor:
     """
     span = min(span, keys.shape[2])
     spans = keys[:, :, : keys.shape[2] // span * span].unflatten(2, (-1, span))
-    # Some at a time: a float32 copy of a long prompt's keys would raise the peak.
-    parts = spans.split(max(1, _AT_ONCE // span), 2)
-    variance = torch.cat([part.float().var(3, correction=0) for part in parts], 2).mean(2)
+    # Some at a time, into one small tensor: results kept between them would split the memory that they give back.
+    variance = keys.new_zeros(*keys.shape[:2], keys.shape[3], dtype=torch.float32)
+    for part in spans.split(max(1, _AT_ONCE // span), 2):
+        variance += part.float().var(3, correction=0).sum(2)
+    variance /= spans.shape[2]
     return variance if mean_square_q is None else variance * mean_square_q
 
 
