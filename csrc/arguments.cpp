@@ -73,6 +73,16 @@ cpu::KeyMap checked_key_map(const OptionalTensor& key_map, const PageFormat& for
   return {entries, broadcast_stride(map, 0), broadcast_stride(map, 1)};
 }
 
+cpu::KeyWeights checked_key_weights(const OptionalTensor& key_weights, int64_t batch, int64_t heads, int64_t taken) {
+  if (!key_weights) return {};
+  const Tensor& weights = *key_weights;
+  check_broadcast(weights, "key_weights", ScalarType::Float, {batch, heads, taken});
+  LOGQUANT_CHECK(weights.size(2) <= 1 || weights.stride(2) == 1,
+                 "key_weights must be contiguous in its last dimension");
+  return {static_cast<const float*>(weights.const_data_ptr()), broadcast_stride(weights, 0),
+          broadcast_stride(weights, 1)};
+}
+
 void check_range(const Tensor& t, const char* name, int64_t low, int64_t high) {
   if (!t.is_cpu()) return;
   const int32_t* data = int32_data(t);
@@ -88,9 +98,10 @@ void check_range(const Tensor& t, const char* name, int64_t low, int64_t high) {
 
 // ------------------------------------------------------------------------------------------------------ quantize
 QuantizeCall quantize_call(const Tensor& k_in, const Tensor& v_in, const Fields& fields, const OptionalTensor& index,
-                           const OptionalTensor& key_map) {
+                           const OptionalTensor& key_map, const OptionalTensor& key_weights) {
   const PageFormat format = checked_format(fields);
-  check_same_device(k_in, "k", {{"v", &v_in}}, {{"index", &index}, {"key_map", &key_map}});
+  check_same_device(k_in, "k", {{"v", &v_in}},
+                    {{"index", &index}, {"key_map", &key_map}, {"key_weights", &key_weights}});
   check_tokens(k_in, "k", format.head_dim);
   check_tokens(v_in, "v", format.value_dim);
   check_same_dtype(v_in, "v", k_in, "k");
@@ -105,6 +116,7 @@ QuantizeCall quantize_call(const Tensor& k_in, const Tensor& v_in, const Fields&
   LOGQUANT_CHECK(taken % format.page_tokens == 0, index ? "index" : "k", " must have a multiple of ",
                  format.page_tokens, " tokens, got ", taken);
   const cpu::KeyMap map = checked_key_map(key_map, format, batch, heads);
+  const cpu::KeyWeights weights = checked_key_weights(key_weights, batch, heads, taken);
 
   QuantizeCall call;
   call.tokens = tokens;
@@ -112,6 +124,7 @@ QuantizeCall quantize_call(const Tensor& k_in, const Tensor& v_in, const Fields&
   call.v = with_contiguous_last_dim(v_in);
   call.index = contiguous(index);
   call.key_map = key_map;
+  call.key_weights = key_weights;
   const int64_t page_count = taken / format.page_tokens;
   call.pages = torch::stable::new_empty(call.k, {batch, heads, page_count, format.words()}, ScalarType::Int);
   cpu::QuantizeArgs& args = call.args;
@@ -120,6 +133,7 @@ QuantizeCall quantize_call(const Tensor& k_in, const Tensor& v_in, const Fields&
   args.v = tokens_view<cpu::Tokens>(call.v);
   args.pages = pages_view<cpu::MutablePages>(call.pages);
   args.key_map = map;
+  args.key_weights = weights;
   if (call.index) {
     args.index = int32_data(*call.index);
     args.index_batch_stride = broadcast_stride(*call.index, 0);
@@ -161,9 +175,10 @@ DequantizeCall dequantize_call(const Tensor& pages_in, const Fields& fields, Sca
 // --------------------------------------------------------------------------------------------------------- evict_
 EvictCall evict_call(const Tensor& window_k, const Tensor& window_v, const Tensor& pages, const Fields& fields,
                      int64_t page, int64_t tokens, int64_t start, int64_t step, int64_t count,
-                     const OptionalTensor& key_map) {
+                     const OptionalTensor& key_map, const OptionalTensor& key_weights) {
   const PageFormat format = checked_format(fields);
-  check_same_device(window_k, "window_k", {{"window_v", &window_v}, {"pages", &pages}}, {{"key_map", &key_map}});
+  check_same_device(window_k, "window_k", {{"window_v", &window_v}, {"pages", &pages}},
+                    {{"key_map", &key_map}, {"key_weights", &key_weights}});
   check_tokens(window_k, "window_k", format.head_dim);
   check_tokens(window_v, "window_v", format.value_dim);
   check_same_dtype(window_v, "window_v", window_k, "window_k");
@@ -187,10 +202,11 @@ EvictCall evict_call(const Tensor& window_k, const Tensor& window_v, const Tenso
                  "start, step and count must name slots below ", tokens, ", got ", start, ", ", step, " and ", count);
   LOGQUANT_CHECK(page >= 0 && page <= pages.size(2) - pages_written, "page must leave room for ", pages_written,
                  " pages of ", pages.size(2), ", got ", page);
-  EvictCall call{{}, window_k, window_v, pages, key_map};
+  EvictCall call{{}, window_k, window_v, pages, key_map, key_weights};
   cpu::EvictArgs& args = call.args;
   args.format = format;
   args.key_map = checked_key_map(key_map, format, window_k.size(0), window_k.size(1));
+  args.key_weights = checked_key_weights(key_weights, window_k.size(0), window_k.size(1), count);
   args.k = tokens_view<cpu::MutableTokens>(window_k);
   args.v = tokens_view<cpu::MutableTokens>(window_v);
   args.pages = pages_view<cpu::MutablePages>(pages);

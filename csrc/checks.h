@@ -130,12 +130,11 @@ inline PageFormat checked_format(const std::vector<int64_t>& fields) {
   for (const int64_t field : fields) {
     LOGQUANT_CHECK(field >= 0 && field <= (1 << 20), "format fields must lie between 0 and 2^20, got ", field);
   }
-  LOGQUANT_CHECK(fields[8] == kParamBits && fields[9] == kParamBits, "format parameter bits must be ", kParamBits,
-                 ", got ", fields[8], " and ", fields[9]);
   PageFormat format;
-  int* const members[] = {&format.head_dim,   &format.value_dim,   &format.page_tokens, &format.key_bits,
-                          &format.value_bits, &format.key_columns, &format.value_group};
-  for (int i = 0; i < 7; ++i) *members[i] = static_cast<int>(fields[i + 1]);
+  int* const members[] = {&format.head_dim,    &format.value_dim,      &format.page_tokens,
+                          &format.key_bits,    &format.value_bits,     &format.key_columns,
+                          &format.value_group, &format.key_param_bits, &format.value_param_bits};
+  for (int i = 0; i < 9; ++i) *members[i] = static_cast<int>(fields[i + 1]);
   const char* error = format_error(format);
   LOGQUANT_CHECK(error == nullptr, error);
   return format;

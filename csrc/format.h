@@ -6,8 +6,10 @@
 //   part          shape in words        word
 //   key codes     [G][C*b/32]           32/b consecutive columns of one token
 //   key params    [2][D/2]              planar: fp16 scale[D], then fp16 zero[D], of a channel over the page's tokens
+//                 or [2][D/4]           8 bits: scale byte[D], then zero byte[D]
 //   value codes   [G*b/32][Dv]          32/b consecutive tokens of one channel
 //   value params  [2][Dv/Gv][G/2]       planar: fp16 scale[Dv/Gv][G], then fp16 zero, of a token over Gv channels
+//                 or [Dv/Gv][G/4]       8 bits: scale byte[Dv/Gv][G]
 //
 // Every word runs along the axis that attention sums over. With element e of a word at bit_position(b, e), the
 // expression (word >> b*i) & lane_mask(b) yields elements 2i and 2i+1 as two 16-bit lanes: a half2 operand of
@@ -17,6 +19,13 @@
 // code of b*n bits, split into n digits of weight 2^(b*i); a channel without columns keeps only its mean over the page
 // (in its zero). The column map says which channel and digit a column holds; without a map, C = D and column c is
 // channel c.
+//
+// 8-bit parameters: a scale byte e stands for 2^((e - 160) / 8), by scale_bits(). Byte 255 marks a group that holds a
+// NaN or an infinity: its scale counts as 0, its zero as NaN.
+//   * Keys: the scale is that of the two highest bits of a channel's code: the code's own is scale / 2^(b*n - 2), and
+//     digit i counts scale * 2^(b*(i-n) + 2). The zero byte (signed) counts eighths of the stored scale.
+//   * Values are rotated before they are quantised: blocks of hadamard_block() channels become their orthonormal
+//     Walsh-Hadamard transform, which is its own inverse. Code c stands for scale * (c - (2^b - 1) / 2).
 #pragma once
 
 #include <cstdint>
@@ -38,6 +47,22 @@ inline constexpr int kMaxCodeBits = 8;
 inline constexpr float kParamMax = 65504.0f;
 // Stored as the zero of a group that holds a NaN or an infinity, so that attention over it returns NaN.
 inline constexpr uint16_t kPoison = 0x7E00;
+// Largest block of channels that are rotated together.
+inline constexpr int kMaxHadamard = 64;
+
+// Scale bytes. The tables hold fraction bits of floats: of 2^(i/8), and of 2^((i + 1/2)/8).
+inline constexpr int kScaleExponent = 107;  // of scale byte 0, biased: 2^-20
+inline constexpr int kScaleMax = 254;
+inline constexpr int kPoisonScale = 255;
+inline constexpr int32_t kScaleEighths[8] = {0, 759234, 1587184, 2490071, 3474675, 4548394, 5719293, 6996167};
+inline constexpr int32_t kScaleMiddles[8] = {371395, 1164243, 2028850, 2971711, 3999908, 5121164, 6343903, 7677309};
+// The float that a scale byte up to kScaleMax stands for, as bits.
+LOGQUANT_HOST_DEVICE constexpr uint32_t scale_bits(uint32_t byte) {
+  return ((byte >> 3) + kScaleExponent) << 23 | static_cast<uint32_t>(kScaleEighths[byte & 7]);
+}
+// Zeros of keys are stored in these units, times the scale.
+inline constexpr float kZeroUnit = 0.125f;
+inline constexpr int kZeroMax = 127;
 
 LOGQUANT_HOST_DEVICE constexpr int elements_per_word(int bits) { return kWordBits / bits; }
 LOGQUANT_HOST_DEVICE constexpr int bit_position(int bits, int element) {
@@ -64,19 +89,29 @@ struct PageFormat {
   int value_bits = 0;
   int key_columns = 0;  // C
   int value_group = 0;  // Gv
+  int key_param_bits = 16;
+  int value_param_bits = 16;
 
   LOGQUANT_HOST_DEVICE constexpr int key_code_words() const { return key_columns * key_bits / kWordBits; }
   LOGQUANT_HOST_DEVICE constexpr int value_code_rows() const { return page_tokens * value_bits / kWordBits; }
   LOGQUANT_HOST_DEVICE constexpr int value_groups() const { return value_dim / value_group; }
+  // Channels of a value that are rotated together: a power of two that divides the group; 1 with 16-bit parameters.
+  LOGQUANT_HOST_DEVICE constexpr int hadamard_block() const {
+    if (value_param_bits == 16) return 1;
+    const int power = value_group & -value_group;
+    return power < kMaxHadamard ? power : kMaxHadamard;
+  }
 
   // Section offsets, in words from the start of the page.
   LOGQUANT_HOST_DEVICE constexpr int key_codes() const { return 0; }
   LOGQUANT_HOST_DEVICE constexpr int key_params() const { return page_tokens * key_code_words(); }
-  LOGQUANT_HOST_DEVICE constexpr int value_codes() const { return key_params() + head_dim; }
+  LOGQUANT_HOST_DEVICE constexpr int value_codes() const { return key_params() + head_dim * key_param_bits / 16; }
   LOGQUANT_HOST_DEVICE constexpr int value_params() const { return value_codes() + value_code_rows() * value_dim; }
-  LOGQUANT_HOST_DEVICE constexpr int words() const { return value_params() + value_groups() * page_tokens; }
+  LOGQUANT_HOST_DEVICE constexpr int words() const {
+    return value_params() + value_groups() * page_tokens / (value_param_bits == 8 ? 4 : 1);
+  }
 
-  // fp16 elements from the start of a parameter section to its zeros.
+  // Elements (fp16, or bytes of keys) from the start of a parameter section to its zeros.
   LOGQUANT_HOST_DEVICE constexpr int key_zeros() const { return head_dim; }
   LOGQUANT_HOST_DEVICE constexpr int value_zeros() const { return value_groups() * page_tokens; }
 
@@ -87,7 +122,6 @@ struct PageFormat {
 // version, head_dim, value_dim, page_tokens, key_bits, value_bits, key_columns, value_group,
 // key_param_bits, value_param_bits.
 inline constexpr int kFormatFields = 10;
-inline constexpr int kParamBits = 16;  // the only width of scales and zeros in version 1
 
 // nullptr if the numbers describe a valid page, else what is wrong.
 constexpr const char* format_error(const PageFormat& f) {
@@ -103,6 +137,8 @@ constexpr const char* format_error(const PageFormat& f) {
     return "key_columns must leave every channel a code of at most 8 bits";
   if (f.value_group < 16 || f.value_group % 16 != 0 || f.value_dim % f.value_group != 0)
     return "value_group must be a multiple of 16 that divides value_dim";
+  if (f.key_param_bits != 8 && f.key_param_bits != 16) return "key_param_bits must be 8 or 16";
+  if (f.value_param_bits != 8 && f.value_param_bits != 16) return "value_param_bits must be 8 or 16";
   return nullptr;
 }
 

@@ -37,10 +37,12 @@ _SCORES_AT_ONCE = 1 << 24
 
 
 class Attended(NamedTuple):
-    """What attended to a view: queries ``[B, Hq, L, D]``, and the mask by column or None."""
+    """What attended to a view: queries ``[B, Hq, L, D]``, the mask by column or None, scale and softcap of scores."""
 
     query: Tensor
     mask: Tensor | None
+    scale: float
+    softcap: float = 0.0
 
 
 class KVView:
@@ -51,6 +53,7 @@ class KVView:
         window_k: ``[B, H, N, D]``: each row's exact tokens, then the new ones.
         window_v: ``[B, H, N, Dv]``.
         fmt: the page format.
+        key_map: the column map of the pages, or None.
         rows: where the tokens are that came before.
         new: how many columns are new; those attend.
         is_current: tells whether the layer still holds what it held when it made this view.
@@ -64,12 +67,14 @@ class KVView:
         window_v: Tensor,
         fmt: PageFormat,
         *,
+        key_map: Tensor | None,
         rows: Rows,
         new: int,
         is_current: Callable[[], bool],
         observed: Callable[[Attended | None], None],
     ) -> None:
         self.pages, self.window_k, self.window_v, self.fmt = pages, window_k, window_v, fmt
+        self.key_map = key_map
         self.rows, self.new = rows, new
         self.is_current, self.observed = is_current, observed
         self._dense: tuple[Tensor, Tensor] | None = None
@@ -127,7 +132,7 @@ class KVView:
         """
         self.check(mask)
         out = self._attend(q, mask, scale, softcap=softcap, sinks=sinks, causal=causal)
-        self.observed(Attended(q, mask))
+        self.observed(Attended(q, mask, scale, softcap))
         return out
 
     def _attend(
@@ -153,6 +158,7 @@ class KVView:
             self.fmt,
             scale=scale,
             softcap=softcap,
+            key_map=self.key_map,
             mask=mask,
             positions=self.rows.positions(q.device, self.new) if by_position else None,
             query_positions=query_positions,
@@ -175,7 +181,7 @@ class KVView:
             return self.window_k, self.window_v
         if self._dense is None:
             slot_of = self._slot_of_column()
-            packed = ops.dequantize(self.pages, self.fmt, dtype=self.window_k.dtype)
+            packed = ops.dequantize(self.pages, self.fmt, dtype=self.window_k.dtype, key_map=self.key_map)
             both = []
             for parts in zip(packed, (self.window_k, self.window_v), strict=True):
                 slots = torch.cat(parts, 2)
@@ -358,7 +364,7 @@ def _intercept_sdpa(
         out = F.scaled_dot_product_attention(
             query, key.dense(), value.dense(), attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-        view.observed(Attended(query, attn_mask))
+        view.observed(Attended(query, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale))
         return out
     # SDPA broadcasts a single head.
     fits = query.dim() == 4 and (query.shape[1] == key.shape[1] or key.shape[1] == 1 or enable_gqa)

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from . import compiled, ops
+from . import columns, compiled, ops
 from .attention import Attended, KVHandle, KVView
 from .config import LogQuantConfig
 from .reference import DTYPES, PageFormat
@@ -30,6 +30,8 @@ from .window import Move, Rows, Slots
 
 # Pages are quantised in portions of about this size, so that a long prompt's never exist twice.
 _PORTION_NBYTES = 4 << 20
+# The newest queries say how much each key's error counts (see logquant.columns); fewer than that many say too little.
+_QUERIES, _FEWEST_QUERIES = 64, 16
 
 
 class _Pending(NamedTuple):
@@ -120,6 +122,9 @@ class LogQuantLayer(CacheLayerMixin):
         self.window_v = value_states.new_empty(batch, heads, 0, value_states.shape[-1])
         self.pages = key_states.new_empty(batch, heads, 0, self.format.words, dtype=torch.int32)
         self._own_pages(self.pages)
+        self.key_map = columns.default_map(self.format, batch, heads, self.device) if self.format.has_map else None
+        # Of queries, for choosing the map: columns.squares_of. None before any and after every row has its map.
+        self._squares: Tensor | None = None
         self._ticket = compiled.ticket_for(self, value_states.shape[-1])
         self.is_initialized = True
 
@@ -264,6 +269,7 @@ class LogQuantLayer(CacheLayerMixin):
             keys,
             values,
             self.format,
+            key_map=self.key_map,
             rows=rows,
             new=new,
             is_current=lambda: self._version == version,
@@ -320,7 +326,13 @@ class LogQuantLayer(CacheLayerMixin):
         after = rows.append(pending.new, recallable, real)
         moves = rows.moves(pending.new, self.device, recallable, real)
         with torch.no_grad():
-            self._move(pending.keys, pending.values, pending.in_window, moves, after)
+            attended = pending.attended
+            if attended is not None and real is not None and attended.query.shape[2] != pending.new:
+                attended = None
+            if attended is not None and self.key_map is not None and any(s.packed == 0 for s in rows.slots):
+                squares = columns.squares_of(attended.query, self.window_k.shape[1], real)
+                self._squares = squares if self._squares is None else self._squares + squares
+            self._move(pending.keys, pending.values, pending.in_window, moves, after, attended, real)
         self._pending = None
 
     def _real_columns(self, pending: _Pending) -> Tensor | None:
@@ -334,8 +346,26 @@ class LogQuantLayer(CacheLayerMixin):
         real = padding[:, rows.columns : total].bool().cpu().expand(batch, -1)
         return None if real.all() else real
 
-    def _move(self, keys: Tensor, values: Tensor, in_window: bool, moves: list[Move], after: Rows) -> None:
-        """Carry out ``moves`` on ``keys`` and ``values``, the layer's window or other tensors laid out like it."""
+    def _move(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        in_window: bool,
+        moves: list[Move],
+        after: Rows,
+        attended: Attended | None = None,
+        real: Tensor | None = None,
+    ) -> None:
+        """Carry out ``moves`` on ``keys`` and ``values``, the layer's window or other tensors laid out like it.
+
+        Args:
+            keys, values: ``[B, H, N, D]``.
+            in_window: whether they are the layer's own window.
+            moves: what becomes of the tokens of which rows.
+            after: the rows afterwards.
+            attended: what attended to the new tokens, if known.
+            real: which of the new columns hold a token, bool ``[B, new]``; None if all do.
+        """
         if in_window and all(len(m.leaving) == 0 and m.staying is None for m in moves):
             self._rows = after
             return
@@ -345,8 +375,10 @@ class LogQuantLayer(CacheLayerMixin):
         if steps:
             self.prefetch()
         store, window_k, window_v = self._stores_for(after, keys, values, in_window)
+        key_map = self._chosen_map(keys, moves, real)
+        step_weights = [self._key_weights(keys, m, attended, real) for m in steps]
         for m in others:
-            self._quantize_into(store, keys, values, m)
+            self._quantize_into(store, keys, values, m, key_map, self._key_weights(keys, m, attended, real))
         stays = [
             (m.rows, self._staying(x[m.rows], m), window)
             for m in others
@@ -355,17 +387,58 @@ class LogQuantLayer(CacheLayerMixin):
         ]
         # What is written from here on cannot be undone.
         self._interrupted = True
-        for m in steps:
-            self._evict(store, m)
+        for m, weights in zip(steps, step_weights, strict=True):
+            self._evict(store, m, key_map, weights)
         for rows, stay, window in stays:
             window[rows, :, : stay.shape[2]] = stay
         if store is not self.pages:
             self._own_pages(store)
-        self.window_k, self.window_v = window_k, window_v
+        self.window_k, self.window_v, self.key_map = window_k, window_v, key_map
         self._rows = after
+        if all(s.packed for s in after.slots):
+            self._squares = None
         if in_window:
             self._version += 1
         self._interrupted = False
+
+    @staticmethod
+    def _tokens_of(keys: Tensor, move: Move, real: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keys of the tokens that a move is about, without padding, in order; and which of them leave."""
+        if real is None or move.staying is None:
+            return keys[move.rows, :, : move.tokens], move.leaving
+        slots = torch.cat([move.leaving, move.staying]).sort().values
+        return keys[move.rows].index_select(2, slots), torch.searchsorted(slots, move.leaving).int()
+
+    def _chosen_map(self, keys: Tensor, moves: list[Move], real: Tensor | None) -> Tensor | None:
+        """The column map, with those of rows that get their first page chosen from the tokens they have now."""
+        first = [m for m in moves if m.packed == 0 and len(m.leaving)]
+        if self.key_map is None or not first:
+            return self.key_map
+        key_map = self.key_map.clone()
+        for m in first:
+            mean_square = None
+            if self._squares is not None:
+                mean_square = self._squares[m.rows, :, :-1] / self._squares[m.rows, :, -1:].clamp_min(1)
+            score = columns.key_scores(self._tokens_of(keys, m, real)[0], mean_square, 2 * self.format.page_tokens)
+            key_map[m.rows] = columns.allocate(score, self.format)
+        return key_map
+
+    def _key_weights(self, keys: Tensor, move: Move, attended: Attended | None, real: Tensor | None) -> Tensor | None:
+        """How much the error of each key that leaves counts: as much as the newest queries attend to it."""
+        if attended is None or self.format.key_param_bits == 16 or not len(move.leaving):
+            return None
+        queries = attended.query[move.rows]
+        if real is not None:  # then every row has a move of its own
+            queries = queries[:, :, real[move.rows][0].to(queries.device)]
+        if queries.shape[2] < _FEWEST_QUERIES:
+            return None
+        return columns.attention_received(
+            queries[:, :, -_QUERIES:],
+            *self._tokens_of(keys, move, real),
+            attended.scale,
+            self.format.page_tokens,
+            attended.softcap,
+        )
 
     @staticmethod
     def _staying(tokens: Tensor, move: Move) -> Tensor:
@@ -391,7 +464,9 @@ class LogQuantLayer(CacheLayerMixin):
         )
         return store, window_k, window_v
 
-    def _quantize_into(self, store: Tensor, keys: Tensor, values: Tensor, move: Move) -> None:
+    def _quantize_into(
+        self, store: Tensor, keys: Tensor, values: Tensor, move: Move, key_map: Tensor | None, weights: Tensor | None
+    ) -> None:
         """Quantise the tokens that leave into the pages after the packed ones."""
         page_tokens = self.format.page_tokens
         rows = store[move.rows]
@@ -399,10 +474,17 @@ class LogQuantLayer(CacheLayerMixin):
         for first in range(0, len(move.leaving), portion):
             index = move.leaving[first : first + portion]
             page = (move.packed + first) // page_tokens
-            pages = ops.quantize(keys[move.rows], values[move.rows], self.format, index=index[None])
+            pages = ops.quantize(
+                keys[move.rows],
+                values[move.rows],
+                self.format,
+                index=index[None],
+                key_map=None if key_map is None else key_map[move.rows],
+                key_weights=None if weights is None else weights[..., first : first + portion],
+            )
             rows[:, :, page : page + pages.shape[2]] = pages
 
-    def _evict(self, store: Tensor, move: Move) -> None:
+    def _evict(self, store: Tensor, move: Move, key_map: Tensor | None, weights: Tensor | None) -> None:
         """One step of the rule on a window, in place."""
         slots = self.config.evicted_slots
         ops.evict_(
@@ -415,6 +497,8 @@ class LogQuantLayer(CacheLayerMixin):
             start=slots.start,
             step=slots.step,
             count=self.config.window,
+            key_map=None if key_map is None else key_map[move.rows],
+            key_weights=weights,
         )
 
     # --------------------------------------------------------------------------------- what transformers asks for
@@ -438,7 +522,7 @@ class LogQuantLayer(CacheLayerMixin):
         self.record_past = False
         self._version += 1
         self._shared.forget()
-        for name in ("window_k", "window_v", "pages", "_sharers"):
+        for name in ("window_k", "window_v", "pages", "key_map", "_squares", "_sharers"):
             self.__dict__.pop(name, None)
 
     def activate_past_recording(self) -> None:
@@ -490,7 +574,8 @@ class LogQuantLayer(CacheLayerMixin):
                 pages, place = (source[returns] // page_tokens).unique(return_inverse=True)
                 place = (place * page_tokens + source[returns] % page_tokens).to(self.device)
                 used = self.pages[rows].index_select(2, pages.to(self.pages.device)).to(self.device)
-                packed = ops.dequantize(used, self.format, dtype=self.dtype)
+                key_map = None if self.key_map is None else self.key_map[rows]
+                packed = ops.dequantize(used, self.format, dtype=self.dtype, key_map=key_map)
                 stays = (source[source >= held.packed] - held.packed).to(self.device)
                 to_return, to_stay = returns.to(self.device), (source >= held.packed).nonzero().squeeze(1)
                 to_stay = to_stay.to(self.device)
@@ -507,7 +592,9 @@ class LogQuantLayer(CacheLayerMixin):
     def _map_tensors(self, function: Callable[[Tensor], Tensor], rows: Rows) -> None:
         """Replace every tensor of the layer; all or none if one of the calls fails."""
         window_k, window_v, pages = function(self.window_k), function(self.window_v), function(self.pages)
+        key_map, squares = (None if t is None else function(t) for t in (self.key_map, self._squares))
         self._own_pages(pages)
+        self.key_map, self._squares = key_map, squares
         self.window_k, self.window_v, self._rows = window_k, window_v, rows
         self._version += 1
 
@@ -543,7 +630,9 @@ class LogQuantLayer(CacheLayerMixin):
             self._map_tensors(lambda t: t.to(device), self.rows)
             self.device = self.window_k.device
 
-    def restore(self, rows: Rows | None, pages: Tensor, window_k: Tensor, window_v: Tensor) -> None:
+    def restore(
+        self, rows: Rows | None, pages: Tensor, window_k: Tensor, window_v: Tensor, key_map: Tensor | None = None
+    ) -> None:
         """Hold what another layer held, as :meth:`LogQuantCache.load` reads it.
 
         Raises:
@@ -563,6 +652,9 @@ class LogQuantLayer(CacheLayerMixin):
             and window_k.dtype == window_v.dtype
             and window_k.dtype in DTYPES
         )
+        if fmt.has_map:
+            map_shape = None if key_map is None or key_map.dtype != torch.int16 else key_map.shape
+            fits = fits and map_shape == (batch, heads, fmt.key_columns)
         if not fits or rows is None:
             raise ValueError(
                 f"pages {list(pages.shape)}, window_k {list(window_k.shape)} and window_v {list(window_v.shape)} do "
@@ -571,6 +663,8 @@ class LogQuantLayer(CacheLayerMixin):
         self.lazy_initialization(window_k, window_v)
         self.window_k, self.window_v, self._rows, self._columns = window_k, window_v, rows, rows.columns
         self._own_pages(pages)
+        if fmt.has_map:
+            self.key_map = key_map
         self._version += 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LogQuantLayer:
@@ -601,7 +695,10 @@ class LogQuantLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes of the tensors this layer holds; a page store that copies share counts for each."""
         self._settle()
-        return sum(t.nbytes for t in (self.window_k, self.window_v, self.pages)) if self.is_initialized else 0
+        if not self.is_initialized:
+            return 0
+        held = self.window_k, self.window_v, self.pages, self.key_map, self._squares
+        return sum(t.nbytes for t in held if t is not None)
 
     @property
     def full_precision_nbytes(self) -> int:

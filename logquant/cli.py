@@ -60,7 +60,7 @@ Model = Annotated[
     str | None, typer.Option("--model", help="Directory or hub id; by default the packaged SmolLM2-135M-Instruct.")
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
-CACHE_HELP = "logquant, recent or full; settings follow a colon, as in logquant:bits=4,window=128."
+CACHE_HELP = "logquant, paper, recent or full; settings follow a colon, as in logquant:bits=4,window=128."
 
 
 # ---------------------------------------------------------------------------------------------------- shared pieces
@@ -332,7 +332,9 @@ def attend(
         raise typer.BadParameter(machine.cuda()["cuda_device"], param_hint="--device")
     with errors_of("arguments"):
         shapes = [Shape(tokens, heads, kv_heads, dim, size) for size in batches for tokens in contexts]
-        quantization = LogQuantConfig(bits=bits, window=window)
+        # CUDA has kernels for plain parameters only, so far.
+        make = LogQuantConfig.paper if device is Device.cuda else LogQuantConfig
+        quantization = make(bits=bits, window=window)
         quantization.page_format(dim)
     with progress() as bar:
         task = bar.add_task("rounds", total=len(shapes) * (rounds + 2))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from .reference import BITS, PAGE_TOKENS, PageFormat
+from .reference import BITS, PAGE_TOKENS, PARAM_BITS, PageFormat
 from .window import RULES, Rule, evicted_slots, evictions
 
 
 @dataclass(frozen=True)
 class LogQuantConfig:
-    """Settings of a cache; the defaults are LogQuant at 2 bits (arXiv 2503.19950).
+    """Settings of a cache; by default LogQuant's rule at 2 bits, with a quantiser that loses less than the paper's.
+
+    :meth:`paper` is plain LogQuant (arXiv 2503.19950).
 
     Args:
         bits: bits of a quantised key or value element: 2, 4 or 8.
@@ -20,8 +23,11 @@ class LogQuantConfig:
         value_group: channels of a value that share a scale: a multiple of 16 that divides the value dimension; by
             default the one nearest to 64.
         rule: ``"log"`` keeps tokens ever more sparsely with distance; ``"recent"`` keeps the newest.
-        sinks: first tokens that always stay exact, besides the window; by default 0 for ``log``, which keeps the
-            first token anyway, and 4 for ``recent``.
+        sinks: first tokens that always stay exact, besides the window.
+        key_columns: columns of key codes for each key channel, on average: they go to the channels that queries look at
+            most (csrc/format.h). 1 gives each channel one; by default 1.25 for keys of 2 bits, else 1. Rounded down so
+            that a head has a multiple of 16.
+        param_bits: 8 stores scales in 8 bits, fits them and rotates values; 16 stores the range of the elements.
 
     Raises:
         ValueError: naming the field, what it was and what it must be.
@@ -34,7 +40,19 @@ class LogQuantConfig:
     page_tokens: int | None = None
     value_group: int | None = None
     rule: Rule = "log"
-    sinks: int | None = None
+    sinks: int = 4
+    key_columns: float | None = None
+    param_bits: int = 8
+
+    @classmethod
+    def paper(cls, **changes: Any) -> LogQuantConfig:
+        """Plain LogQuant as the paper has it: the range of the elements in fp16, every channel alike, no extra sinks.
+
+        Args:
+            **changes: other fields.
+        """
+        plain: dict[str, Any] = {"sinks": 0, "key_columns": 1.0, "param_bits": 16}
+        return cls(**plain | changes)
 
     def __post_init__(self) -> None:
         def resolve(field: str, default: object) -> None:
@@ -56,7 +74,6 @@ class LogQuantConfig:
         resolve("page_tokens", 32 if self.window % 64 else 64)
         need(is_count(self.page_tokens) and self.page_tokens in PAGE_TOKENS, "page_tokens", "32, 64 or 128")
         need(self.window % self.page_size == 0, "window", f"a multiple of page_tokens ({self.page_tokens})")
-        resolve("sinks", 0 if self.rule == "log" else 4)
         need(is_count(self.sinks), "sinks", "a whole number of tokens, 0 or more")
         need(
             self.value_group is None
@@ -64,6 +81,14 @@ class LogQuantConfig:
             "value_group",
             "a positive multiple of 16",
         )
+        resolve("key_columns", 1.25 if self.key_bits == 2 else 1.0)
+        columns, most = self.key_columns, 8 // (self.key_bits or 8)
+        need(
+            isinstance(columns, int | float) and not isinstance(columns, bool) and 0 < columns <= most,
+            "key_columns",
+            f"a number above 0, up to {most} (8 / key_bits)",
+        )
+        need(is_count(self.param_bits) and self.param_bits in PARAM_BITS, "param_bits", "8 or 16")
 
     # The fields are optional only in the constructor; these give them to type checkers as what they are afterwards.
     @property
@@ -74,8 +99,7 @@ class LogQuantConfig:
 
     @property
     def sink_tokens(self) -> int:
-        """``sinks``, resolved."""
-        assert self.sinks is not None
+        """``sinks``."""
         return self.sinks
 
     @property
@@ -102,14 +126,17 @@ class LogQuantConfig:
         Raises:
             ValueError: dimensions that no page can hold, or that ``value_group`` does not divide.
         """
-        assert self.key_bits is not None and self.value_bits is not None
+        assert self.key_bits is not None and self.value_bits is not None and self.key_columns is not None
         return PageFormat(
             head_dim,
             head_dim if value_dim is None else value_dim,
             self.page_size,
             self.key_bits,
             self.value_bits,
+            key_columns=max(16, int(head_dim * self.key_columns) // 16 * 16),
             value_group=self.value_group or 0,
+            key_param_bits=self.param_bits,
+            value_param_bits=self.param_bits,
         )
 
     def head_nbytes(self, tokens: int, head_dim: int, value_dim: int | None = None, itemsize: int = 2) -> int:
@@ -123,4 +150,5 @@ class LogQuantConfig:
         fmt = self.page_format(head_dim, value_dim)
         packed = self.packed_tokens(tokens)
         window = self.window_slots(tokens if packed == 0 else self.window_capacity)
-        return packed // fmt.page_tokens * fmt.nbytes + window * (fmt.head_dim + fmt.value_dim) * itemsize
+        key_map = 2 * fmt.key_columns if fmt.has_map else 0
+        return key_map + packed // fmt.page_tokens * fmt.nbytes + window * (fmt.head_dim + fmt.value_dim) * itemsize

@@ -72,8 +72,14 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def _compiled() -> bool:
+def _compiled(fmt: PageFormat, tensor: Tensor) -> bool:
     if _backend == "reference":
+        return False
+    if tensor.is_cuda and (fmt.key_param_bits, fmt.value_param_bits) != (16, 16):
+        _warn_once(
+            "logquant has no CUDA kernels for 8-bit parameters yet and runs in plain torch, which is slow; "
+            "LogQuantConfig.paper() has kernels"
+        )
         return False
     if error := extension_error():
         _warn_once(f"logquant runs in plain torch, which is slow: {error}")
@@ -88,7 +94,13 @@ def _check_devices(first: Tensor, **others: Tensor | None) -> None:
 
 
 def quantize(
-    k: Tensor, v: Tensor, fmt: PageFormat, *, index: Tensor | None = None, key_map: Tensor | None = None
+    k: Tensor,
+    v: Tensor,
+    fmt: PageFormat,
+    *,
+    index: Tensor | None = None,
+    key_map: Tensor | None = None,
+    key_weights: Tensor | None = None,
 ) -> Tensor:
     """Quantise tokens into pages; see :func:`logquant.reference.quantize`.
 
@@ -98,6 +110,8 @@ def quantize(
         fmt: the page format.
         index: int32 ``[1 or B, N]``, the tokens to take; all T without it. N is a multiple of ``fmt.page_tokens``.
         key_map: int16 ``[1 or B, 1 or H, C]``, the column map; needed unless C = D.
+        key_weights: float32 ``[1 or B, 1 or H, N]``, how much an error of each token's key counts where parameters are
+            fitted (``key_param_bits`` 8); 1 without it.
 
     Returns:
         Pages, int32 ``[B, H, N / page_tokens, words]``.
@@ -106,11 +120,11 @@ def quantize(
         ValueError: tensors on different devices.
         RuntimeError: a wrong shape, dtype or index.
     """
-    _check_devices(k, v=v, index=index, key_map=key_map)
-    if _compiled():
-        pages: Tensor = torch.ops.logquant.quantize(k, v, fmt.fields(), index, key_map)
+    _check_devices(k, v=v, index=index, key_map=key_map, key_weights=key_weights)
+    if _compiled(fmt, k):
+        pages: Tensor = torch.ops.logquant.quantize(k, v, fmt.fields(), index, key_map, key_weights)
         return pages
-    return reference.quantize(k, v, fmt, index=index, key_map=key_map)
+    return reference.quantize(k, v, fmt, index=index, key_map=key_map, key_weights=key_weights)
 
 
 def dequantize(
@@ -132,7 +146,7 @@ def dequantize(
         RuntimeError: a wrong shape or dtype.
     """
     _check_devices(pages, key_map=key_map)
-    if _compiled():
+    if _compiled(fmt, pages):
         both: tuple[Tensor, Tensor] = torch.ops.logquant.dequantize(pages, fmt.fields(), dtype, key_map)
         return both
     return reference.dequantize(pages, fmt, dtype=dtype, key_map=key_map)
@@ -150,6 +164,7 @@ def evict_(
     step: int,
     count: int,
     key_map: Tensor | None = None,
+    key_weights: Tensor | None = None,
 ) -> None:
     """Move tokens from the window into pages, in place; see :func:`logquant.reference.evict_`.
 
@@ -162,15 +177,17 @@ def evict_(
         tokens: how many slots of the window hold tokens.
         start, step, count: the slots to evict (:func:`logquant.window.evicted_slots`); count is a multiple of
             ``fmt.page_tokens``.
-        key_map: the column map, as for :func:`quantize`.
+        key_map, key_weights: as for :func:`quantize`.
 
     Raises:
         ValueError: tensors on different devices.
         RuntimeError: a wrong shape, dtype or slot; nothing has changed then.
     """
-    _check_devices(window_k, window_v=window_v, pages=pages, key_map=key_map)
-    if _compiled():
-        torch.ops.logquant.evict_(window_k, window_v, pages, fmt.fields(), page, tokens, start, step, count, key_map)
+    _check_devices(window_k, window_v=window_v, pages=pages, key_map=key_map, key_weights=key_weights)
+    if _compiled(fmt, window_k):
+        torch.ops.logquant.evict_(
+            window_k, window_v, pages, fmt.fields(), page, tokens, start, step, count, key_map, key_weights
+        )
         return
     reference.evict_(
         window_k,
@@ -183,6 +200,7 @@ def evict_(
         step=step,
         count=count,
         key_map=key_map,
+        key_weights=key_weights,
     )
 
 
@@ -242,7 +260,7 @@ def attend(
         page_table=page_table,
         lengths=lengths,
     )
-    if _compiled():
+    if _compiled(fmt, q):
         out_and_lse: tuple[Tensor, Tensor] = torch.ops.logquant.attend(
             q,
             pages,
@@ -281,9 +299,7 @@ def attend(
 # ------------------------------------------------------------------------------- shapes for tracing (torch.compile)
 def _register_fakes() -> None:
     @torch.library.register_fake("logquant::quantize")
-    def _(
-        k: Tensor, v: Tensor, fields: list[int], index: Tensor | None = None, key_map: Tensor | None = None
-    ) -> Tensor:
+    def _(k: Tensor, v: Tensor, fields: list[int], index: Tensor | None = None, *others: Any, **kwargs: Any) -> Tensor:
         fmt = PageFormat.from_fields(fields)
         tokens = k.shape[2] if index is None else index.shape[1]
         return k.new_empty((*k.shape[:2], tokens // fmt.page_tokens, fmt.words), dtype=torch.int32)

@@ -146,7 +146,8 @@ def save(cache: LogQuantCache, path: str | os.PathLike[str], model: PreTrainedMo
 def _used(layer: LogQuantLayer) -> dict[str, Tensor]:
     """The parts of a layer's tensors that hold something."""
     rows = layer.rows
-    return {
+    key_map = {} if layer.key_map is None else {"key_map": layer.key_map}
+    return key_map | {
         "pages": layer.pages[:, :, : rows.packed // layer.format.page_tokens],
         "window_k": layer.window_k[:, :, : rows.exact],
         "window_v": layer.window_v[:, :, : rows.exact],
@@ -183,7 +184,8 @@ def load(
             continue
         layer.record_past = saved["state"]["record_past"]
         if saved["state"]["is_initialized"]:
-            parts = {name: tensors[f"layers.{i}.{name}"].to(device) for name in ("pages", "window_k", "window_v")}
+            names = [name for name in ("pages", "window_k", "window_v", "key_map") if f"layers.{i}.{name}" in tensors]
+            parts = {name: tensors[f"layers.{i}.{name}"].to(device) for name in names}
             layer.restore(rows, **parts)
     return cache
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,10 +13,14 @@ from transformers.cache_utils import Cache
 
 from .cache import LogQuantCache, LogQuantLayer
 from .config import LogQuantConfig
-from .window import Rule
 
-# The rule that a name stands for; "full" quantises nothing.
-NAMES: dict[str, Rule | None] = {"logquant": "log", "recent": "recent", "full": None}
+# What makes the settings that a name stands for; "full" quantises nothing.
+NAMES: dict[str, Callable[..., LogQuantConfig] | None] = {
+    "logquant": LogQuantConfig,
+    "paper": LogQuantConfig.paper,
+    "recent": functools.partial(LogQuantConfig, rule="recent"),
+    "full": None,
+}
 _KEYS = [field.name for field in dataclasses.fields(LogQuantConfig) if field.name != "rule"]
 
 
@@ -36,7 +42,7 @@ class CacheSpec:
             return DynamicCache(config=config)
         return LogQuantCache(config, self.quantization)
 
-    def replace(self, **fields: int) -> CacheSpec:
+    def replace(self, **fields: float) -> CacheSpec:
         """The same cache with other settings.
 
         Raises:
@@ -46,25 +52,27 @@ class CacheSpec:
             return self
         if self.quantization is None:
             raise ValueError(f"cache 'full' has no settings, got {', '.join(fields)}")
-        rule = self.quantization.rule
         given = _given(self.name) | fields
         base, *_ = self.name.partition(":")
+        make = NAMES[base]
+        assert make is not None
         name = base + ":" + ",".join(f"{key}={value}" for key, value in given.items())
-        return CacheSpec(name, LogQuantConfig(rule=rule, **given))  # type: ignore[arg-type]
+        return CacheSpec(name, make(**given))
 
 
-def _given(text: str) -> dict[str, int]:
+def _given(text: str) -> dict[str, float]:
     """The settings written after the colon."""
     _, _, settings = text.partition(":")
-    given: dict[str, int] = {}
+    given: dict[str, float] = {}
     for setting in filter(None, settings.split(",")):
         key, _, value = setting.partition("=")
         if key not in _KEYS:
             raise ValueError(f"cache {text!r}: a setting must be one of {', '.join(_KEYS)}, got {key!r}")
+        number, what = (float, "number") if key == "key_columns" else (int, "whole number")
         try:
-            given[key] = int(value)
+            given[key] = number(value)
         except ValueError:
-            raise ValueError(f"cache {text!r}: {key} must be a whole number, got {value!r}") from None
+            raise ValueError(f"cache {text!r}: {key} must be a {what}, got {value!r}") from None
     return given
 
 
@@ -77,11 +85,11 @@ def parse_cache(text: str) -> CacheSpec:
     name, _, _ = text.partition(":")
     if name not in NAMES:
         raise ValueError(f"cache must be one of {', '.join(NAMES)}, got {name!r}")
-    rule, given = NAMES[name], _given(text)
-    if rule is None:
+    make, given = NAMES[name], _given(text)
+    if make is None:
         return CacheSpec(name, None).replace(**given)
     try:
-        return CacheSpec(text, LogQuantConfig(rule=rule, **given))  # type: ignore[arg-type]
+        return CacheSpec(text, make(**given))
     except ValueError as error:
         raise ValueError(f"cache {text!r}: {error}") from None
 
@@ -113,7 +121,7 @@ def cache_nbytes(cache: Cache) -> int:
 
 
 def packed_bits_per_element(cache: Cache) -> float | None:
-    """Bits a quantised key or value element takes, codes and parameters, measured from the pages in use.
+    """Bits a quantised key or value element takes, measured from the pages in use and the column maps.
 
     None where nothing is quantised.
     """
@@ -123,5 +131,6 @@ def packed_bits_per_element(cache: Cache) -> float | None:
             packed = layer.rows.packed
             batch, heads, _, words = layer.pages.shape
             bits += batch * heads * (packed // layer.format.page_tokens) * words * 32
+            bits += 8 * layer.key_map.nbytes if layer.key_map is not None else 0
             elements += batch * heads * packed * (layer.format.head_dim + layer.format.value_dim)
     return bits / elements if elements else None

@@ -138,7 +138,8 @@ def _float(x: float) -> int:
 
 
 def _format(fmt: PageFormat) -> list[int]:
-    return list(astuple(fmt))
+    assert (fmt.key_param_bits, fmt.value_param_bits) == (16, 16), "the kernels know only plain parameters yet"
+    return list(astuple(fmt)[:7])
 
 
 def _tokens(x: Tensor) -> list[int]:
@@ -172,7 +173,13 @@ def _call(name: str, numbers: list[int]) -> None:
 
 
 def quantize(
-    k: Tensor, v: Tensor, fmt: PageFormat, *, index: Tensor | None = None, key_map: Tensor | None = None
+    k: Tensor,
+    v: Tensor,
+    fmt: PageFormat,
+    *,
+    index: Tensor | None = None,
+    key_map: Tensor | None = None,
+    key_weights: Tensor | None = None,  # nothing is fitted yet
 ) -> Tensor:
     k, v = _dense(k), _dense(v)
     index = None if index is None else index.contiguous()
@@ -210,6 +217,7 @@ def evict_(
     step: int,
     count: int,
     key_map: Tensor | None = None,
+    key_weights: Tensor | None = None,
 ) -> None:
     target = pages[:, :, page:]
     numbers = [*_format(fmt), *_tokens(window_k), *_tokens(window_v), *_pages(target), *_map(key_map)]

@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from logquant.reference import BITS, DTYPES, PAGE_TOKENS, PageFormat
+from logquant.reference import BITS, DTYPES, PAGE_TOKENS, PARAM_BITS, PageFormat
 
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 2**31 - 1)
@@ -14,14 +14,15 @@ COMMON_DIMS = (16, 48, 64, 80, 96, 112, 128, 192, 256)
 
 
 @st.composite
-def formats(draw: st.DrawFn) -> PageFormat:
-    """Any valid page format with head dimensions up to 256, with and without key columns."""
+def formats(draw: st.DrawFn, fitted: bool = True) -> PageFormat:
+    """Any valid page format with head dimensions up to 256, with and without key columns; plain unless ``fitted``."""
     head_dim, value_dim = draw(st.sampled_from(COMMON_DIMS)), draw(st.sampled_from(COMMON_DIMS))
     key_bits = draw(st.sampled_from(BITS))
     columns = head_dim
     if draw(st.booleans()):
         columns = 16 * draw(st.integers(1, head_dim * (8 // key_bits) // 16))
     groups = [g for g in range(16, value_dim + 1, 16) if value_dim % g == 0]
+    param_bits = st.sampled_from(PARAM_BITS)
     return PageFormat(
         head_dim,
         value_dim,
@@ -30,6 +31,8 @@ def formats(draw: st.DrawFn) -> PageFormat:
         draw(st.sampled_from(BITS)),
         columns,
         draw(st.sampled_from(groups)),
+        draw(param_bits) if fitted else 16,
+        draw(param_bits) if fitted else 16,
     )
 
 
@@ -43,6 +46,17 @@ def tokens(
     k = k + torch.randn(batch, heads, 1, fmt.head_dim, generator=random)
     v = torch.randn(batch, heads, count, fmt.value_dim, generator=random)
     return k.to(dtype), v.to(dtype)
+
+
+def key_weights(seed: int, *, batch: int, heads: int, count: int) -> Tensor | None:
+    """Weights of key errors ``[batch, heads, count]``, now and then none, or some that are not valid."""
+    random = torch.Generator().manual_seed(seed)
+    if seed % 4 == 0:
+        return None
+    weights = torch.randn(batch if seed % 3 else 1, heads, count, generator=random).mul(2).exp()
+    if seed % 4 == 1:
+        weights[..., ::7], weights[..., 1::11] = torch.nan, 0.0
+    return weights
 
 
 def column_map(fmt: PageFormat, seed: int, *, batch: int, heads: int) -> Tensor:

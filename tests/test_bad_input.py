@@ -61,6 +61,10 @@ def check_error(call: Any, message: str, error: type[Exception] = RuntimeError) 
         (dict(fmt=COLUMNS, key_map=int16(1, 1, 80, value=-4)), "key_map must hold .* got -4 in column 0"),
         (dict(fmt=PageFormat(64, key_bits=8), key_map=int16(1, 1, 64, value=1)), "a digit below 1, got 1"),
         (dict(fmt=COLUMNS, key_map=int16(1, 1, 80)), "key_map must name each digit .* once, got 0 again in column 1"),
+        (dict(key_weights=torch.ones(1, 1, 32)), r"key_weights must have shape \[2, 2, 64\] .* got \[1, 1, 32\]"),
+        (dict(key_weights=torch.ones(1, 64)), r"key_weights must have shape \[2, 2, 64\]"),
+        (dict(key_weights=torch.ones(1, 1, 64).double()), "key_weights must be Float, got Double"),
+        (dict(key_weights=torch.ones(1, 1, 128)[..., ::2]), "key_weights must be contiguous in its last dimension"),
     ],
 )
 def test_quantize(changes, message):
@@ -107,6 +111,7 @@ def test_dequantize(changes, message):
         (dict(step=0), "start, step and count must name slots below 192, got 1, 0 and 64"),
         (dict(step=2**62), "start, step and count must name slots below 192"),
         (dict(count=64 * 2**40), "start, step and count must name slots below 192"),
+        (dict(key_weights=torch.ones(1, 1, 192)), r"key_weights must have shape \[2, 2, 64\] .* got \[1, 1, 192\]"),
         (dict(page=2), "page must leave room for 1 pages of 2, got 2"),
         (dict(page=-1), "page must leave room for 1 pages of 2, got -1"),
     ],
@@ -184,7 +189,7 @@ def test_attend(changes, message):
         ([1, 64, 64, 64, 2, 2, 60, 64, 16, 16], "key_columns must be a positive multiple of 16"),
         ([1, 64, 64, 64, 8, 2, 80, 64, 16, 16], "key_columns must leave every channel a code of at most 8 bits"),
         ([1, 64, 64, 64, 2, 2, 64, 48, 16, 16], "value_group must be a multiple of 16 that divides value_dim"),
-        ([1, 64, 64, 64, 2, 2, 64, 64, 8, 16], "format parameter bits must be 16, got 8 and 16"),
+        ([1, 64, 64, 64, 2, 2, 64, 64, 4, 16], "key_param_bits must be 8 or 16"),
         ([1, -64, 64, 64, 2, 2, 64, 64, 16, 16], "format fields must lie between 0 and 2"),
         ([1, 2**40, 64, 64, 2, 2, 64, 64, 16, 16], "format fields must lie between 0 and 2"),
     ],

@@ -14,12 +14,14 @@ from logquant import LogQuantCache, LogQuantConfig, attention, reference
 from logquant.attention import KVHandle, exact_attention
 from logquant.cache import LogQuantLayer
 from logquant.window import RULES, split_positions
+from tests.tiny import PLAIN
 
 IMPLEMENTATIONS = ["logquant", "sdpa", "eager"]
 
 
 def make_layer(**options) -> LogQuantLayer:
-    config = LogQuantConfig(**options)
+    """Plain, unless other options say so: then what a layer holds follows from its tokens alone."""
+    config = LogQuantConfig(**PLAIN | options)
     return LogQuantLayer(config)
 
 
@@ -97,7 +99,7 @@ def test_handles_stand_for_all_tokens_in_logical_order(portions):
     assert (keys.kv_view.dense()[0] - k).abs().max() < 0.05
     assert torch.equal(keys.kv_view.dense()[1][:, :, -portions[-1] :], v[:, :, -portions[-1] :]), "new tokens are exact"
     if portions[-1] > 1:
-        exact = split_positions(start, 64)[1].long()
+        exact = split_positions(start, 64, "log", layer.config.sink_tokens)[1].long()
         assert torch.equal(keys.kv_view.dense()[0][:, :, exact], k[:, :, exact]), "what was exact still is, this once"
 
 
@@ -294,7 +296,7 @@ def test_every_family_attends_alike_through_every_implementation(any_model, ids,
     if padded:
         mask = torch.ones_like(ids)
         mask[1, :5] = 0
-    options = {"window": 32}
+    options = {"window": 32} | PLAIN
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         cache = LogQuantCache(any_model.config, **options)

@@ -16,7 +16,7 @@ from torch import Tensor
 from logquant import LogQuantCache, LogQuantConfig, reference
 from tests.test_padding import causal_mask
 from tests.test_window import PlainRow
-from tests.tiny import tiny_config
+from tests.tiny import PLAIN, tiny_config
 
 WINDOW, HEADS, DIM = 32, 1, 16
 MODEL = tiny_config(num_hidden_layers=2, num_attention_heads=HEADS, num_key_value_heads=HEADS, head_dim=DIM)
@@ -68,7 +68,7 @@ class CachePrograms(RuleBasedStateMachine):
 
     @initialize(rule=st.sampled_from(["log", "recent"]), bits=st.sampled_from([2, 8]), batch=st.integers(1, 3))
     def start(self, rule: str, bits: int, batch: int) -> None:
-        self.config = LogQuantConfig(bits=bits, window=WINDOW, rule=rule)
+        self.config = LogQuantConfig(bits=bits, window=WINDOW, rule=rule, **PLAIN)
         self.cache = LogQuantCache(MODEL, self.config)
         self.batch, self.random = batch, torch.Generator().manual_seed(batch)
         self.rows = [[PlainLayerRow(self.config) for _ in range(batch)] for _ in range(2)]

@@ -105,7 +105,7 @@ def test_generate_samples_the_same_with_the_same_seed(model):
         ((), "--prompt"),
         (("--prompt", " "), "needed: --prompt TEXT"),
         (("--prompt-file", "nowhere.txt"), "nowhere.txt"),
-        (("--prompt", "a", "--cache", "snapkv"), "cache must be one of logquant, recent, full, got 'snapkv'"),
+        (("--prompt", "a", "--cache", "snapkv"), "cache must be one of logquant, paper, recent, full, got 'snapkv'"),
         (("--prompt", "a", "--bits", "3"), "bits must be 2, 4 or 8, got 3"),
         (("--prompt", "a", "--window", "100"), "window must be a multiple of page_tokens (32), got 100"),
         (("--prompt", "a", "--cache", "full", "--bits", "2"), "cache 'full' has no settings, got bits"),
@@ -137,10 +137,10 @@ def test_eval_writes_a_table_and_json(model, tmp_path, json_file):
     for text in texts:
         text.write_text(text.name * 60)
     sizes = ("--prefill", 100, "--tokens", 20)
-    caches = ("--caches", "logquant:window=32,recent:window=32,sinks=0,full")
+    caches = ("--caches", "logquant:window=32,recent:window=32,full")
     output = succeed("eval", "--model", model, "--text", *texts, *caches, *sizes, "--json", json_file).output
     written = json.loads(json_file.read_text())
-    assert [row["cache"] for row in written["results"]] == ["logquant:window=32", "recent:window=32,sinks=0", "full"]
+    assert [row["cache"] for row in written["results"]] == ["logquant:window=32", "recent:window=32", "full"]
     log, recent, full = written["results"]
     assert full["kl"] == 0 and full["top1"] == 1 and full["bits_per_element"] is None
     assert log["kl"] > 0 and log["bytes"] == recent["bytes"] < full["bytes"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from logquant import reference
+from logquant.hadamard import hadamard
 from logquant.reference import PageFormat, pack_words, unpack_words
 from tests.strategies import column_map, formats, tokens
 
@@ -35,7 +38,7 @@ def test_size_of_the_common_page():
     assert (fmt.words, fmt.nbytes, fmt.bits_per_element) == (1280, 5120, 2.5)
 
 
-@given(fmt=formats(), seed=st.integers(0, 2**31))
+@given(fmt=formats(fitted=False), seed=st.integers(0, 2**31))
 def test_error_of_a_round_trip_is_at_most_half_a_step(fmt, seed):
     k, v = tokens(fmt, seed, batch=1, heads=2, count=2 * fmt.page_tokens)
     key_map = column_map(fmt, seed, batch=1, heads=2)
@@ -61,8 +64,9 @@ def test_quantised_values_are_fixed_points():
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
-def test_a_non_finite_element_makes_its_group_nan_and_nothing_else(poison):
-    fmt = PageFormat(64, value_group=32)
+@pytest.mark.parametrize("param_bits", reference.PARAM_BITS)
+def test_a_non_finite_element_makes_its_group_nan_and_nothing_else(poison, param_bits):
+    fmt = PageFormat(64, value_group=32, key_param_bits=param_bits, value_param_bits=param_bits)
     k, v = torch.randn(1, 1, 128, 64), torch.randn(1, 1, 128, 64)
     k[0, 0, 70, 5] = poison
     v[0, 0, 70, 5] = poison
@@ -106,6 +110,96 @@ def test_bad_formats(fields, message):
         PageFormat(**fields)
 
 
+@given(fmt=formats(), seed=st.integers(0, 2**31), weighted=st.booleans())
+def test_fitted_parameters_lose_less_than_the_range_does(fmt, seed, weighted):
+    """The search starts from the range of the elements, so it never ends with a larger weighted error."""
+    fitted = dataclasses.replace(fmt, key_param_bits=8, value_param_bits=8)
+    k, v = tokens(fmt, seed, batch=1, heads=2, count=2 * fmt.page_tokens)
+    key_map = column_map(fmt, seed, batch=1, heads=2)
+    weights = torch.rand(1, 2, 2 * fmt.page_tokens, generator=torch.Generator().manual_seed(seed)) + 0.1
+    options = {"key_weights": weights} if weighted else {}
+    keys, values = reference.dequantize(
+        reference.quantize(k, v, fitted, key_map=key_map, **options), fitted, key_map=key_map
+    )
+    loss = ((keys - k) ** 2 * (weights[..., None] if weighted else 1)).unflatten(2, (-1, fmt.page_tokens)).sum(3)
+
+    columns = torch.zeros(1, 2, fmt.head_dim).scatter_add_(-1, (key_map >> 2).long(), torch.ones(key_map.shape))
+    levels = (2 ** (fmt.key_bits * columns) - 1)[:, :, None, None]
+    x = k.unflatten(2, (-1, fmt.page_tokens))
+    low, high = x.amin(3, keepdim=True), x.amax(3, keepdim=True)
+    # By up to half a step of the scale's byte and of the zero's; wider where the zero needs a larger scale.
+    lift = 2 ** (fmt.key_bits * columns - 2).clamp_min(0)[:, :, None, None]
+    scale = torch.maximum(
+        (high - low) / levels.clamp_min(1) * 2 ** (1 / 16), low.abs() * (8 / 127) * 2 ** (1 / 8) / lift
+    )
+    step = scale / 2 + torch.relu(high - low - levels * scale) + scale * lift / 8
+    bound = fmt.page_tokens * (step**2).squeeze(3) * (weights.max() if weighted else 1)
+    has_columns = (levels > 0).squeeze(3).expand_as(loss)
+    assert (loss <= bound)[has_columns].all()
+    groups = v.unflatten(3, (-1, fmt.value_group)).abs()
+    block = fitted.hadamard_block
+    step = groups.amax(4) * block**0.5 / (2**fmt.value_bits - 1) * 2 ** (3 / 16)
+    error = ((values - v) ** 2).unflatten(3, (-1, fmt.value_group)).mean(4)
+    assert (error <= 1.01 * step**2 + 1e-9).all()
+
+
+def test_a_channel_without_columns_keeps_its_mean():
+    fmt = PageFormat(16, key_columns=16, key_param_bits=8)
+    key_map = torch.tensor([4 * (i // 2) + i % 2 for i in range(16)], dtype=torch.int16).view(1, 1, -1)
+    k = torch.randn(1, 1, 64, 16) + torch.linspace(-300, 300, 16)
+    weights = torch.rand(1, 1, 64) + 0.5
+    keys, _ = reference.dequantize(
+        reference.quantize(k, k, fmt, key_map=key_map, key_weights=weights), fmt, key_map=key_map
+    )
+    mean = (k * weights[..., None]).sum(2) / weights.sum(2, keepdim=True)
+    assert ((keys[:, :, 0] - mean).abs()[..., 8:] <= mean.abs()[..., 8:] / 230).all()
+    assert torch.equal(keys[..., 8:], keys[:, :, :1, 8:].expand(-1, -1, 64, -1))
+
+
+def test_a_rotated_value_is_restored():
+    """What rotation spreads over a block comes back in its place."""
+    fmt = PageFormat(64, 96, value_bits=8, value_param_bits=8)
+    assert (fmt.value_group, fmt.hadamard_block) == (96, 32)
+    v = torch.zeros(1, 1, 64, 96)
+    v[0, 0, torch.arange(64), torch.arange(64)] = 5.0
+    _, values = reference.dequantize(reference.quantize(torch.zeros(1, 1, 64, 64), v, fmt), fmt)
+    assert (values - v).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("block", [16, 32, 64])
+def test_the_rotation_is_its_own_inverse(block):
+    x = torch.randn(3, 192, dtype=torch.float64)
+    assert torch.allclose(hadamard(hadamard(x, block), block), x)
+    assert torch.allclose(
+        hadamard(x, block).unflatten(-1, (-1, block)).norm(dim=-1), x.unflatten(-1, (-1, block)).norm(dim=-1)
+    )
+
+
+def test_scale_bytes():
+    byte = torch.arange(255, dtype=torch.int32)
+    scale = reference.byte_scale(byte)
+    assert torch.allclose(scale.double(), 2 ** ((byte.double() - 160) / 8), rtol=1e-7)
+    for borders in (reference.SCALE_MIDDLES, reference.SCALE_EIGHTHS):
+        assert torch.equal(reference.scale_byte(scale, borders), byte)
+    x = torch.rand(1000).mul(30).sub(19).exp2()
+    nearest = reference.byte_scale(reference.scale_byte(x, reference.SCALE_MIDDLES)) / x
+    above = reference.byte_scale(reference.scale_byte(x, reference.SCALE_EIGHTHS)) / x
+    assert nearest.min() > 2 ** (-1 / 15.9) and nearest.max() < 2 ** (1 / 15.9)
+    assert above.min() >= 1 and above.max() < 2 ** (1 / 7.9)
+    outside = torch.tensor([0.0, 1e-30, 1e30, torch.inf])
+    assert reference.scale_byte(outside, reference.SCALE_MIDDLES).tolist() == [0, 0, 254, 254]
+
+
+@pytest.mark.parametrize(
+    ("dim", "columns", "group", "block", "bits"),
+    [(64, 80, 64, 64, 2.4375), (80, 96, 80, 16, 2.375), (128, 160, 64, 64, 2.4375), (256, 320, 64, 64, 2.4375)],
+)
+def test_sizes_of_fitted_pages(dim, columns, group, block, bits):
+    fmt = PageFormat(dim, key_columns=columns, key_param_bits=8, value_param_bits=8)
+    assert (fmt.value_group, fmt.hadamard_block, fmt.bits_per_element) == (group, block, bits)
+    assert all(section % 4 == 0 for section in fmt.sections), "every section starts at a multiple of 16 bytes"
+
+
 @given(fmt=formats())
 def test_fields_round_trip(fmt):
     assert PageFormat.from_fields(fmt.fields()) == fmt
@@ -116,7 +210,8 @@ def test_fields_round_trip(fmt):
     [
         ([1, 64], "format must have 10 fields, got 2"),
         ([9, 64, 64, 64, 2, 2, 64, 64, 16, 16], "format version must be 1, got 9"),
-        ([1, 64, 64, 64, 2, 2, 64, 64, 8, 16], "parameter bits must be 16, got 8 and 16"),
+        ([1, 64, 64, 64, 2, 2, 64, 64, 4, 16], "key_param_bits must be 8 or 16, got 4"),
+        ([1, 64, 64, 64, 2, 2, 64, 64, 8, 12], "value_param_bits must be 8 or 16, got 12"),
     ],
 )
 def test_bad_fields(fields, message):

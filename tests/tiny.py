@@ -10,6 +10,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+# Plain LogQuant. What its pages hold depends on their own tokens alone, not on what attended to which part of a text.
+PLAIN = {"sinks": 0, "key_columns": 1.0, "param_bits": 16}
+
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 
 

@@ -9,6 +9,7 @@
 // Memory traffic: each page and window token is read once per row block, nothing is written but the split's partial
 // result (value_dim + 2 floats a row). Pages are prefetched a few ahead, spread thinly: a burst would stall.
 
+#include "params.h"
 #include "simd.h"
 #include "tasks.h"
 
@@ -53,6 +54,7 @@ struct Block {
   float* scaled_weights;  // [NR][G]: weights times the value scales of one group
   float* weight_scale;    // [groups][NR], rows padded to kMaxRows + kLanes
   int32_t* channels;      // [C]: of each column
+  int32_t* columns_of;    // [D]: how many columns a channel has
   int32_t* words;         // [key_code_words][G]: the key codes, tokens side by side
   int16_t* q_codes;       // [NR][C]
   int16_t* weight_codes;  // [groups][NR][G]
@@ -74,6 +76,7 @@ struct Block {
     column_scale = arena.take<float>(f.key_columns);
     scaled_weights = arena.take<float>(NR * tokens);
     channels = arena.take<int32_t>(f.key_columns);
+    columns_of = arena.take<int32_t>(f.head_dim);
     words = arena.take<int32_t>(f.key_code_words() * tokens);
     q_codes = arena.take<int16_t>(NR * f.key_columns);
     weight_codes = arena.take<int16_t>(groups * NR * tokens);
@@ -113,6 +116,27 @@ LOGQUANT_INLINE void transpose_words(const int32_t* in, int32_t* out, int tokens
   }
 }
 
+// The same for any number of words: squares of kLanes tokens by kLanes words, of which those past the last are dropped
+// (a page goes on after its key codes).
+LOGQUANT_INLINE void transpose_any(const int32_t* in, int32_t* out, int count, int tokens) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
+  for (int t = 0; t < tokens; t += kLanes) {
+    for (int w0 = 0; w0 < count; w0 += kLanes) {
+      I32 v[kLanes], next[kLanes];
+      for (int i = 0; i < kLanes; ++i) v[i] = load(in + (t + i) * count + w0);
+      for (int round = 1; round < kLanes; round *= 2) {
+        for (int i = 0; i < kLanes / 2; ++i) {
+          next[i] = every_second<0>(v[2 * i], v[2 * i + 1], lanes);
+          next[kLanes / 2 + i] = every_second<1>(v[2 * i], v[2 * i + 1], lanes);
+        }
+        for (int i = 0; i < kLanes; ++i) v[i] = next[i];
+      }
+      const int words = count - w0 < kLanes ? count - w0 : kLanes;
+      for (int w = 0; w < words; ++w) store(out + (w0 + w) * tokens + t, v[w]);
+    }
+  }
+}
+
 LOGQUANT_INLINE void load_key_words(const PageFormat& f, const int32_t* page, int32_t* out) {
   const int32_t* const in = page + f.key_codes();
   const int count = f.key_code_words(), tokens = f.page_tokens;
@@ -124,9 +148,7 @@ LOGQUANT_INLINE void load_key_words(const PageFormat& f, const int32_t* page, in
     case 16:
       return transpose_words<16>(in, out, tokens);
     default:
-      for (int t = 0; t < tokens; ++t) {
-        for (int w = 0; w < count; ++w) out[w * tokens + t] = in[t * count + w];
-      }
+      return transpose_any(in, out, count, tokens);
   }
 }
 
@@ -162,12 +184,11 @@ __attribute__((noinline)) F32 refit_queries(int columns, const float* scales, fl
 template <int NR, int bits>
 LOGQUANT_INLINE void fold_queries(const PageFormat& f, const int32_t* page, bool has_map, float most, Block<NR>& b) {
   const int dim = f.head_dim, columns = f.key_columns;
-  const uint16_t* const params = reinterpret_cast<const uint16_t*>(page + f.key_params());
   F32 largest[NR] = {}, zeros[NR] = {}, rounding[NR] = {};
   for (int c = 0; c < dim; c += kLanes) {
-    store(b.key_scale + c, load_half(params + c));
-    const F32 zero = load_half(params + f.key_zeros() + c);
-    for (int r = 0; r < NR; ++r) zeros[r] = fma(load(b.q + r * dim + c), zero, zeros[r]);
+    const Params p = key_params_at(f, page, c);
+    store(b.key_scale + c, p.scale);
+    for (int r = 0; r < NR; ++r) zeros[r] = fma(load(b.q + r * dim + c), p.zero, zeros[r]);
   }
   const float* scales = b.key_scale;
   if (has_map) {
@@ -386,11 +407,10 @@ template <int NR>
 LOGQUANT_INLINE void fold_weights(const PageFormat& f, const int32_t* page, bool biased, int group, float* scale,
                                   int16_t* codes, Block<NR>& b) {
   const int tokens = f.page_tokens, groups = f.value_groups();
-  const uint16_t* const params = reinterpret_cast<const uint16_t*>(page + f.value_params()) + group * tokens;
   F32 largest[NR] = {}, zero_sums[NR];
   for (int r = 0; r < NR; ++r) zero_sums[r] = load(b.zero_sums + (r * groups + group) * kLanes);
   for (int t = 0; t < tokens; t += kLanes) {
-    const F32 scale_t = load_half(params + t), zero_t = load_half(params + f.value_zeros() + t);
+    const auto [scale_t, zero_t] = value_params_at(f, page, group * tokens + t);
     for (int r = 0; r < NR; ++r) {
       const F32 weight = load(b.weights + r * kUnitTokens + t), scaled = weight * scale_t;
       store(b.scaled_weights + r * tokens + t, scaled);
@@ -502,6 +522,7 @@ template <int NR>
 void load_queries(const AttendArgs& args, const Range& range, const int16_t* map, Block<NR>& b) {
   const PageFormat& f = args.format;
   const float factor = args.softcap > 0.0f ? args.scale / args.softcap : args.scale * kLog2e;
+  if (map != nullptr) count_columns(f, map, b.columns_of);
   for (int r = 0; r < NR; ++r) {
     float* const q = b.q + r * f.head_dim;
     if (r >= range.rows) {
@@ -518,14 +539,30 @@ void load_queries(const AttendArgs& args, const Range& range, const int16_t* map
     }
     if (map == nullptr) continue;
     for (int j = 0; j < f.key_columns; ++j) {
-      const float weight = static_cast<float>(1 << (f.key_bits * column_digit(map[j])));
-      b.q_columns[r * f.key_columns + j] = q[column_channel(map[j])] * weight;
+      const int channel = column_channel(map[j]);
+      b.q_columns[r * f.key_columns + j] = q[channel] * digit_weight(f, column_digit(map[j]), b.columns_of[channel]);
     }
   }
   if (map == nullptr) {
-    b.q_columns = b.q;
+    const float weight = digit_weight(f, 0, 1);
+    for (int i = 0; i < NR * f.head_dim; i += kLanes) store(b.q_columns + i, load(b.q + i) * weight);
   } else {
     for (int j = 0; j < f.key_columns; ++j) b.channels[j] = column_channel(map[j]);
+  }
+}
+
+// Pages hold rotated values and the window does not: once a task's pages are summed, the sums are rotated back.
+template <int NR>
+LOGQUANT_INLINE void rotate_back(const PageFormat& f, Block<NR>& b) {
+  for (int r = 0; r < NR; ++r) {
+    float* const sums = b.sums + r * f.value_dim;
+    for (int g = 0; g < f.value_groups(); ++g) {
+      float* const zero_sums = b.zero_sums + (r * f.value_groups() + g) * kLanes;
+      const F32 zeros = splat(reduce(load(zero_sums), Add{}));
+      for (int c = g * f.value_group; c < (g + 1) * f.value_group; c += kLanes) store(sums + c, load(sums + c) + zeros);
+      store(zero_sums, splat(0.0f));
+    }
+    hadamard(sums, f.value_dim, f.hadamard_block());
   }
 }
 
@@ -603,6 +640,8 @@ void attend_rows(const AttendArgs& args, const AttendPlan& plan, const Range& ra
     softmax<NR>(args, f.page_tokens, biased, b);
     with_bits(f.value_bits, [&](auto bits) { add_values<NR, bits>(f, page, biased, b, ahead, lines); });
   }
+
+  if (f.hadamard_block() > 1 && first < page_end) rotate_back<NR>(f, b);
 
   const auto row_bytes = element_bytes(args.window_k.dtype);
   const auto window = [&](const Tokens& x, int64_t t) {

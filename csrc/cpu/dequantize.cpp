@@ -1,6 +1,7 @@
 // Pages back into tokens: zero + scale * code in float32, rounded to the output's dtype. A task is one page of one KV
 // head; it reads the page and writes its tokens once.
 
+#include "params.h"
 #include "simd.h"
 #include "tasks.h"
 
@@ -14,10 +15,15 @@ void dequantize_keys(const PageFormat& f, const int32_t* page, const int16_t* ma
   float* const scale = arena.take<float>(f.head_dim);
   float* const zero = arena.take<float>(f.head_dim);
   int32_t* const codes = arena.take<int32_t>(f.head_dim);
-  const uint16_t* const params = reinterpret_cast<const uint16_t*>(page + f.key_params());
+  count_columns(f, map, codes);
   for (int c = 0; c < f.head_dim; c += kLanes) {
-    store(scale + c, load_half(params + c));
-    store(zero + c, load_half(params + f.key_zeros() + c));
+    const Params p = key_params_at(f, page, c);
+    F32 weight;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      weight[lane] = codes[c + lane] == 0 ? 1.0f : digit_weight(f, 0, codes[c + lane]);
+    }
+    store(scale + c, p.scale * weight);
+    store(zero + c, p.zero);
   }
   for (int t = 0; t < f.page_tokens; ++t) {
     const int32_t* const words = page + f.key_codes() + t * f.key_code_words();
@@ -44,10 +50,11 @@ void dequantize_values(const PageFormat& f, const int32_t* page, void* out, int6
   constexpr int kElements = elements_per_word(bits);
   float* const scale = arena.take<float>(f.value_zeros());
   float* const zero = arena.take<float>(f.value_zeros());
-  const uint16_t* const params = reinterpret_cast<const uint16_t*>(page + f.value_params());
+  float* const rotated = arena.take<float>(f.hadamard_block() > 1 ? kElements * f.value_dim : 0);
   for (int i = 0; i < f.value_zeros(); i += kLanes) {
-    store(scale + i, load_half(params + i));
-    store(zero + i, load_half(params + f.value_zeros() + i));
+    const Params p = value_params_at(f, page, i);
+    store(scale + i, p.scale);
+    store(zero + i, p.zero);
   }
   for (int row = 0; row < f.value_code_rows(); ++row) {
     for (int c = 0; c < f.value_dim; c += kLanes) {
@@ -56,7 +63,18 @@ void dequantize_values(const PageFormat& f, const int32_t* page, void* out, int6
       for (int e = 0; e < kElements; ++e) {
         const int t = row * kElements + e, param = group * f.page_tokens + t;
         const I32 code = shift_right(word, bit_position(bits, e)) & static_cast<int>(code_mask(bits));
-        store_elements<dtype>(out, t * stride + c, splat(zero[param]) + splat(scale[param]) * to_float(code));
+        const F32 x = splat(zero[param]) + splat(scale[param]) * to_float(code);
+        if (f.hadamard_block() > 1) {
+          store(rotated + e * f.value_dim + c, x);
+        } else {
+          store_elements<dtype>(out, t * stride + c, x);
+        }
+      }
+    }
+    for (int e = 0; f.hadamard_block() > 1 && e < kElements; ++e) {
+      hadamard(rotated + e * f.value_dim, f.value_dim, f.hadamard_block());
+      for (int c = 0; c < f.value_dim; c += kLanes) {
+        store_elements<dtype>(out, (row * kElements + e) * stride + c, load(rotated + e * f.value_dim + c));
       }
     }
   }
@@ -68,7 +86,8 @@ void dequantize_page(const DequantizeArgs& args, int64_t task) {
   const PageFormat& f = args.format;
   const int64_t p = task % args.page_count, head = task / args.page_count % args.heads;
   const int64_t batch = task / args.page_count / args.heads;
-  Arena arena(thread_scratch(64 * 5 + 4 * (3 * int64_t{f.head_dim} + 2 * int64_t{f.value_zeros()})));
+  Arena arena(thread_scratch(64 * 6 +
+                             4 * (3 * int64_t{f.head_dim} + 2 * int64_t{f.value_zeros()} + 16 * int64_t{f.value_dim})));
   const int32_t* const page =
       args.pages.data + batch * args.pages.batch_stride + head * args.pages.head_stride + p * args.pages.page_stride;
   const int16_t* const map = args.key_map.data == nullptr ? nullptr

@@ -47,11 +47,19 @@ struct KeyMap {
   int64_t batch_stride = 0, head_stride = 0;
 };
 
+// How much an error of each token's key counts where parameters are fitted (reference.py): [batch, head, token taken],
+// tokens contiguous; data == nullptr is 1 for all.
+struct KeyWeights {
+  const float* data = nullptr;
+  int64_t batch_stride = 0, head_stride = 0;
+};
+
 struct QuantizeArgs {
   PageFormat format;
   Tokens k, v;
   MutablePages pages;
   KeyMap key_map;
+  KeyWeights key_weights;
   // The token that page p, slot t takes: index[p * page_tokens + t] of its batch row; without an index, that number
   // itself times index_step plus index_start.
   const int32_t* index = nullptr;
@@ -74,6 +82,7 @@ struct EvictArgs {
   MutableTokens k, v;
   MutablePages pages;  // already at the first page to write
   KeyMap key_map;
+  KeyWeights key_weights;
   int64_t batch = 0, heads = 0;
   int64_t tokens = 0, start = 0, step = 1, count = 0;
 };

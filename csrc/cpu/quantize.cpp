@@ -23,10 +23,14 @@ void quantize_page(const QuantizeArgs& args, int64_t task) {
   const int16_t* const map = args.key_map.data == nullptr ? nullptr
                                                           : args.key_map.data + batch * args.key_map.batch_stride +
                                                                 head * args.key_map.head_stride;
+  const float* const weights = args.key_weights.data == nullptr
+                                   ? nullptr
+                                   : args.key_weights.data + batch * args.key_weights.batch_stride +
+                                         head * args.key_weights.head_stride + p * f.page_tokens;
   int32_t* const page =
       args.pages.data + batch * args.pages.batch_stride + head * args.pages.head_stride + p * args.pages.page_stride;
   quantize_one_page(f, args.k.dtype, {base(args.k), base(args.v), args.k.token_stride, args.v.token_stride, rows}, map,
-                    page, arena);
+                    weights, page, arena);
 }
 
 }  // namespace logquant::cpu::LOGQUANT_ISA

@@ -1,9 +1,12 @@
-// Quantises one page, for quantize and evict: the plain min-max quantiser, bit for bit that of logquant/reference.py.
+// Quantises one page, for quantize and evict, bit for bit as logquant/reference.py: with 16-bit parameters by minimum
+// and maximum, with 8-bit ones by the search of fit.h.
 //
 // Keys: lanes are channels; min and max run down the page's tokens. Values: lanes are channels, reduced across lanes
-// for kLanes tokens at a time. The source is read twice (range, then codes), the second time from cache.
+// for kLanes tokens at a time. The source is read twice (range, then codes), the second time from cache. Where values
+// are rotated, a rotated copy of the page's takes the source's place; to be fitted, lanes are tokens.
 #pragma once
 
+#include "fit.h"
 #include "simd.h"
 #include "tasks.h"
 
@@ -22,6 +25,7 @@ struct ScaleZero {
   F32 scale, inverse, zero;  // as stored: rounded to fp16; inverse = 1 / scale
 };
 
+// A NaN becomes -kParamMax.
 LOGQUANT_INLINE F32 saturate(F32 x) { return min(max(x, splat(-kParamMax)), splat(kParamMax)); }
 
 // Rounds to fp16, writes it, and gives back what was written.
@@ -81,7 +85,8 @@ class WordPacker {
 };
 
 template <Dtype dtype, int bits>
-void quantize_keys(const PageFormat& f, const PageSource& source, const int16_t* map, int32_t* page, Arena& arena) {
+void quantize_keys(const PageFormat& f, const PageSource& source, const int16_t* map, const float* weights,
+                   int32_t* page, Arena& arena) {
   const int dim = f.head_dim, tokens = f.page_tokens;
   float* const scale = arena.take<float>(dim);
   float* const inverse = arena.take<float>(dim);
@@ -89,18 +94,43 @@ void quantize_keys(const PageFormat& f, const PageSource& source, const int16_t*
   float* const levels = arena.take<float>(dim);
   int32_t* const codes = arena.take<int32_t>(dim);
   int32_t* const columns = arena.take<int32_t>(dim);
-  for (int c = 0; c < dim; ++c) columns[c] = map == nullptr ? 1 : 0;
-  if (map != nullptr) {
-    for (int j = 0; j < f.key_columns; ++j) ++columns[column_channel(map[j])];
-  }
+  count_columns(f, map, columns);
   for (int c = 0; c < dim; ++c) {
     const int code_bits = bits * columns[c];
     levels[c] = static_cast<float>((1 << (code_bits < 24 ? code_bits : 24)) - 1);
   }
 
+  const bool fitted = f.key_param_bits == 8;
+  if (fitted) {
+    uint8_t* const scale_bytes = reinterpret_cast<uint8_t*>(page + f.key_params());
+    float* const x = arena.take<float>(tokens * kLanes);
+    float* const valid_weights = arena.take<float>(tokens);
+    for (int t = 0; t < tokens; ++t) {
+      const float weight = weights == nullptr ? 1.0f : weights[t];
+      valid_weights[t] = weight >= 0x1p-10f && weight <= 0x1p10f ? weight : 1.0f;
+    }
+    for (int c = 0; c < dim; c += kLanes) {
+      I32 nonfinite = splat(0);
+      for (int t = 0; t < tokens; ++t) {
+        const F32 element = load_elements<dtype>(source.k, source.rows[t] * source.k_stride + c);
+        nonfinite |= is_nonfinite(element);
+        store(x + t * kLanes, saturate(element));
+      }
+      F32 lift;
+      for (int lane = 0; lane < kLanes; ++lane) {
+        lift[lane] = columns[c + lane] == 0 ? 1.0f : 1.0f / digit_weight(f, 0, columns[c + lane]);
+      }
+      const KeyFit best = fit_keys(x, valid_weights, tokens, load(levels + c), lift);
+      store_u8(scale_bytes + c, select(nonfinite, splat(kPoisonScale), best.byte));
+      store_u8(scale_bytes + f.key_zeros() + c, select(nonfinite, splat(0), best.zero_byte));
+      store(scale + c, select(nonfinite, splat(0.0f), best.scale));
+      store(inverse + c, 1.0f / best.scale);
+      store(zero + c, best.zero);
+    }
+  }
   uint16_t* const scales = reinterpret_cast<uint16_t*>(page + f.key_params());
   uint16_t* const zeros = scales + f.key_zeros();
-  for (int c = 0; c < dim; c += kLanes) {
+  for (int c = 0; c < dim && !fitted; c += kLanes) {
     F32 low = splat(kInfinity), high = splat(-kInfinity), sum = splat(0.0f);
     I32 nonfinite = splat(0);
     for (int t = 0; t < tokens; ++t) {
@@ -124,7 +154,8 @@ void quantize_keys(const PageFormat& f, const PageSource& source, const int16_t*
   WordPacker<bits> packer(page + f.key_codes());
   for (int t = 0; t < tokens; ++t) {
     for (int c = 0; c < dim; c += kLanes) {
-      const F32 x = load_elements<dtype>(source.k, source.rows[t] * source.k_stride + c);
+      F32 x = load_elements<dtype>(source.k, source.rows[t] * source.k_stride + c);
+      if (fitted) x = saturate(x);
       const I32 code = code_of(x, load(scale + c), load(inverse + c), load(zero + c), load(levels + c));
       if (map == nullptr) {
         packer.push(code);
@@ -144,9 +175,28 @@ void quantize_keys(const PageFormat& f, const PageSource& source, const int16_t*
   }
 }
 
+// The words of one group's codes; x_at(t, c) are elements of token t from channel c on.
+template <int bits, class XAt>
+LOGQUANT_INLINE void pack_values(const PageFormat& f, int group, const float* scale, const float* inverse,
+                                 const float* zero, int32_t* page, XAt&& x_at) {
+  constexpr int kElements = elements_per_word(bits);
+  const F32 levels = splat(static_cast<float>(code_mask(bits)));
+  const int first = group * f.value_group, last = first + f.value_group;
+  for (int row = 0; row < f.value_code_rows(); ++row) {
+    for (int c = first; c < last; c += kLanes) {
+      I32 word = splat(0);
+      for (int e = 0; e < kElements; ++e) {
+        const int t = row * kElements + e;
+        word |= code_of(x_at(t, c), splat(scale[t]), splat(inverse[t]), splat(zero[t]), levels)
+                << bit_position(bits, e);
+      }
+      store(page + f.value_codes() + row * f.value_dim + c, word);
+    }
+  }
+}
+
 template <Dtype dtype, int bits>
 void quantize_values(const PageFormat& f, const PageSource& source, int32_t* page, Arena& arena) {
-  constexpr int kElements = elements_per_word(bits);
   const int tokens = f.page_tokens;
   const F32 levels = splat(static_cast<float>(code_mask(bits)));
   float* const scale = arena.take<float>(tokens);
@@ -178,29 +228,71 @@ void quantize_values(const PageFormat& f, const PageSource& source, int32_t* pag
       store(inverse + t0, p.inverse);
       store(zero + t0, p.zero);
     }
-    for (int row = 0; row < f.value_code_rows(); ++row) {
-      for (int c = first; c < last; c += kLanes) {
-        I32 word = splat(0);
-        for (int e = 0; e < kElements; ++e) {
-          const int t = row * kElements + e;
-          const F32 x = load_elements<dtype>(source.v, source.rows[t] * source.v_stride + c);
-          word |= code_of(x, splat(scale[t]), splat(inverse[t]), splat(zero[t]), levels) << bit_position(bits, e);
-        }
-        store(page + f.value_codes() + row * f.value_dim + c, word);
+    pack_values<bits>(f, group, scale, inverse, zero, page, [&](int t, int c) __attribute__((always_inline)) {
+      return load_elements<dtype>(source.v, source.rows[t] * source.v_stride + c);
+    });
+  }
+}
+
+template <Dtype dtype, int bits>
+void quantize_rotated_values(const PageFormat& f, const PageSource& source, int32_t* page, Arena& arena) {
+  const int tokens = f.page_tokens, dim = f.value_dim, groups = f.value_groups();
+  float* const scale = arena.take<float>(tokens);
+  float* const inverse = arena.take<float>(tokens);
+  float* const zero = arena.take<float>(tokens);
+  float* const rotated = arena.take<float>(tokens * dim);
+  float* const x = arena.take<float>(f.value_group * kLanes);
+  int32_t* const nonfinite = arena.take<int32_t>(groups * tokens);
+  for (int t = 0; t < tokens; ++t) {
+    for (int group = 0; group < groups; ++group) {
+      I32 bad = splat(0);
+      for (int c = group * f.value_group; c < (group + 1) * f.value_group; c += kLanes) {
+        const F32 element = load_elements<dtype>(source.v, source.rows[t] * source.v_stride + c);
+        bad |= is_nonfinite(element);
+        store(rotated + t * dim + c, saturate(element));
       }
+      nonfinite[group * tokens + t] = reduce_lanes<1>(&bad, Or{})[0];
     }
+    hadamard(rotated + t * dim, dim, f.hadamard_block());
+  }
+  I32 rows;
+  for (int lane = 0; lane < kLanes; ++lane) rows[lane] = lane * dim;
+  uint8_t* const scale_bytes = reinterpret_cast<uint8_t*>(page + f.value_params());
+  for (int group = 0; group < groups; ++group) {
+    for (int t = 0; t < tokens; t += kLanes) {
+      for (int c = 0; c < f.value_group; ++c) {
+        store(x + c * kLanes, gather(rotated + t * dim + group * f.value_group + c, rows));
+      }
+      const I32 bad = load(nonfinite + group * tokens + t);
+      const ValueFit best = fit_values(x, f.value_group, static_cast<float>(code_mask(bits)));
+      store_u8(scale_bytes + group * tokens + t, select(bad, splat(kPoisonScale), best.byte));
+      store(scale + t, select(bad, splat(0.0f), best.scale));
+      store(inverse + t, 1.0f / best.scale);
+      store(zero + t, best.zero);
+    }
+    pack_values<bits>(f, group, scale, inverse, zero, page,
+                      [&](int t, int c) __attribute__((always_inline)) { return load(rotated + t * dim + c); });
   }
 }
 
 LOGQUANT_INLINE int64_t quantizer_scratch(const PageFormat& f) {
-  return 64 * 16 + 4 * (6 * int64_t{f.head_dim} + 3 * int64_t{f.page_tokens}) + 8 * int64_t{f.page_tokens};
+  const int64_t tokens = f.page_tokens, groups = f.value_groups();
+  const int64_t keys = 6 * int64_t{f.head_dim} + (f.key_param_bits == 8 ? tokens * (kLanes + 1) : 0);
+  const int64_t rotated = tokens * f.value_dim + f.value_group * kLanes + groups * tokens;
+  return 64 * 24 + 4 * (keys + 3 * tokens + (f.hadamard_block() > 1 ? rotated : 0)) + 8 * tokens;
 }
 
 LOGQUANT_INLINE void quantize_one_page(const PageFormat& f, Dtype dtype, const PageSource& source, const int16_t* map,
-                                       int32_t* page, Arena& arena) {
+                                       const float* weights, int32_t* page, Arena& arena) {
   with_dtype(dtype, [&](auto type) {
-    with_bits(f.key_bits, [&](auto bits) { quantize_keys<type, bits>(f, source, map, page, arena); });
-    with_bits(f.value_bits, [&](auto bits) { quantize_values<type, bits>(f, source, page, arena); });
+    with_bits(f.key_bits, [&](auto bits) { quantize_keys<type, bits>(f, source, map, weights, page, arena); });
+    with_bits(f.value_bits, [&](auto bits) {
+      if (f.hadamard_block() > 1) {
+        quantize_rotated_values<type, bits>(f, source, page, arena);
+      } else {
+        quantize_values<type, bits>(f, source, page, arena);
+      }
+    });
   });
 }
 

@@ -95,6 +95,11 @@ LOGQUANT_INLINE F32 gather(const float* p, I32 index) { return _mm512_i32gather_
 LOGQUANT_INLINE I32 gather(const int32_t* p, I32 index) {
   return bits_as<I32>(_mm512_i32gather_epi32(bits_as<__m512i>(index), p, 4));
 }
+// table[index], index from 0 to 7; gathers are slow.
+LOGQUANT_INLINE I32 lookup(const int32_t (&table)[8], I32 index) {
+  const __m512i v = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)));
+  return bits_as<I32>(_mm512_permutexvar_epi32(bits_as<__m512i>(index), v));
+}
 LOGQUANT_INLINE F32 load_half(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -103,6 +108,9 @@ LOGQUANT_INLINE void store_half(uint16_t* p, F32 x) {
 }
 LOGQUANT_INLINE I32 load_u16(const uint16_t* p) {
   return bits_as<I32>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+LOGQUANT_INLINE I32 load_u8(const uint8_t* p) {
+  return bits_as<I32>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 // The low halves of 32-bit lanes.
 LOGQUANT_INLINE void store_u16(uint16_t* p, I32 x) {
@@ -125,6 +133,10 @@ LOGQUANT_INLINE F32 gather(const float* p, I32 index) { return _mm256_i32gather_
 LOGQUANT_INLINE I32 gather(const int32_t* p, I32 index) {
   return bits_as<I32>(_mm256_i32gather_epi32(p, bits_as<__m256i>(index), 4));
 }
+LOGQUANT_INLINE I32 lookup(const int32_t (&table)[8], I32 index) {
+  const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(table));
+  return bits_as<I32>(_mm256_permutevar8x32_epi32(v, bits_as<__m256i>(index)));
+}
 LOGQUANT_INLINE F32 load_half(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -133,6 +145,9 @@ LOGQUANT_INLINE void store_half(uint16_t* p, F32 x) {
 }
 LOGQUANT_INLINE I32 load_u16(const uint16_t* p) {
   return bits_as<I32>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+LOGQUANT_INLINE I32 load_u8(const uint8_t* p) {
+  return bits_as<I32>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 LOGQUANT_INLINE void store_u16(uint16_t* p, I32 x) {
   const __m256i even = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1, 0, 1, 4, 5, 8, 9, 12,
@@ -184,7 +199,9 @@ LOGQUANT_INLINE auto gather(const T* p, I32 index) {
   typedef T V __attribute__((vector_size(4 * kLanes)));
   return V{p[index[0]], p[index[1]], p[index[2]], p[index[3]]};
 }
+LOGQUANT_INLINE I32 lookup(const int32_t (&table)[8], I32 index) { return gather(table, index); }
 LOGQUANT_INLINE I32 load_u16(const uint16_t* p) { return I32{p[0], p[1], p[2], p[3]}; }
+LOGQUANT_INLINE I32 load_u8(const uint8_t* p) { return I32{p[0], p[1], p[2], p[3]}; }
 LOGQUANT_INLINE void store_u16(uint16_t* p, I32 x) {
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint16_t>(x[i]);
 }
@@ -206,6 +223,11 @@ LOGQUANT_INLINE void store_half(uint16_t* p, F32 x) {
   store_u16(p, half | sign);
 }
 #endif
+
+// The low bytes of 32-bit lanes.
+LOGQUANT_INLINE void store_u8(uint8_t* p, I32 x) {
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(x[i]);
+}
 
 // ------------------------------------------------------------------------------------------------------- elements
 constexpr int element_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }

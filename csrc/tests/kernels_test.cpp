@@ -165,6 +165,10 @@ int main() {
   run(format(64, 64, 32, 2, 2, 64), 40, 1);
   run(format(80, 80, 64, 4, 2, 80), 10, 33);
   run(format(192, 128, 128, 8, 4, 32), 10, 64);
+  for (PageFormat f : {format(64, 64, 64, 2, 2, 64), format(128, 96, 32, 2, 4, 96)}) {
+    f.key_param_bits = f.value_param_bits = 8;
+    run(f, 20, 100);
+  }
   std::puts("1 passed, 0 failed");
   return 0;
 }

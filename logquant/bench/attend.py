@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
+from .. import columns, ops
 from ..config import LogQuantConfig
 from ..window import split_positions
 from .timing import ColdCache, Timing, clock_of, time_interleaved
@@ -135,16 +135,18 @@ def bench_attend(
     q, k, v = random(shape.heads, 1), random(shape.kv_heads, shape.context), random(shape.kv_heads, shape.context)
     packed, exact = split_positions(shape.context, quantization.window, quantization.rule, quantization.sink_tokens)
     fmt = quantization.page_format(shape.dim)
-    pages = ops.quantize(k, v, fmt, index=packed[None].to(device))
+    key_map = columns.allocate(columns.key_scores(k, None, 2 * fmt.page_tokens), fmt) if fmt.has_map else None
+    pages = ops.quantize(k, v, fmt, index=packed[None].to(device), key_map=key_map)
     window_k, window_v = (x[:, :, exact.to(device)].contiguous() for x in (k, v))
     scale = shape.dim**-0.5
 
     def fused() -> Tensor:
-        return ops.attend(q, pages, window_k, window_v, fmt, scale=scale)[0]
+        return ops.attend(q, pages, window_k, window_v, fmt, scale=scale, key_map=key_map)[0]
 
     def dequantize(kind: torch.dtype, grouped: bool) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            parts = zip(ops.dequantize(pages, fmt, dtype=kind), (window_k, window_v), strict=True)
+            packed_k_v = ops.dequantize(pages, fmt, dtype=kind, key_map=key_map)
+            parts = zip(packed_k_v, (window_k, window_v), strict=True)
             keys, values = (torch.cat([old, new.to(kind)], 2) for old, new in parts)
             return _sdpa(q.to(kind), keys, values, grouped)
 

@@ -1,0 +1,95 @@
+// 8-bit parameters and the rotation of values (format.h), for every CPU kernel that reads or writes them.
+#pragma once
+
+#include "simd.h"
+
+namespace logquant::cpu::LOGQUANT_ISA {
+namespace {
+
+// Scale and zero of kLanes channels of keys, or tokens of values, as code c stands for zero + scale * c. Of
+// keys the 8-bit scale is that of the two highest bits.
+struct Params {
+  F32 scale, zero;
+};
+
+// byte <= kScaleMax
+LOGQUANT_INLINE F32 byte_scale(I32 byte) {
+  return bits_as<F32>(((shift_right(byte, 3) + kScaleExponent) << 23) | lookup(kScaleEighths, byte & 7));
+}
+
+// zero_steps: how many units the zero lies from 0.
+LOGQUANT_INLINE Params byte_params(I32 byte, F32 zero_steps, float unit) {
+  const I32 poisoned = byte > kScaleMax;
+  const F32 scale = byte_scale(select(poisoned, splat(0), byte));
+  const F32 zero = zero_steps * (scale * unit);
+  return {select(poisoned, splat(0.0f), scale), select(poisoned, bits_as<F32>(splat(0x7FC00000)), zero)};
+}
+
+LOGQUANT_INLINE Params key_params_at(const PageFormat& f, const int32_t* page, int c) {
+  if (f.key_param_bits == 16) {
+    const uint16_t* const p = reinterpret_cast<const uint16_t*>(page + f.key_params()) + c;
+    return {load_half(p), load_half(p + f.key_zeros())};
+  }
+  const uint8_t* const p = reinterpret_cast<const uint8_t*>(page + f.key_params()) + c;
+  const I32 zero = bits_as<I32>(load_u8(p + f.key_zeros()) << 24) >> 24;
+  return byte_params(load_u8(p), to_float(zero), kZeroUnit);
+}
+
+LOGQUANT_INLINE float value_zero_steps(int bits) { return -0.5f * static_cast<float>(code_mask(bits)); }
+
+// i: [group][token]
+LOGQUANT_INLINE Params value_params_at(const PageFormat& f, const int32_t* page, int i) {
+  if (f.value_param_bits == 16) {
+    const uint16_t* const p = reinterpret_cast<const uint16_t*>(page + f.value_params()) + i;
+    return {load_half(p), load_half(p + f.value_zeros())};
+  }
+  const uint8_t* const p = reinterpret_cast<const uint8_t*>(page + f.value_params()) + i;
+  return byte_params(load_u8(p), splat(value_zero_steps(f.value_bits)), 1.0f);
+}
+
+// What digit `digit` of a channel with `columns` columns weighs, in units of the stored scale.
+LOGQUANT_INLINE float digit_weight(const PageFormat& f, int digit, int columns) {
+  const int exponent = f.key_bits * digit - (f.key_param_bits == 16 ? 0 : f.key_bits * columns - 2);
+  return bits_as<float>(static_cast<uint32_t>(127 + exponent) << 23);
+}
+
+// counts[c]: columns of channel c.
+LOGQUANT_INLINE void count_columns(const PageFormat& f, const int16_t* map, int32_t* counts) {
+  for (int c = 0; c < f.head_dim; ++c) counts[c] = map == nullptr ? 1 : 0;
+  if (map == nullptr) return;
+  for (int j = 0; j < f.key_columns; ++j) ++counts[column_channel(map[j])];
+}
+
+template <int step, int... lane>
+LOGQUANT_INLINE F32 butterfly(F32 x, std::integer_sequence<int, lane...>) {
+  const F32 other = __builtin_shufflevector(x, x, (lane ^ step)...);
+  const I32 flip = {((lane & step) != 0 ? INT32_MIN : 0)...};
+  return other + bits_as<F32>(bits_as<I32>(x) ^ flip);
+}
+
+// Every `block` elements of x (block: a power of two, at least kLanes) become their orthonormal Walsh-Hadamard
+// transform, in the order of logquant/hadamard.py.
+LOGQUANT_INLINE void hadamard(float* x, int count, int block) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
+  for (int i = 0; i < count; i += kLanes) {
+    F32 v = butterfly<1>(load(x + i), lanes);
+    v = butterfly<2>(v, lanes);
+    if constexpr (kLanes > 4) v = butterfly<4>(v, lanes);
+    if constexpr (kLanes > 8) v = butterfly<8>(v, lanes);
+    store(x + i, v);
+  }
+  for (int step = kLanes; step < block; step *= 2) {
+    for (int first = 0; first < count; first += 2 * step) {
+      for (int i = first; i < first + step; i += kLanes) {
+        const F32 low = load(x + i), high = load(x + i + step);
+        store(x + i, low + high);
+        store(x + i + step, low - high);
+      }
+    }
+  }
+  const float factor = block == 64 ? 0.125f : block == 16 ? 0.25f : 0.17677669529663687f;
+  for (int i = 0; i < count; i += kLanes) store(x + i, load(x + i) * factor);
+}
+
+}  // namespace
+}  // namespace logquant::cpu::LOGQUANT_ISA

@@ -1,0 +1,123 @@
+"""Which key channels get how many columns, and how much each token's key counts: statistics of queries and keys.
+
+At 2 bits nearly all the loss comes from keys, and from few of their channels (DESIGN section 3, "Key columns"). So
+columns of codes go where they lower the expected squared error of scores most, ``E[q_c^2] * var(k_c)`` times what a
+further column takes off the distortion: reverse water-filling, once for each layer, head and sequence.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .reference import MAX_CODE_BITS, PageFormat
+
+# Tokens that are worked on at once: float32 copies of a long prompt would raise the peak.
+_AT_ONCE = 2048
+
+# Mean squared error of a channel with 0, 1, 2, ... columns of 2 bits, in parts of its variance within a page.
+DISTORTIONS = {2: (1.0, 0.13, 0.012, 0.0008), 4: (1.0, 0.012, 0.00005), 8: (1.0, 0.00005)}
+
+
+def allocate(score: Tensor, fmt: PageFormat) -> Tensor:
+    """The column map for channels of these scores: the ``key_columns`` columns that gain most.
+
+    Args:
+        score: ``[..., D]``, what a channel without columns would cost; zeros and NaNs count as next to nothing.
+        fmt: the page format.
+
+    Returns:
+        int16 ``[..., C]``, entries ``4 * channel + digit`` in ascending order (csrc/format.h).
+    """
+    score = score.float().nan_to_num(0.0, 0.0, 0.0).clamp_min(0.0)
+    score = (score / score.amax(-1, keepdim=True).clamp_min(1e-30)).clamp_min(1e-20)
+    distortions = score.new_tensor(DISTORTIONS[fmt.key_bits])
+    most = MAX_CODE_BITS // fmt.key_bits
+    if fmt.key_columns > fmt.head_dim * (len(distortions) - 1):
+        distortions = torch.cat([distortions, distortions[-1:] / 16])
+    gains = (distortions[:-1] - distortions[1:])[:most]
+    chosen = (score[..., None] * gains).flatten(-2).topk(fmt.key_columns, -1).indices.sort(-1).values
+    return (4 * chosen.div(len(gains), rounding_mode="floor") + chosen % len(gains)).to(torch.int16)
+
+
+def default_map(fmt: PageFormat, batch: int, heads: int, device: torch.device) -> Tensor:
+    """A valid map ``[batch, heads, C]`` that spreads columns evenly: for layers that have not chosen theirs yet."""
+    column = torch.arange(fmt.key_columns, device=device)
+    entries = 4 * (column % fmt.head_dim) + column.div(fmt.head_dim, rounding_mode="floor")
+    return entries.sort().values.to(torch.int16).expand(batch, heads, -1)
+
+
+def key_scores(keys: Tensor, mean_square_q: Tensor | None, span: int) -> Tensor:
+    """``E[q_c^2] * var(k_c)``, the variance being that within spans of consecutive tokens.
+
+    Args:
+        keys: ``[B, H, T, D]`` in order; of fewer than ``span`` tokens the variance is that of all.
+        mean_square_q: float32 ``[B, H, D]``, E[q_c^2]; 1 without it.
+        span: tokens of a span, about the stretch of text that a page covers.
+
+    Returns:
+        float32 ``[B, H, D]``.
+    """
+    span = min(span, keys.shape[2])
+    spans = keys[:, :, : keys.shape[2] // span * span].unflatten(2, (-1, span))
+    # Some at a time, into one small tensor: results kept between them would split the memory that they give back.
+    variance = keys.new_zeros(*keys.shape[:2], keys.shape[3], dtype=torch.float32)
+    for part in spans.split(max(1, _AT_ONCE // span), 2):
+        variance += part.float().var(3, correction=0).sum(2)
+    variance /= spans.shape[2]
+    return variance if mean_square_q is None else variance * mean_square_q
+
+
+def squares_of(queries: Tensor, kv_heads: int, real: Tensor | None) -> Tensor:
+    """Sums of squared queries and how many there are: what ``E[q_c^2]`` is made of, and can be added up.
+
+    Args:
+        queries: ``[B, Hq, L, D]``.
+        kv_heads: H.
+        real: bool ``[B, L]``, which columns hold a token; None if all do.
+
+    Returns:
+        float32 ``[B, H, D + 1]``: the sums, then the count.
+    """
+    batch, heads, length, dim = queries.shape
+    total = queries.new_zeros(batch, kv_heads, dim + 1, dtype=torch.float32)
+    for first in range(0, length, _AT_ONCE):
+        part = queries[:, :, first : first + _AT_ONCE].float().square()
+        if real is not None:
+            part = part * real[:, None, first : first + _AT_ONCE, None].to(part.device)
+        total[..., :-1] += part.sum(2).unflatten(1, (kv_heads, -1)).sum(2)
+    count = torch.full((batch,), length) if real is None else real.sum(1)
+    total[..., -1] = (count * (heads // kv_heads)).to(total)[:, None]
+    return total
+
+
+def attention_received(
+    queries: Tensor, keys: Tensor, leaving: Tensor, scale: float, page_tokens: int, softcap: float = 0.0
+) -> Tensor:
+    """Weights of the squared errors of keys that leave: the mean attention each got, 1 on average over a page, plus 1.
+
+    Args:
+        queries: ``[B, Hq, n, D]``, the newest.
+        keys: ``[B, H, T, D]``, all that are still exact.
+        leaving: int32 ``[N]``, indices of keys, N a multiple of ``page_tokens``.
+        scale, softcap: of the scores.
+        page_tokens: tokens of a page.
+
+    Returns:
+        float32 ``[B, H, N]``. All 1 where that is not finite.
+    """
+    grouped = queries.float().unflatten(1, (keys.shape[1], -1)).flatten(2, 3)  # [B, H, queries of a KV head, D]
+
+    def scores(part: Tensor) -> Tensor:
+        out: Tensor = scale * (grouped @ part.float().mT)
+        return softcap * torch.tanh(out / softcap) if softcap else out
+
+    parts = [scores(part).logsumexp(-1) for part in keys.split(_AT_ONCE, 2)]
+    lse = torch.stack(parts).logsumexp(0).unsqueeze(-1)
+    received = [(scores(keys.index_select(2, index)) - lse).exp().mean(2) for index in leaving.split(_AT_ONCE)]
+    pages = torch.cat(received, -1).unflatten(-1, (-1, page_tokens))
+    # Rounded to three bits, so that the order in which a matrix product adds up does not show in the pages.
+    weights = (pages / pages.mean(-1, keepdim=True) + 1.0).nan_to_num(1.0, 1.0, 1.0).flatten(-2)
+    mantissa, exponent = weights.frexp()
+    rounded: Tensor = ((mantissa * 16).round() / 16).ldexp(exponent)
+    return rounded

@@ -1,0 +1,97 @@
+"""Which channels get columns, and how much each token counts: against plain loops that say the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from logquant import columns, ops, reference
+from logquant.reference import PageFormat
+from tests.strategies import column_map, seeds
+
+
+def greedy(score: list[float], count: int, distortions: tuple[float, ...]) -> list[int]:
+    """One column after the other to the channel where it takes off most."""
+    given = [0] * len(score)
+    for _ in range(count):
+        gains = [
+            s * (distortions[n] - distortions[n + 1]) if n + 1 < len(distortions) else -1.0
+            for s, n in zip(score, given, strict=True)
+        ]
+        given[gains.index(max(gains))] += 1
+    return given
+
+
+@given(seed=seeds, columns_of_16=st.integers(1, 12))
+def test_columns_go_where_they_gain_most(seed, columns_of_16):
+    fmt = PageFormat(64, key_columns=16 * columns_of_16)
+    score = torch.randn(1, 2, 64, generator=torch.Generator().manual_seed(seed)).mul(3).exp()
+    entries = columns.allocate(score, fmt)
+    assert entries.dtype == torch.int16 and entries.shape == (1, 2, fmt.key_columns)
+    for head in range(2):
+        row = entries[0, head].tolist()
+        assert row == sorted(set(row))
+        want = greedy((score[0, head] / score[0, head].max()).tolist(), fmt.key_columns, columns.DISTORTIONS[2])
+        assert [sum(e >> 2 == c for e in row) for c in range(64)] == want
+        assert all(e & 3 == 0 or e - 1 in row for e in row), "digits of a channel count from 0"
+
+
+@pytest.mark.parametrize("bits", reference.BITS)
+@pytest.mark.parametrize("score", [0.0, torch.nan, torch.inf, 1.0])
+def test_any_score_gives_a_map_that_the_operators_take(bits, score):
+    for per_dim in (1, 8 // bits):
+        fmt = PageFormat(16, key_bits=bits, key_columns=16 * per_dim, key_param_bits=8)
+        scores = torch.full((1, 1, 16), score)
+        scores[..., 3] = 2.0
+        k = torch.randn(1, 1, 64, 16)
+        for key_map in (columns.allocate(scores, fmt), columns.default_map(fmt, 1, 1, k.device)):
+            pages = ops.quantize(k, k, fmt, key_map=key_map)
+            assert torch.equal(pages, reference.quantize(k, k, fmt, key_map=key_map))
+
+
+def test_scores_are_variances_within_spans_times_squared_queries():
+    keys = torch.randn(1, 2, 150, 16) + torch.arange(150).view(1, 1, -1, 1) // 64 * 100
+    mean_square = torch.rand(1, 2, 16)
+    want = torch.stack([keys[:, :, s : s + 64].var(2, correction=0) for s in (0, 64)]).mean(0)
+    assert torch.allclose(columns.key_scores(keys, None, 64), want)
+    assert torch.allclose(columns.key_scores(keys, mean_square, 64), want * mean_square)
+    assert torch.allclose(columns.key_scores(keys[:, :, :50], None, 64), keys[:, :, :50].var(2, correction=0))
+
+
+def test_weights_are_one_plus_attention_with_mean_one():
+    q, k = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 5000, 16)
+    leaving = torch.arange(1, 4097, 2, dtype=torch.int32)
+    weights = columns.attention_received(q, k, leaving, 0.25, 32)
+    scores = 0.25 * q.unflatten(1, (2, 2)) @ k.mT.unsqueeze(2)
+    attention = scores.softmax(-1).mean((2, 3))[:, :, leaving.long()].unflatten(-1, (-1, 32))
+    want = 1 + attention / attention.mean(-1, keepdim=True)
+    assert torch.allclose(weights, want.flatten(-2), rtol=1 / 15)
+    unknown = columns.attention_received(q * torch.nan, k, leaving, 0.25, 32)
+    assert torch.equal(unknown, torch.ones(1, 2, 2048))
+
+
+def test_squares_of_queries_leave_padding_out():
+    q = torch.randn(2, 4, 3000, 16)
+    real = torch.ones(2, 3000, dtype=torch.bool)
+    real[1, :2500] = False
+    sums = columns.squares_of(q, 2, real)
+    assert sums[:, 0, -1].tolist() == [6000, 1000]
+    want = q[1, :, 2500:].square().sum(1).unflatten(0, (2, 2)).sum(1)
+    assert torch.allclose(sums[1, :, :-1], want, rtol=1e-4)
+    assert torch.allclose(columns.squares_of(q[:1], 2, None), sums[:1])
+
+
+def test_columns_lower_the_error_of_scores():
+    """What they are for: channels that queries look at hold a spread of values, and get the bits."""
+    torch.manual_seed(0)
+    k = torch.randn(1, 1, 256, 64) * torch.linspace(-3, 3, 64).exp2()
+    q = torch.randn(1, 1, 100, 64) * torch.linspace(-2, 1, 64).exp2()
+    fmt = PageFormat(64, key_columns=64, key_param_bits=8)
+    score = columns.key_scores(k, q.square().mean(2), 64)
+    errors = []
+    for key_map in (columns.allocate(score, fmt), None, column_map(fmt, 1, batch=1, heads=1)):
+        restored, _ = reference.dequantize(reference.quantize(k, k, fmt, key_map=key_map), fmt, key_map=key_map)
+        errors.append(((restored - k) @ q.mT).square().mean().item())
+    assert errors[0] < 0.5 * errors[1] < errors[2]

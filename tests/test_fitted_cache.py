@@ -1,0 +1,170 @@
+"""The default cache: columns of keys and weights of their errors follow from what the model's queries look at."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from logquant import LogQuantCache, LogQuantConfig, columns, reference
+from logquant.cache import LogQuantLayer
+from logquant.window import split_positions
+from tests.test_cache import feed, random_tokens
+from tests.test_padding import causal_mask, pad_mask, row_contents
+from tests.tiny import tiny_model
+
+PROMPT, STEPS = 300, 130
+
+
+def layer_and_tokens(batch: int = 1, **options) -> tuple[LogQuantLayer, Tensor, Tensor, Tensor]:
+    """An empty layer, keys and values of 2 heads, and queries of 4."""
+    k, v = random_tokens(PROMPT + STEPS, batch=batch)
+    k = k * torch.linspace(-3, 3, 64).exp2()
+    random = torch.Generator().manual_seed(1)
+    q = torch.randn(batch, 4, PROMPT + STEPS, 64, generator=random) * torch.linspace(1, -2, 64).exp2()
+    return LogQuantLayer(LogQuantConfig(**options)), q, k, v
+
+
+def attend(layer: LogQuantLayer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    keys, _ = layer.update(k, v)
+    return keys.kv_view.attend(q, mask, 0.125, causal=mask is None)
+
+
+def test_the_first_prompt_chooses_columns_and_weights():
+    layer, q, k, v = layer_and_tokens()
+    attend(layer, q[:, :, :PROMPT], k[:, :, :PROMPT], v[:, :, :PROMPT])
+    fmt, config = layer.format, layer.config
+    mean_square = q[:, :, :PROMPT].square().mean(2).unflatten(1, (2, 2)).mean(2)
+    key_map = columns.allocate(columns.key_scores(k[:, :, :PROMPT], mean_square, 128), fmt)
+    assert torch.equal(layer.key_map, key_map)
+    packed, _ = split_positions(PROMPT, config.window, config.rule, config.sink_tokens)
+    weights = columns.attention_received(q[:, :, PROMPT - 64 : PROMPT], k[:, :, :PROMPT], packed, 0.125, 64)
+    want = reference.quantize(k, v, fmt, index=packed[None], key_map=key_map, key_weights=weights)
+    assert torch.equal(row_contents(layer, 0)[0], want[0])
+
+    # One token at a time says too little of what queries look at: the map stays, and errors count alike.
+    for t in range(PROMPT, PROMPT + STEPS):
+        attend(layer, q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1])
+    later, _ = split_positions(PROMPT + STEPS, config.window, config.rule, config.sink_tokens)
+    assert torch.equal(later[: len(packed)], packed) and len(later) > len(packed)
+    added = reference.quantize(k, v, fmt, index=later[None, len(packed) :], key_map=key_map)
+    assert torch.equal(row_contents(layer, 0)[0], torch.cat([want, added], 2)[0])
+    assert torch.equal(layer.key_map, key_map)
+
+
+def test_without_queries_every_channel_and_token_counts_alike():
+    layer, _, k, v = layer_and_tokens()
+    layer.update(k, v)
+    config = layer.config
+    packed, _ = split_positions(PROMPT + STEPS, config.window, config.rule, config.sink_tokens)
+    want_map = columns.allocate(columns.key_scores(k, None, 128), layer.format)
+    want = reference.quantize(k, v, layer.format, index=packed[None], key_map=want_map)
+    assert torch.equal(row_contents(layer, 0)[0], want[0]) and torch.equal(layer.key_map, want_map)
+
+
+def test_short_prompts_are_remembered_until_columns_are_chosen():
+    layer, q, k, v = layer_and_tokens()
+    portions = [100, 60, *[1] * 60]
+    for first, last in zip(
+        torch.tensor([0, *portions]).cumsum(0).tolist(), torch.tensor(portions).cumsum(0).tolist(), strict=False
+    ):
+        assert layer.rows.packed == 0 if layer.is_initialized else first == 0
+        attend(layer, q[:, :, first:last], k[:, :, first:last], v[:, :, first:last])
+        if layer.rows.packed:
+            break
+    tokens = layer.get_seq_length()
+    assert tokens == layer.config.window_capacity
+    mean_square = q[:, :, :tokens].square().mean(2).unflatten(1, (2, 2)).mean(2)
+    want = columns.allocate(columns.key_scores(k[:, :, :tokens], mean_square, 128), layer.format)
+    assert torch.equal(layer.key_map, want)
+    assert layer.nbytes == 2 * layer.config.head_nbytes(tokens, 64, itemsize=4), "statistics are gone"
+
+
+def test_every_row_has_its_own_columns_and_takes_them_along():
+    layer, q, k, v = layer_and_tokens(batch=3)
+    q[1] = q[1].flip(-1)
+    mask = pad_mask([PROMPT, 220, 100], "left")
+    part = slice(0, PROMPT)
+    attend(layer, q[:, :, part], k[:, :, part], v[:, :, part], causal_mask(mask, PROMPT))
+    rows = []
+    for row, length in enumerate([PROMPT, 220]):
+        alone, own = LogQuantLayer(layer.config), slice(PROMPT - length, PROMPT)
+        attend(alone, *(x[row : row + 1, :, own] for x in (q, k, v)))
+        assert torch.equal(layer.key_map[row], alone.key_map[0])
+        assert all(torch.equal(a, b) for a, b in zip(row_contents(layer, row), row_contents(alone, 0), strict=True))
+        rows.append(alone)
+    assert not torch.equal(layer.key_map[0], layer.key_map[1])
+    assert layer.rows.slots[2].packed == 0
+    twin = copy.deepcopy(layer)
+    layer.reorder_cache(torch.tensor([1, 1, 0]))
+    assert torch.equal(layer.key_map, torch.stack([twin.key_map[i] for i in (1, 1, 0)]))
+    assert torch.equal(layer.dense()[0][2], twin.dense()[0][0])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bits": 4}, {"key_columns": 1.5, "rule": "recent"}, {"param_bits": 16}], ids=str
+)
+def test_implementations_agree_and_files_keep_the_columns(tmp_path, options):
+    model = tiny_model(head_dim=64)
+    ids = torch.randint(0, 256, (1, 330), generator=torch.Generator().manual_seed(0))
+    caches = []
+    for implementation in ("logquant", "sdpa"):
+        model.set_attn_implementation(implementation)
+        cache = LogQuantCache(model.config, **options)
+        with torch.no_grad():
+            model(ids[:, :300], past_key_values=cache)
+            logits = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(300, 330)]
+        caches.append((cache, torch.cat(logits, 1)))
+    (cache, got), (other, want) = caches
+    assert (got - want).abs().max() < 3e-3 * want.abs().max()
+    for layer, twin in zip(cache.layers, other.layers, strict=True):
+        assert layer.format.has_map == (layer.key_map is not None)
+        assert layer.key_map is None or torch.equal(layer.key_map, twin.key_map)
+    cache.save(tmp_path / "cache", model)
+    loaded = LogQuantCache.load(tmp_path / "cache", model)
+    for layer, twin in zip(cache.layers, loaded.layers, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(layer.dense(), twin.dense(), strict=True))
+
+
+def test_the_default_loses_far_less_than_the_paper():
+    """Attention of the newest queries over what each cache holds, against exact attention."""
+    errors = {}
+    for name, options in {"default": {}, "paper": vars(LogQuantConfig.paper())}.items():
+        layer, q, k, v = layer_and_tokens(**options)
+        exact = torch.nn.functional.scaled_dot_product_attention(q[:, :, -1:], k, v, scale=0.125, enable_gqa=True)
+        attend(layer, q[:, :, :-1], k[:, :, :-1], v[:, :, :-1])
+        out = attend(layer, q[:, :, -1:], k[:, :, -1:], v[:, :, -1:])
+        errors[name] = (out - exact).square().mean().item()
+    assert errors["default"] < 0.5 * errors["paper"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"key_columns": 0}, "key_columns must be a number above 0, up to 4"),
+        ({"key_columns": 4.5}, "key_columns must be a number above 0, up to 4 .* got 4.5"),
+        ({"key_columns": 2, "key_bits": 8}, "key_columns must be a number above 0, up to 1"),
+        ({"key_columns": "1"}, "key_columns must be a number"),
+        ({"param_bits": 12}, "param_bits must be 8 or 16, got 12"),
+        ({"sinks": None}, "sinks must be a whole number"),
+    ],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(ValueError, match=message):
+        LogQuantConfig(**options)
+
+
+def test_the_paper_is_one_option_away():
+    paper = LogQuantConfig.paper()
+    assert paper.page_format(128) == reference.PageFormat(128)
+    assert (paper.sink_tokens, paper.rule) == (0, "log")
+    assert LogQuantConfig.paper(bits=4, rule="recent", sinks=4).page_format(64).bits_per_element == 4.5
+    assert LogQuantConfig().page_format(128).bits_per_element <= 2.5
+
+
+def test_a_layer_of_short_text_feeds_like_any_other():
+    layer, _, k, v = layer_and_tokens()
+    feed(layer, k, v, [1] * 250)
+    assert layer.rows.packed == 64 and layer.format.has_map
