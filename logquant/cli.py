@@ -21,6 +21,7 @@ except ImportError as error:
 import torch
 
 from . import machine
+from .compat import as_argument
 from .config import LogQuantConfig
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def generate(
     output = loaded.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=kv_cache,
+        **as_argument(kv_cache),
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         streamer=streamer,

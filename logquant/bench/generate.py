@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..compat import as_argument
 from ..specs import CacheSpec, cache_nbytes
 from .timing import Timing, clock_of, time_interleaved
 
@@ -65,12 +66,12 @@ def bench_generate(
     caches = {}
     for spec in specs:
         caches[spec.name] = spec.make(model.config)
-        model(prompt, past_key_values=caches[spec.name], logits_to_keep=1)
+        model(prompt, **as_argument(caches[spec.name]), logits_to_keep=1)
         on_progress()
 
     def step_with(name: str) -> Callable[[], Tensor]:
         def step() -> Tensor:
-            logits: Tensor = model(prompt[:, -1:], past_key_values=caches[name], logits_to_keep=1).logits
+            logits: Tensor = model(prompt[:, -1:], **as_argument(caches[name]), logits_to_keep=1).logits
             return logits.argmax(-1)
 
         return step

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from .. import models
 from ..cache import LogQuantLayer
+from ..compat import as_argument
 from ..specs import CacheSpec, cache_nbytes
 
 
@@ -80,13 +81,13 @@ def _prefill(
     model.set_attn_implementation("logquant")
     ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     # Weights that are mapped from a file count as the process's memory only once they have been read.
-    model(ids[:, :8], past_key_values=spec.make(model.config), logits_to_keep=1)
+    model(ids[:, :8], **as_argument(spec.make(model.config)), logits_to_keep=1)
     cache = spec.make(model.config)
     gc.collect()
     libc.malloc_trim(0)  # or the peak would hide in what the warm-up has left
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, starts again from here
     before = _status_bytes("VmRSS")
-    model(ids, past_key_values=cache, logits_to_keep=1)
+    model(ids, **as_argument(cache), logits_to_keep=1)
     peak = _status_bytes("VmHWM")
     return peak - before, cache_nbytes(cache), predicted_nbytes(spec, cache, model.config, tokens, dtype.itemsize)
 
