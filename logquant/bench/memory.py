@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
 
 from .. import models
-from ..cache import LogQuantLayer
 from ..compat import as_argument
+from ..plan import sequence_nbytes
 from ..specs import CacheSpec, cache_nbytes
 
 
@@ -30,7 +29,7 @@ class MemoryResult:
         live_peak_rise: the same where malloc hands freed tensors back to the system at once. glibc usually keeps them,
             and how many depends on how small blocks that stay happen to lie between large ones that do not.
         held: bytes of the cache's tensors afterwards.
-        predicted: what the formula says they are (:meth:`logquant.LogQuantConfig.head_nbytes`).
+        predicted: what the formula says they are (:func:`logquant.plan.sequence_nbytes`).
     """
 
     cache: str
@@ -41,17 +40,6 @@ class MemoryResult:
 
     def as_dict(self) -> dict[str, Any]:
         return {**vars(self), "held_as_predicted": self.held == self.predicted}
-
-
-def predicted_nbytes(spec: CacheSpec, cache: Cache, config: Any, tokens: int, itemsize: int) -> int:
-    """Bytes of ``cache`` after a prompt of ``tokens``, from the model's configuration and the format alone."""
-    text = config.get_text_config(decoder=True)
-    head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kv_heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    if spec.quantization is None:
-        return len(cache.layers) * kv_heads * tokens * 2 * head_dim * itemsize
-    ours = sum(isinstance(layer, LogQuantLayer) for layer in cache.layers)
-    return ours * kv_heads * spec.quantization.head_nbytes(tokens, head_dim, itemsize=itemsize)
 
 
 def _status_bytes(field: str) -> int:
@@ -89,7 +77,7 @@ def _prefill(
     before = _status_bytes("VmRSS")
     model(ids, **as_argument(cache), logits_to_keep=1)
     peak = _status_bytes("VmHWM")
-    return peak - before, cache_nbytes(cache), predicted_nbytes(spec, cache, model.config, tokens, dtype.itemsize)
+    return peak - before, cache_nbytes(cache), sequence_nbytes(spec, model.config, tokens, dtype.itemsize)
 
 
 def bench_memory(spec: CacheSpec, model_id: str | None, dtype: torch.dtype, tokens: int) -> MemoryResult:
