@@ -1,8 +1,10 @@
-"""The command line: ``logquant generate``, ``plan``, ``eval``, ``bench attend|generate|memory`` and ``info``."""
+"""The command line: ``logquant generate``, ``plan``, ``eval``, ``bench ...``, ``report`` and ``info``."""
 
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,12 +89,13 @@ def load_model(model: str | None, dtype: Dtype) -> tuple[Any, Any]:
         return models.load(model, dtype=dtype.torch)
 
 
-def write_json(file: Path | None, arguments: dict[str, Any], **result: Any) -> None:
-    """Write a result with what produced it: the arguments and the machine."""
+def write_json(file: Path | None, kind: str, arguments: dict[str, Any], **result: Any) -> None:
+    """Write a result with what produced it: the command, its arguments and the machine."""
     if file is None:
         return
     with errors_of("--json"):
-        content = {"arguments": arguments, "machine": machine.describe(), **result}
+        command = shlex.join(["logquant", *sys.argv[1:]])
+        content = {"kind": kind, "command": command, "arguments": arguments, "machine": machine.describe(), **result}
         file.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
 
@@ -178,7 +181,7 @@ def generate(
         "full_precision_bytes": getattr(kv_cache, "full_precision_nbytes", cache_nbytes(kv_cache)),
     }
     typer.echo(_summary(result), err=True)
-    write_json(json_file, arguments, **result)
+    write_json(json_file, "text", arguments, **result)
 
 
 def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
@@ -251,7 +254,7 @@ def info(json_file: Json = None) -> None:
     error = facts["extension_error"]
     table.add_row("compiled operators", "in use" if error is None else f"[bold red]off[/]: {error}")
     Console().print(table)
-    write_json(json_file, {})
+    write_json(json_file, "info", {})
 
 
 # ------------------------------------------------------------------------------------------------------------- plan
@@ -289,7 +292,7 @@ def plan_command(
     for each in plans:
         table.add_row(each.cache, megabytes(each.nbytes), f"{each.batch:,}", f"{each.longest:,}")
     Console().print(table)
-    write_json(json_file, arguments, results=[each.as_dict() for each in plans])
+    write_json(json_file, "plan", arguments, results=[each.as_dict() for each in plans])
 
 
 # ------------------------------------------------------------------------------------------------------------- eval
@@ -344,7 +347,7 @@ def evaluate(
             megabytes(row["bytes"]),
         )
     Console().print(table)
-    write_json(json_file, arguments, results=rows)
+    write_json(json_file, "eval", arguments, results=rows)
 
 
 # ------------------------------------------------------------------------------------------------------------ bench
@@ -385,7 +388,9 @@ def attend(
         ]
     for result in results:
         Console().print(_attend_table(result, bandwidth))
-    write_json(json_file, arguments, read_bandwidth=bandwidth, results=[result.as_dict() for result in results])
+    write_json(
+        json_file, "attend", arguments, read_bandwidth=bandwidth, results=[result.as_dict() for result in results]
+    )
 
 
 def _attend_table(result: AttendResult, bandwidth: float) -> Table:
@@ -472,7 +477,7 @@ def bench_generate_command(
             megabytes(result.held),
         )
     Console().print(table)
-    write_json(json_file, arguments, results=[result.as_dict() for result in results])
+    write_json(json_file, "generate", arguments, results=[result.as_dict() for result in results])
 
 
 @bench.command()
@@ -505,4 +510,23 @@ def memory(
         peaks = megabytes(result.peak_rise), megabytes(result.live_peak_rise)
         table.add_row(result.cache, *peaks, megabytes(result.held), verdict)
     Console().print(table)
-    write_json(json_file, arguments, results=[result.as_dict() for result in results])
+    write_json(json_file, "memory", arguments, results=[result.as_dict() for result in results])
+
+
+# ----------------------------------------------------------------------------------------------------------- report
+@app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(help="What --json of eval, plan or bench has written.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page with the tables and plots of results."""
+    try:
+        from .report import render
+    except ImportError as error:
+        raise SystemExit(f"reports need more packages ({error}): pip install 'logquant[report]'") from error
+
+    with errors_of("results"):
+        page = render(results)
+    with errors_of("--output"):
+        output.write_text(page, encoding="utf-8")
+    typer.echo(f"{output}: {len(results)} results, {len(page) / 1e3:.0f} kB")
