@@ -303,7 +303,7 @@ class Prefill {
     }
 #pragma unroll
     for (int step = 1; step <= 4; step *= 2) {
-      if (8 * step >= block) break;
+      if (8 * step >= block) continue;
 #pragma unroll
       for (int j = 0; j < kChannelTiles; ++j) {
         if ((j & step) != 0 || j + step >= kChannelTiles) continue;  // past the value's last block, all is 0
