@@ -29,26 +29,33 @@ class MemoryResult:
         live_peak_rise: the same where malloc hands freed tensors back to the system at once. glibc usually keeps them,
             and how many depends on how small blocks that stay happen to lie between large ones that do not.
         held: bytes of the cache's tensors afterwards.
-        predicted: what the formula says they are (:meth:`logquant.LogQuantConfig.head_nbytes`).
+        predicted: what the formula says they are (:meth:`logquant.LogQuantConfig.head_nbytes`); None for caches that
+            have none.
     """
 
     cache: str
     peak_rise: int
     live_peak_rise: int
     held: int
-    predicted: int
+    predicted: int | None
 
     def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "held_as_predicted": self.held == self.predicted}
+        as_predicted = None if self.predicted is None else self.held == self.predicted
+        return {**vars(self), "held_as_predicted": as_predicted}
 
 
-def predicted_nbytes(spec: CacheSpec, cache: Cache, config: Any, tokens: int, itemsize: int) -> int:
-    """Bytes of ``cache`` after a prompt of ``tokens``, from the model's configuration and the format alone."""
+def predicted_nbytes(spec: CacheSpec, cache: Cache, config: Any, tokens: int, itemsize: int) -> int | None:
+    """Bytes of ``cache`` after a prompt of ``tokens``, from the model's configuration and the format alone.
+
+    None for caches that are neither LogQuant's nor full.
+    """
     text = config.get_text_config(decoder=True)
     head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kv_heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    if spec.quantization is None:
+    if spec.settings is None:
         return len(cache.layers) * kv_heads * tokens * 2 * head_dim * itemsize
+    if spec.quantization is None:
+        return None
     ours = sum(isinstance(layer, LogQuantLayer) for layer in cache.layers)
     return ours * kv_heads * spec.quantization.head_nbytes(tokens, head_dim, itemsize=itemsize)
 
@@ -70,7 +77,7 @@ def _libc() -> ctypes.CDLL:
 @torch.inference_mode()
 def _prefill(
     spec: CacheSpec, model_id: str | None, dtype: torch.dtype, tokens: int, return_freed: bool
-) -> tuple[int, int, int]:
+) -> tuple[int, int, int | None]:
     """Runs in a process of its own. Returns its peak rise, bytes held and bytes predicted."""
     libc = _libc()
     if return_freed:

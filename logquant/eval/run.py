@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..specs import CacheSpec, cache_nbytes, packed_bits_per_element
+from ..specs import CacheSpec, cache_nbytes, packed_bits_per_element, token_nbytes
 from .stats import bootstrap_interval
 
 
@@ -26,6 +26,8 @@ class CacheScores:
         top1: by text, how often the likeliest token is the full cache's.
         bits_per_element: of a quantised element, codes and parameters; None where nothing was quantised.
         nbytes: bytes that the cache of one text holds at the end.
+        token_nbytes: bytes that each further token takes (:func:`logquant.specs.token_nbytes`); None where nothing was
+            quantised that is to be.
     """
 
     cache: str
@@ -34,6 +36,7 @@ class CacheScores:
     top1: list[float] = field(default_factory=list)
     bits_per_element: float | None = None
     nbytes: int = 0
+    token_nbytes: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Means over texts, 95 % bootstrap intervals over texts where there are several, and the scores of each."""
@@ -47,6 +50,7 @@ class CacheScores:
             "ppl_interval": nll and [math.exp(bound) for bound in nll],
             "top1_interval": bootstrap_interval(self.top1),
             "bits_per_element": self.bits_per_element,
+            "bytes_per_token": self.token_nbytes,
             "bytes": self.nbytes,
             "texts": [
                 {"kl": kl, "ppl": math.exp(nll), "top1": top1}
@@ -133,6 +137,7 @@ def _evaluate_batch(
         result.top1 += top1
         result.bits_per_element = packed_bits_per_element(caches[spec])
         result.nbytes = cache_nbytes(caches[spec]) // texts
+        result.token_nbytes = token_nbytes(caches[spec], texts)
 
 
 def _log_probabilities(model: Any, inputs: Tensor, cache: Cache) -> Tensor:
