@@ -164,12 +164,12 @@ class LogQuantLayer(CacheLayerMixin):
         self._sharers: weakref.WeakSet[LogQuantLayer] = weakref.WeakSet([self])
 
     def _pages_to_write(self, pages: int) -> Tensor:
-        """The page store if it has room for ``pages`` and is nobody else's, or a copy that is: an eighth larger."""
+        """The page store if it has room for ``pages`` and is nobody else's, or a larger copy that is."""
         if pages <= self.pages.shape[2] and len(self._sharers) == 1:
             return self.pages
         used = self._rows.packed // self.format.page_tokens
         batch, heads, _, words = self.pages.shape
-        store = self.pages.new_empty(batch, heads, pages + pages // 8, words)
+        store = self.pages.new_empty(batch, heads, self.config.store_pages(pages), words)
         store[:, :, :used] = self.pages[:, :, :used]
         return store
 

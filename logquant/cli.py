@@ -1,4 +1,4 @@
-"""The command line: ``logquant generate``, ``eval``, ``bench attend|generate|memory`` and ``info``."""
+"""The command line: ``logquant generate``, ``plan``, ``eval``, ``bench attend|generate|memory`` and ``info``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ except ImportError as error:
 import torch
 
 from . import machine
+from .compat import as_argument
 from .config import LogQuantConfig
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ Model = Annotated[
     str | None, typer.Option("--model", help="Directory or hub id; by default the packaged SmolLM2-135M-Instruct.")
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+GIB = 1 << 30
 CACHE_HELP = (
     "logquant, paper, recent, full, or another method: kivi, oscar, turboquant, quanto, hqq, streaming, h2o; settings "
     "follow a colon, as in logquant:bits=4,window=128."
@@ -158,7 +160,7 @@ def generate(
     output = loaded.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=kv_cache,
+        **as_argument(kv_cache),
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         streamer=streamer,
@@ -253,6 +255,44 @@ def info(json_file: Json = None) -> None:
     table.add_row("compiled operators", "in use" if error is None else f"[bold red]off[/]: {error}")
     Console().print(table)
     write_json(json_file, {})
+
+
+# ------------------------------------------------------------------------------------------------------------- plan
+@app.command(name="plan")
+def plan_command(
+    memory: Annotated[float, typer.Option(min=0.0, help="GiB for keys and values.")] = 1.0,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a sequence, prompt and generated.")] = 4000,
+    caches: Annotated[str, typer.Option(help=f"Separated by commas: {CACHE_HELP}")] = "full,logquant",
+    model: Model = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of exact tokens.")] = Dtype.bfloat16,
+    json_file: Json = None,
+) -> None:
+    """Say how many sequences fit into memory, and how long a one, from a model's configuration alone."""
+    arguments = dict(locals())
+    from . import models
+    from .plan import plan
+    from .specs import parse_caches
+
+    with errors_of("--caches"):
+        specs = parse_caches(caches)
+    with errors_of("--model"):
+        config = models.load_config(model)
+    budget = int(memory * GIB)
+    with errors_of("arguments"):
+        plans = [plan(spec, config, budget=budget, tokens=context, itemsize=dtype.torch.itemsize) for spec in specs]
+    table = Table(
+        "cache",
+        "a sequence",
+        "sequences",
+        "longest, tokens",
+        title=f"{context:,} tokens of {config.model_type} in {memory:g} GiB",
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for each in plans:
+        table.add_row(each.cache, megabytes(each.nbytes), f"{each.batch:,}", f"{each.longest:,}")
+    Console().print(table)
+    write_json(json_file, arguments, results=[each.as_dict() for each in plans])
 
 
 # ------------------------------------------------------------------------------------------------------------- eval
@@ -382,28 +422,47 @@ def bench_generate_command(
     batch: Annotated[str, typer.Option(help="Sequences decoded at once; several numbers separated by commas.")] = "1,8",
     steps: Annotated[int, typer.Option(min=3, help="Timed steps of each cache.")] = 40,
     caches: Annotated[str, typer.Option(help=f"Separated by commas: {CACHE_HELP}")] = "full,logquant,recent",
+    memory_budget: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help="GiB for keys and values: each cache decodes as many sequences as fit, not --batch."
+        ),
+    ] = None,
     model: Model = None,
     dtype: Annotated[Dtype, typer.Option()] = Dtype.bfloat16,
     json_file: Json = None,
 ) -> None:
     """Decode with each cache in turn, a step at a time: tokens per second and bytes held."""
     arguments = dict(locals())
-    from .bench.generate import bench_generate
+    from .bench.generate import bench_budget, bench_generate
+    from .bench.timing import WARMUP
     from .specs import parse_caches
 
     batches = number_list("--batch", batch)
     with errors_of("--caches"):
         specs = parse_caches(caches)
+    if memory_budget is not None and context <= steps + WARMUP:
+        raise typer.BadParameter(f"needed: more tokens than are decoded, {steps + WARMUP}", param_hint="--context")
     loaded, _ = load_model(model, dtype)
     loaded.set_attn_implementation("logquant")
     results = []
+    runs = len(batches) if memory_budget is None else 1
     with progress() as bar:
-        task = bar.add_task("prefills and steps", total=len(batches) * (len(specs) + steps + 2))
-        for size in batches:
-            results += bench_generate(
-                loaded, specs, context=context, batch=size, steps=steps, on_progress=lambda: bar.advance(task)
-            )
-    table = Table("batch", "cache", "tokens/s", "step, ms", "quartiles", "held", title=f"after {context:,} tokens")
+        task = bar.add_task("prefills and steps", total=runs * (len(specs) + steps + WARMUP))
+
+        def advance() -> None:
+            bar.advance(task)
+
+        if memory_budget is None:
+            for size in batches:
+                results += bench_generate(loaded, specs, context=context, batch=size, steps=steps, on_progress=advance)
+        else:
+            with errors_of("--memory-budget"):
+                results = bench_budget(
+                    loaded, specs, context=context, budget=int(memory_budget * GIB), steps=steps, on_progress=advance
+                )
+    title = f"{'after' if memory_budget is None else 'up to'} {context:,} tokens"
+    table = Table("batch", "cache", "tokens/s", "step, ms", "quartiles", "held", title=title)
     for column in table.columns:
         column.justify = "right"
     for result in results:

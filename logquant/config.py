@@ -139,16 +139,31 @@ class LogQuantConfig:
             value_param_bits=self.param_bits,
         )
 
-    def head_nbytes(self, tokens: int, head_dim: int, value_dim: int | None = None, itemsize: int = 2) -> int:
+    @staticmethod
+    def store_pages(pages: int) -> int:
+        """Pages that a store is given when it grows to hold ``pages``.
+
+        Attention reads the whole store at every token, and the store is copied once in at least W tokens: growing it by
+        little costs little time, and every page to spare costs memory.
+        """
+        return pages + max(1, pages // 32)
+
+    def head_nbytes(
+        self, tokens: int, head_dim: int, value_dim: int | None = None, itemsize: int = 2, *, decoding: bool = False
+    ) -> int:
         """Bytes of one KV head of one sequence after a prompt of ``tokens`` tokens: its pages and its window.
 
         Args:
             tokens: tokens seen.
             head_dim, value_dim: channels of a key and of a value.
             itemsize: bytes of an exact element.
+            decoding: the last tokens were decoded, not part of a prompt: the most that the cache may hold then, for a
+                store that grows gets pages to spare.
         """
         fmt = self.page_format(head_dim, value_dim)
         packed = self.packed_tokens(tokens)
+        pages = packed // fmt.page_tokens
         window = self.window_slots(tokens if packed == 0 else self.window_capacity)
         key_map = 2 * fmt.key_columns if fmt.has_map else 0
-        return key_map + packed // fmt.page_tokens * fmt.nbytes + window * (fmt.head_dim + fmt.value_dim) * itemsize
+        stored = self.store_pages(pages) if decoding and pages else pages
+        return key_map + stored * fmt.nbytes + window * (fmt.head_dim + fmt.value_dim) * itemsize

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, PreTrainedModel
 
 from .cache import LogQuantCache
+from .compat import CACHE, from_arguments
 from .config import LogQuantConfig
 
 _ATTRIBUTE = "_logquant_enabled"
@@ -19,7 +20,7 @@ def enable(model: PreTrainedModel, quantization: LogQuantConfig | None = None, *
 
     Sets the attention implementation ``"logquant"``, too, if the model can take it, and tells LogQuant caches which
     columns are padding whenever the model is called, so that every attention implementation keeps rows apart. A cache
-    given as ``past_key_values``, or another ``cache_implementation``, is used as always. Calling it again changes the
+    given to ``generate``, or another ``cache_implementation``, is used as always. Calling it again changes the
     settings; :func:`disable` undoes it.
 
     Args:
@@ -41,7 +42,7 @@ def enable(model: PreTrainedModel, quantization: LogQuantConfig | None = None, *
 
     def prepare_cache(generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any) -> Any:
         makes_dynamic_cache = (
-            model_kwargs.get("past_key_values") is None
+            model_kwargs.get(CACHE) is None
             and generation_config.use_cache is not False
             and generation_config.cache_implementation in (None, "dynamic")
             and methods._supports_default_dynamic_cache()
@@ -53,7 +54,7 @@ def enable(model: PreTrainedModel, quantization: LogQuantConfig | None = None, *
             cache = EncoderDecoderCache(cache, DynamicCache(config=model.config.get_text_config(decoder=True)))
         if generation_config.is_assistant:
             cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[CACHE] = cache
         return None
 
     hook = model.register_forward_pre_hook(_tell_padding, with_kwargs=True)
@@ -77,7 +78,7 @@ def disable(model: PreTrainedModel) -> None:
 
 
 def _tell_padding(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache, name = kwargs.get("past_key_values"), "attention_mask"
+    cache, name = from_arguments(kwargs), "attention_mask"
     if isinstance(cache, EncoderDecoderCache):
         cache, name = cache.self_attention_cache, "decoder_attention_mask"
     mask = kwargs.get(name)

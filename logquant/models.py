@@ -73,6 +73,20 @@ def _convert_gguf(source: Path, target: Path) -> None:
         complete.rename(target)
 
 
+def load_config(model: str | None = None) -> Any:
+    """The configuration of a model alone, without its weights.
+
+    Args:
+        model: a directory or a hub id; the default is :func:`default_model`.
+
+    Raises:
+        OSError: no such directory, or no such model on the hub, or no network.
+    """
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model or default_model())
+
+
 def load(model: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 

@@ -53,6 +53,11 @@ class CacheSpec:
         """The settings of a LogQuant cache, None for others."""
         return self.settings if isinstance(self.settings, LogQuantConfig) else None
 
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is neither a LogQuant cache nor the full one."""
+        return self.settings is not None and self.quantization is None
+
     def make(self, config: PreTrainedConfig) -> Cache:
         """An empty cache for a model with this configuration.
 

@@ -15,6 +15,7 @@ from logquant.baselines.minmax import MinMax
 from logquant.baselines.oscar import rotation_for
 from logquant.baselines.streaming import rope_frequencies
 from logquant.baselines.turboquant import codebook, rotation
+from logquant.compat import as_argument
 from logquant.eval import evaluate
 from logquant.specs import cache_nbytes, packed_bits_per_element, parse_cache, token_nbytes
 from logquant.window import split_positions
@@ -248,25 +249,16 @@ def test_streaming_predicts_as_if_only_the_kept_tokens_had_come(changes):
     ids = torch.randint(256, (2, 90), generator=torch.Generator().manual_seed(3))
     cache = Streaming(sinks=4, recent=30).make(model.config)
     with torch.inference_mode():
-        model(ids[:, :60], **as_cache(cache))
+        model(ids[:, :60], **as_argument(cache))
         for step in range(60, 90):
-            logits = model(ids[:, step : step + 1], **as_cache(cache)).logits[:, -1]
+            logits = model(ids[:, step : step + 1], **as_argument(cache)).logits[:, -1]
             kept = torch.cat([ids[:, :4], ids[:, step - 30 : step + 1]], 1)
             torch.testing.assert_close(logits, model(kept).logits[:, -1], atol=2e-4, rtol=1e-4)
         # Without moving the sinks it would not be so.
         cache.layers[0].frequencies = None
-        wrong = model(ids[:, -1:], **as_cache(cache)).logits[:, -1]
+        wrong = model(ids[:, -1:], **as_argument(cache)).logits[:, -1]
         kept = torch.cat([ids[:, :4], ids[:, -30:], ids[:, -1:]], 1)
         assert not torch.allclose(wrong, model(kept).logits[:, -1], atol=1e-2)
-
-
-def as_cache(cache):
-    import inspect
-
-    from transformers import LlamaForCausalLM
-
-    name = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
-    return {name: cache}
 
 
 def test_streaming_refuses_rope_that_it_does_not_know():
@@ -365,14 +357,14 @@ def test_prompts_are_exact_and_a_short_text_stays_so(name, attention):
     cache = parse_cache(name).make(model.config)
     assert cache_nbytes(cache) == 0 and packed_bits_per_element(cache) is None
     with torch.inference_mode():
-        torch.testing.assert_close(model(ids, **as_cache(cache)).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(ids, **as_argument(cache)).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
         assert cache.get_seq_length() == 300
-        after_a_prompt = model(ids[:, :1], **as_cache(cache)).logits
+        after_a_prompt = model(ids[:, :1], **as_argument(cache)).logits
         cache.reset()
-        torch.testing.assert_close(model(ids, **as_cache(cache)).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(model(ids[:, :1], **as_cache(cache)).logits, after_a_prompt, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(ids, **as_argument(cache)).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(ids[:, :1], **as_argument(cache)).logits, after_a_prompt, atol=1e-4, rtol=1e-4)
         fresh = parse_cache(name).make(model.config)
-        out = model.generate(ids[:, :20], max_new_tokens=40, do_sample=False, **as_cache(fresh))
+        out = model.generate(ids[:, :20], max_new_tokens=40, do_sample=False, **as_argument(fresh))
         if name != "hqq":  # quantises a prompt of any length
             assert torch.equal(out, model.generate(ids[:, :20], max_new_tokens=40, do_sample=False))
 
@@ -417,7 +409,7 @@ def test_rollback_and_beams_are_refused(name):
     ids = torch.randint(256, (1, 20), generator=torch.Generator().manual_seed(7))
     cache = parse_cache(name).make(model.config)
     with pytest.raises(NotImplementedError, match="not beam search"):
-        model.generate(ids, max_new_tokens=3, num_beams=2, do_sample=False, **as_cache(cache))
+        model.generate(ids, max_new_tokens=3, num_beams=2, do_sample=False, **as_argument(cache))
     with pytest.raises(NotImplementedError, match="baseline caches do greedy decoding and sampling"):
         cache.crop(-1)
 
@@ -430,7 +422,9 @@ def test_caches_that_forget_refuse_padding(name):
     mask[1, :5] = 0
     with pytest.raises(ValueError, match="takes no padding"):
         model(
-            torch.ones(2, 20, dtype=torch.long), attention_mask=mask, **as_cache(parse_cache(name).make(model.config))
+            torch.ones(2, 20, dtype=torch.long),
+            attention_mask=mask,
+            **as_argument(parse_cache(name).make(model.config)),
         )
 
 
@@ -440,9 +434,9 @@ def test_attention_that_does_not_tell_is_refused(name):
     model.set_attn_implementation("eager")
     cache = parse_cache(name).make(model.config)
     ids = torch.ones(1, 20, dtype=torch.long)
-    torch.testing.assert_close(model(ids, **as_cache(cache)).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model(ids, **as_argument(cache)).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
     with pytest.raises(RuntimeError, match="attention implementation must be 'logquant' or 'sdpa'"):
-        model(ids, **as_cache(cache))
+        model(ids, **as_argument(cache))
 
 
 @pytest.mark.parametrize(

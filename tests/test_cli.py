@@ -227,6 +227,18 @@ def test_bench_generate_times_every_cache(model, json_file):
     assert "tokens/s" in output and "logquant:window=32" in output
 
 
+def test_bench_generate_fills_a_budget(model, json_file):
+    args = ("--model", model, "--context", 700, "--memory-budget", 0.004, "--steps", 3, "--caches", "full,logquant")
+    succeed("bench", "generate", *args, "--json", json_file)
+    full, packed = json.loads(json_file.read_text())["results"]
+    assert full["batch"] == 0.004 * 2**30 // (4 * 700 * 2 * 32 * 2) < packed["batch"]
+    for row in (full, packed):
+        assert row["predicted"] * 0.9 < row["held"] <= row["predicted"] <= 0.004 * 2**30
+    assert full["held"] == full["predicted"]
+    refused = run("bench", "generate", *args[:4], "--memory-budget", 0.0001, "--steps", 3)
+    assert refused.exit_code == 2 and "budget must be at least" in refused.output
+
+
 def test_info_names_the_gpu_or_says_why_there_is_none(json_file, monkeypatch):
     output = succeed("info", "--json", json_file).output
     facts = json.loads(json_file.read_text())["machine"]

@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from logquant import LogQuantCache
+from logquant.compat import as_argument
 from tests.test_cache import tiny_config as family_config
 from tests.test_padding import pad_mask
 from tests.tiny import tiny_model
@@ -35,7 +36,7 @@ def decode(forward, cache, ids: Tensor, start: int, mask: Tensor | None = None) 
     for t in range(start, ids.shape[1]):
         seen = None if mask is None else mask[:, : t + 1]
         with torch.no_grad():
-            out.append(forward(ids[:, t : t + 1], attention_mask=seen, past_key_values=cache).logits)
+            out.append(forward(ids[:, t : t + 1], attention_mask=seen, **as_argument(cache)).logits)
         graphs.append(counters["stats"]["unique_graphs"])
     return torch.cat(out, 1), graphs
 
@@ -59,7 +60,7 @@ def test_decoding_is_one_graph_that_the_growing_context_does_not_change(ids, fam
     mask = torch.cat([pad_mask([300, 250], "left"), torch.ones(2, 200, dtype=torch.long)], 1) if padded else None
     cache = LogQuantCache(model.config)
     with torch.no_grad():
-        model(ids[:, :300], attention_mask=None if mask is None else mask[:, :300], past_key_values=cache)
+        model(ids[:, :300], attention_mask=None if mask is None else mask[:, :300], **as_argument(cache))
     twin, third = copy.deepcopy(cache), copy.deepcopy(cache)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     got, graphs = decode(compiled, cache, ids[:, :420], 300, mask)
@@ -77,11 +78,9 @@ def test_decoding_is_one_graph_that_the_growing_context_does_not_change(ids, fam
 def test_a_compiled_prompt_is_computed_outside_of_the_graph(ids):
     model = tiny_model()
     model.set_attn_implementation("logquant")
-    want = model.generate(
-        ids[:1, :250], past_key_values=LogQuantCache(model.config), max_new_tokens=40, do_sample=False
-    )
+    want = model.generate(ids[:1, :250], **as_argument(LogQuantCache(model.config)), max_new_tokens=40, do_sample=False)
     model.forward = torch.compile(model.forward, backend="aot_eager")
-    got = model.generate(ids[:1, :250], past_key_values=LogQuantCache(model.config), max_new_tokens=40, do_sample=False)
+    got = model.generate(ids[:1, :250], **as_argument(LogQuantCache(model.config)), max_new_tokens=40, do_sample=False)
     assert torch.equal(got, want)
 
 
@@ -92,8 +91,8 @@ def test_a_compiled_model_serves_other_caches_too(ids):
     for make in (lambda: DynamicCache(config=model.config), lambda: LogQuantCache(model.config)):
         first, second = make(), make()
         with torch.no_grad():
-            model(ids[:, :100], past_key_values=first)
-            model(ids[:, :100], past_key_values=second)
+            model(ids[:, :100], **as_argument(first))
+            model(ids[:, :100], **as_argument(second))
         got, _ = decode(compiled, first, ids[:, :110], 100)
         want, _ = decode(model, second, ids[:, :110], 100)
         assert (got - want).abs().max() < 1e-4 * want.abs().max()

@@ -30,6 +30,7 @@ import logquant
 from logquant import LogQuantCache
 from logquant.attention import KVHandle
 from logquant.cache import LogQuantLayer
+from logquant.compat import as_argument
 from tests.test_cache import logits_of, tiny_config
 
 
@@ -59,8 +60,8 @@ def test_falcon_whose_one_key_head_sdpa_broadcasts(ids):
         cache = LogQuantCache(config, window=32)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("error" if m is model else "ignore", RuntimeWarning)
-            out = [m(ids[:, :200], past_key_values=cache).logits]
-            out += [m(ids[:, i : i + 1], past_key_values=cache).logits for i in range(200, 240)]
+            out = [m(ids[:, :200], **as_argument(cache)).logits]
+            out += [m(ids[:, i : i + 1], **as_argument(cache)).logits for i in range(200, 240)]
         outputs.append(torch.cat(out, 1))
     assert cache.layers[0].rows.packed > 0 and cache.layers[0].pages.shape[1] == 1
     assert (outputs[0] - outputs[1]).abs().max() < 3e-3 * outputs[1].abs().max()
@@ -108,7 +109,7 @@ def test_encoder_decoders_keep_their_own_tokens_in_it(make, ids):
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             for part in (slice(0, 150), *(slice(i, i + 1) for i in range(150, 200))):
-                out.append(model(**inputs, decoder_input_ids=ids[:, part], past_key_values=cache).logits)
+                out.append(model(**inputs, decoder_input_ids=ids[:, part], **as_argument(cache)).logits)
         results.append(torch.cat(out, 1))
         cache.crop(-10)
         cache.reorder_cache(torch.tensor([1, 0]))
@@ -159,8 +160,8 @@ def test_a_vision_language_model_answers_from_its_image_in_the_cache():
     for cache in (LogQuantCache(config, bits=8), DynamicCache(config=config)):
         out = []
         with torch.no_grad():
-            out.append(model(input_ids=prompt, pixel_values=image, past_key_values=cache).logits)
-            out += [model(input_ids=words[:, i : i + 1], past_key_values=cache).logits for i in range(20)]
+            out.append(model(input_ids=prompt, pixel_values=image, **as_argument(cache)).logits)
+            out += [model(input_ids=words[:, i : i + 1], **as_argument(cache)).logits for i in range(20)]
         results.append(torch.cat(out, 1))
     assert close(*results)
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from logquant import LogQuantCache, ops
 from logquant.cache import LogQuantLayer
+from logquant.compat import as_argument
 from tests.test_cache import make_layer, random_tokens
 from tests.test_padding import causal_mask, pad_mask, row_contents
 from tests.tiny import tiny_model
@@ -144,13 +145,13 @@ def test_rewind_after_an_error_within_a_forward_pass(failing_layer, new, first):
     ids = torch.randint(0, 256, (1, 600), generator=torch.Generator().manual_seed(0))
     cache = LogQuantCache(model.config)
     with torch.no_grad():
-        model(ids[:, :first], past_key_values=cache)
+        model(ids[:, :first], **as_argument(cache))
         want = copy.deepcopy(cache)
         hook = model.model.layers[failing_layer].self_attn.o_proj.register_forward_hook(
             lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("injected"))
         )
         with pytest.raises(torch.OutOfMemoryError):
-            model(ids[:, first : first + new], past_key_values=cache)
+            model(ids[:, first : first + new], **as_argument(cache))
         hook.remove()
         if failing_layer < 2:
             with pytest.raises(ValueError, match=r"the layers of the cache hold .* tokens.*rewind\(\) the cache"):
@@ -163,7 +164,7 @@ def test_rewind_after_an_error_within_a_forward_pass(failing_layer, new, first):
                 assert cache.rewind() == first
             cache.check_layers_agree()
             assert [layer.get_seq_length() for layer in cache.layers] == [first] * 3
-            model(ids[:, first : first + new], past_key_values=cache)
+            model(ids[:, first : first + new], **as_argument(cache))
         assert cache.get_seq_length() == first + new
 
 
@@ -174,5 +175,5 @@ def test_rewind_of_an_unfinished_prompt_empties_the_cache():
     cache.update(k, v, 0)
     assert cache.rewind() == 0 and cache.get_seq_length() == 0
     with torch.no_grad():
-        model(torch.zeros(1, 300, dtype=torch.long), past_key_values=cache)
+        model(torch.zeros(1, 300, dtype=torch.long), **as_argument(cache))
     assert cache.get_seq_length() == 300

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from logquant import LogQuantCache, LogQuantConfig, columns, reference
 from logquant.cache import LogQuantLayer
+from logquant.compat import as_argument
 from logquant.window import split_positions
 from tests.test_cache import feed, random_tokens
 from tests.test_padding import causal_mask, pad_mask, row_contents
@@ -114,8 +115,8 @@ def test_implementations_agree_and_files_keep_the_columns(tmp_path, options):
         model.set_attn_implementation(implementation)
         cache = LogQuantCache(model.config, **options)
         with torch.no_grad():
-            model(ids[:, :300], past_key_values=cache)
-            logits = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(300, 330)]
+            model(ids[:, :300], **as_argument(cache))
+            logits = [model(ids[:, t : t + 1], **as_argument(cache)).logits for t in range(300, 330)]
         caches.append((cache, torch.cat(logits, 1)))
     (cache, got), (other, want) = caches
     assert (got - want).abs().max() < 3e-3 * want.abs().max()

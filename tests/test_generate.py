@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import logquant
 from logquant import LogQuantCache
+from logquant.compat import CACHE, as_argument
 from tests.test_padding import pad_mask
 from tests.tiny import tiny_config, tiny_model
 
@@ -68,7 +69,7 @@ def ids():
 def run(model, ids: Tensor, cache, **options):
     torch.manual_seed(0)
     defaults = {"max_new_tokens": 60, "do_sample": False, "attention_mask": torch.ones_like(ids), "eos_token_id": None}
-    return model.generate(ids, past_key_values=cache, **defaults | options)
+    return model.generate(ids, **as_argument(cache), **defaults | options)
 
 
 def both(case: Case, ids: Tensor | None = None, **options) -> tuple[Tensor, Tensor]:
@@ -155,7 +156,7 @@ def test_one_prefix_many_continuations(case):
     results = []
     for cache in case.caches():
         with torch.no_grad():
-            case.model(case.ids[:1, :250], past_key_values=cache)
+            case.model(case.ids[:1, :250], **as_argument(cache))
         questions = [torch.cat([case.ids[:1, :250], row[None, 250:]], 1) for row in case.ids]
         results.append([run(case.model, q, copy.deepcopy(cache), max_new_tokens=case.count) for q in questions])
         assert cache.get_seq_length() == 250
@@ -165,7 +166,7 @@ def test_one_prefix_many_continuations(case):
 def test_input_embeddings(case):
     embeddings = case.model.get_input_embeddings()(case.ids)
     results = [
-        case.model.generate(inputs_embeds=embeddings, past_key_values=cache, max_new_tokens=case.count, do_sample=False)
+        case.model.generate(inputs_embeds=embeddings, **as_argument(cache), max_new_tokens=case.count, do_sample=False)
         for cache in case.caches()
     ]
     assert torch.equal(*results)
@@ -192,7 +193,7 @@ def test_scores_and_the_cache_are_returned(case):
         run(case.model, case.ids, cache, return_dict_in_generate=True, output_scores=True, max_new_tokens=20)
         for cache in case.caches()
     ]
-    assert isinstance(results[0].past_key_values, LogQuantCache)
+    assert isinstance(getattr(results[0], CACHE), LogQuantCache)
     for a, b in zip(results[0].scores, results[1].scores, strict=True):
         assert (a - b).abs().mean() < 5e-3 * b.abs().mean()
 
@@ -211,17 +212,17 @@ def test_enabled_models_make_it_by_themselves(ids):
     logquant.enable(model, bits=4)
     for options in ({}, {"cache_implementation": "dynamic"}):
         out = run(model, ids, None, return_dict_in_generate=True, **options)
-        assert isinstance(out.past_key_values, LogQuantCache) and out.past_key_values.quantization.bits == 4
+        assert isinstance(getattr(out, CACHE), LogQuantCache) and getattr(out, CACHE).quantization.bits == 4
         assert torch.equal(out.sequences, want)
     assert model.config._attn_implementation == "logquant"
     logquant.enable(model, bits=8)
-    assert run(model, ids, None, return_dict_in_generate=True).past_key_values.quantization.bits == 8
+    assert getattr(run(model, ids, None, return_dict_in_generate=True), CACHE).quantization.bits == 8
     full = DynamicCache(config=model.config)
-    assert run(model, ids, full, return_dict_in_generate=True).past_key_values is full
-    assert not run(model, ids, None, return_dict_in_generate=True, use_cache=False).past_key_values
+    assert getattr(run(model, ids, full, return_dict_in_generate=True), CACHE) is full
+    assert not getattr(run(model, ids, None, return_dict_in_generate=True, use_cache=False), CACHE)
     logquant.disable(model)
     logquant.disable(model)
-    assert type(run(model, ids, None, return_dict_in_generate=True).past_key_values) is DynamicCache
+    assert type(getattr(run(model, ids, None, return_dict_in_generate=True), CACHE)) is DynamicCache
     assert model.config._attn_implementation == before
 
 
@@ -245,6 +246,17 @@ def test_enabled_models_tell_what_is_padding(ids, implementation):
         for row, length in enumerate((300, 211, 40)):
             alone = run(model, ids[row : row + 1, 300 - length :], None)
             assert torch.equal(together[row, 300:], alone[0, length:])
+
+
+@pytest.mark.parametrize("name", ["past_key_values", CACHE])
+def test_both_names_of_the_argument_work(ids, name):
+    model = tiny_model()
+    logquant.enable(model)
+    model.set_attn_implementation("sdpa")
+    mask = pad_mask([300, 211, 40], "left")
+    want = run(model, ids, None, attention_mask=mask)
+    options = {"attention_mask": mask, "max_new_tokens": 60, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(ids, **{name: LogQuantCache(model.config)}, **options), want)
 
 
 def test_enable_refuses_what_it_cannot_do():

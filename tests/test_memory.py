@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from logquant import LogQuantCache
+from logquant.compat import as_argument
 from tests.test_cache import contents, feed, make_layer, random_tokens
 from tests.tiny import tiny_model
 
@@ -119,12 +120,12 @@ mask[1, :100] = 0
 sizes = []
 for conversation in range(200):
     cache = LogQuantCache(model.config)
-    out = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=30, do_sample=False)
+    out = model.generate(ids, attention_mask=mask, **as_argument(cache), max_new_tokens=30, do_sample=False)
     more = torch.cat([out, ids[:, :40]], 1)
     twice = torch.cat([mask, torch.ones(2, 70, dtype=torch.long)], 1)
-    model.generate(more, attention_mask=twice, past_key_values=cache, max_new_tokens=10)
+    model.generate(more, attention_mask=twice, **as_argument(cache), max_new_tokens=10)
     beams = LogQuantCache(model.config)
-    model.generate(ids, attention_mask=mask, past_key_values=beams, max_new_tokens=10, num_beams=2)
+    model.generate(ids, attention_mask=mask, **as_argument(beams), max_new_tokens=10, num_beams=2)
     sizes.append(resident())
 print(json.dumps({"growth": sizes[199] / sizes[19] - 1}))
 """
@@ -144,7 +145,7 @@ def test_nothing_keeps_a_cache_alive_that_is_dropped():
     model.set_attn_implementation("logquant")
     cache = LogQuantCache(model.config)
     ids = torch.randint(0, 256, (1, 400))
-    model.generate(ids, past_key_values=cache, max_new_tokens=5)
+    model.generate(ids, **as_argument(cache), max_new_tokens=5)
     tensors = [weakref.ref(layer.pages) for layer in cache.layers]
     del cache
     gc.collect()

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 from logquant import LogQuantCache
 from logquant.cache import LogQuantLayer
+from logquant.compat import as_argument
 from tests.test_cache import feed, make_layer, random_tokens
 from tests.tiny import tiny_model
 
@@ -126,7 +127,7 @@ def test_logits_of_a_padded_row_are_those_of_the_row_alone(implementation, bits,
                         ids[:, part],
                         attention_mask=padding[:, :first],
                         position_ids=positions[:, part],
-                        past_key_values=cache,
+                        **as_argument(cache),
                     ).logits
                 )
         return torch.cat(out, 1)
@@ -154,7 +155,7 @@ def test_a_custom_mask_of_four_dimensions():
         for part in (slice(0, 200), *(slice(i, i + 1) for i in range(200, 240)), slice(240, 250)):
             with torch.no_grad():
                 mask = float_mask[:, :, part, : part.stop]
-                out.append(model(ids[:, part], attention_mask=mask, past_key_values=cache).logits)
+                out.append(model(ids[:, part], attention_mask=mask, **as_argument(cache)).logits)
         results.append(torch.cat(out, 1))
     keep = torch.arange(250) != 77
     assert (results[0] - results[1])[:, keep].abs().mean() < 5e-3 * results[1][:, keep].abs().mean()

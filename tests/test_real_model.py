@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 from logquant import LogQuantCache
 from logquant.cache import LogQuantLayer
+from logquant.compat import as_argument
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def greedy(model, ids: Tensor, cache, count: int) -> Tensor:
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **as_argument(cache),
         max_new_tokens=count,
         min_new_tokens=count,
         do_sample=False,
@@ -66,7 +67,7 @@ def test_bytes_held_at_8000_tokens(smollm2, prompt):
     smollm2.set_attn_implementation("logquant")
     cache = LogQuantCache(smollm2.config)
     with torch.no_grad():
-        smollm2(prompt.repeat(1, 8), past_key_values=cache, logits_to_keep=1)
+        smollm2(prompt.repeat(1, 8), **as_argument(cache), logits_to_keep=1)
     config = smollm2.config
     heads = config.num_hidden_layers * config.num_key_value_heads
     pages = (8000 - 8000 % 64 - 128) // 64
@@ -107,7 +108,7 @@ def test_a_row_of_a_padded_batch_gives_the_tokens_it_gives_alone(
     mask = torch.stack([torch.arange(400) >= 400 - len(row) for row in rows]).long()
     options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
     together = smollm2.generate(
-        padded, attention_mask=mask, past_key_values=LogQuantCache(smollm2.config, bits=bits), **options
+        padded, attention_mask=mask, **as_argument(LogQuantCache(smollm2.config, bits=bits)), **options
     )[:, 400:]
     for row, got in zip(rows, together, strict=True):
         assert torch.equal(greedy(smollm2, row[None], LogQuantCache(smollm2.config, bits=bits), count)[0], got)
@@ -121,14 +122,14 @@ def test_beam_search_of_two_prompts_gives_what_each_gives_alone(smollm2, prompt,
     together = smollm2.generate(
         rows,
         attention_mask=torch.ones_like(rows),
-        past_key_values=LogQuantCache(smollm2.config, bits=bits),
+        **as_argument(LogQuantCache(smollm2.config, bits=bits)),
         **options,
     )
     for row, got in zip(rows, together, strict=True):
         alone = smollm2.generate(
             row[None],
             attention_mask=torch.ones(1, 300, dtype=torch.long),
-            past_key_values=LogQuantCache(smollm2.config, bits=bits),
+            **as_argument(LogQuantCache(smollm2.config, bits=bits)),
             **options,
         )
         assert torch.equal(alone[0], got)
@@ -143,7 +144,7 @@ def test_prompt_lookup_gives_what_greedy_decoding_gives(smollm2, smollm2_tokeniz
     got = smollm2.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=LogQuantCache(smollm2.config, bits=bits),
+        **as_argument(LogQuantCache(smollm2.config, bits=bits)),
         prompt_lookup_num_tokens=5,
         max_new_tokens=60,
         min_new_tokens=60,
@@ -159,9 +160,9 @@ def test_crop_and_continue_equals_a_fresh_run(smollm2, prompt, bits, count):
     """To a point that many evictions have passed: packed tokens bit for bit, and at 8 bits the tokens."""
     cache, fresh = (LogQuantCache(smollm2.config, bits=bits) for _ in range(2))
     with torch.no_grad():
-        smollm2(prompt[:, :600], past_key_values=cache, logits_to_keep=1)
+        smollm2(prompt[:, :600], **as_argument(cache), logits_to_keep=1)
         cache.crop(-290)
-        smollm2(prompt[:, :310], past_key_values=fresh, logits_to_keep=1)
+        smollm2(prompt[:, :310], **as_argument(fresh), logits_to_keep=1)
     for layer, want in zip(cache.layers, fresh.layers, strict=True):
         rows = layer.rows
         assert torch.equal(rows.positions(prompt.device), want.rows.positions(prompt.device)) and rows.packed == 128
@@ -172,11 +173,11 @@ def test_crop_and_continue_equals_a_fresh_run(smollm2, prompt, bits, count):
         assert torch.equal(*(greedy(smollm2, prompt[:, :311], c, count) for c in (cache, fresh)))
     recent = LogQuantCache(smollm2.config, bits=bits)
     with torch.no_grad():
-        smollm2(prompt[:, :300], past_key_values=recent, logits_to_keep=1)
+        smollm2(prompt[:, :300], **as_argument(recent), logits_to_keep=1)
         recent.activate_past_recording()
-        smollm2(prompt[:, 400:440], past_key_values=recent, logits_to_keep=1)
+        smollm2(prompt[:, 400:440], **as_argument(recent), logits_to_keep=1)
         recent.crop(-40)
         other = LogQuantCache(smollm2.config, bits=bits)
-        smollm2(prompt[:, :300], past_key_values=other, logits_to_keep=1)
+        smollm2(prompt[:, :300], **as_argument(other), logits_to_keep=1)
     recent.layers[0].record_past = False
     assert torch.equal(*(greedy(smollm2, prompt[:, :301], c, count) for c in (recent, other)))

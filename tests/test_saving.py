@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from logquant import LogQuantCache
+from logquant.compat import as_argument
 from tests.test_cache import contents, generate, logits_of, tiny_config
 from tests.test_padding import pad_mask
 from tests.tiny import tiny_model
@@ -33,7 +34,7 @@ def filled(model, ids, **options) -> LogQuantCache:
     cache = LogQuantCache(model.config, **options)
     mask = pad_mask([300, 211], "left")
     with torch.no_grad():
-        model(ids[:, :300], attention_mask=mask, past_key_values=cache)
+        model(ids[:, :300], attention_mask=mask, **as_argument(cache))
     return cache
 
 
@@ -182,7 +183,7 @@ def test_offloaded_pages_come_back_for_the_next_eviction(model, ids):
         first = caches[0].get_seq_length()
         for cache in caches:
             with torch.no_grad():
-                model(ids[:, first : first + step], past_key_values=cache)
+                model(ids[:, first : first + step], **as_argument(cache))
         for layer in caches[0].layers:
             layer.prefetch()
             layer.offload()

@@ -18,6 +18,7 @@ PROGRAM = """
 import json, os, sys, torch
 from transformers import AutoModelForCausalLM, DistributedConfig
 from logquant import LogQuantCache
+from logquant.compat import as_argument
 from tests.test_padding import pad_mask
 
 torch.set_num_threads(1)
@@ -28,7 +29,7 @@ model.set_attn_implementation("logquant")
 ids = torch.randint(0, 256, (2, 300), generator=torch.Generator().manual_seed(0))
 mask = pad_mask([300, 170], "left")
 cache = LogQuantCache(model.config, bits=2)
-out = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=40, do_sample=False)
+out = model.generate(ids, attention_mask=mask, **as_argument(cache), max_new_tokens=40, do_sample=False)
 found = {"tokens": out[:, 300:].tolist(), "heads": cache.layers[0].pages.shape[1], "nbytes": cache.nbytes}
 with open(f"{folder}/result-{rank}.json", "w") as file:
     json.dump(found, file)

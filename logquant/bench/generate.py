@@ -1,4 +1,7 @@
-"""``logquant bench generate``: tokens per second of whole decoding, cache by cache, and the bytes each cache holds."""
+"""``logquant bench generate``: tokens per second of whole decoding, cache by cache, and the bytes each cache holds.
+
+At one batch size for all caches, or at the largest that fits into a number of bytes, for each cache its own.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
+from ..compat import as_argument
+from ..plan import plan, sequence_nbytes
 from ..specs import CacheSpec, cache_nbytes
-from .timing import Timing, clock_of, time_interleaved
+from .timing import WARMUP, Timing, clock_of, time_interleaved
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,7 @@ class GenerateResult:
         context: tokens of the prompt.
         timing: of one step, that is of one token of each sequence.
         held: bytes of the cache's tensors after the last step.
+        predicted: bytes that they were to be at most (:func:`logquant.plan.sequence_nbytes`); None if not asked for.
     """
 
     cache: str
@@ -31,6 +38,7 @@ class GenerateResult:
     context: int
     timing: Timing
     held: int
+    predicted: int | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -60,22 +68,88 @@ def bench_generate(
         steps: timed steps of each cache, after two that are not.
         on_progress: called after every prefill and every round of steps.
     """
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(model.config.vocab_size, (batch, context), generator=generator).to(model.device)
+    prompt = _random_tokens(model, batch, context)
     caches = {}
     for spec in specs:
         caches[spec.name] = spec.make(model.config)
-        model(prompt, past_key_values=caches[spec.name], logits_to_keep=1)
+        model(prompt, **as_argument(caches[spec.name]), logits_to_keep=1)
         on_progress()
+    timings = _time_steps(model, caches, dict.fromkeys(caches, prompt[:, -1:]), steps, on_progress)
+    return [GenerateResult(name, batch, context, timings[name], cache_nbytes(cache)) for name, cache in caches.items()]
+
+
+@torch.inference_mode()
+def bench_budget(
+    model: PreTrainedModel,
+    specs: list[CacheSpec],
+    *,
+    context: int,
+    budget: int,
+    steps: int,
+    on_progress: Callable[[], None] = lambda: None,
+) -> list[GenerateResult]:
+    """As :func:`bench_generate`, each cache with as many sequences as fit into ``budget`` bytes.
+
+    The sequences of a cache have the same prompt, which is run once; each then holds keys and values of its own.
+
+    Args:
+        model, specs, steps, on_progress: as for :func:`bench_generate`.
+        context: tokens of a sequence at the end, prompt and decoded.
+        budget: bytes for keys and values.
+
+    Raises:
+        ValueError: not even one sequence fits, or a cache whose bytes the configuration does not tell.
+    """
+    prompt = _random_tokens(model, 1, context - steps - WARMUP)
+    itemsize = model.dtype.itemsize
+    caches, batches = {}, {}
+    for spec in specs:
+        planned = plan(spec, model.config, budget=budget, tokens=context, itemsize=itemsize)
+        if planned.batch < 1:
+            raise ValueError(f"budget must be at least {planned.nbytes} bytes for cache {spec.name!r}, got {budget}")
+        batches[spec.name], caches[spec.name] = planned.batch, spec.make(model.config)
+        model(prompt, **as_argument(caches[spec.name]), logits_to_keep=1)
+        caches[spec.name].batch_repeat_interleave(planned.batch)
+        on_progress()
+    last = {name: prompt[:, -1:].expand(batch, -1) for name, batch in batches.items()}
+    timings = _time_steps(model, caches, last, steps, on_progress)
+    return [
+        GenerateResult(
+            spec.name,
+            batches[spec.name],
+            context,
+            timings[spec.name],
+            cache_nbytes(caches[spec.name]),
+            batches[spec.name] * sequence_nbytes(spec, model.config, context, itemsize, decoding=True),
+        )
+        for spec in specs
+    ]
+
+
+def _random_tokens(model: PreTrainedModel, batch: int, tokens: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (batch, tokens), generator=generator).to(model.device)
+
+
+def _time_steps(
+    model: PreTrainedModel,
+    caches: dict[str, Cache],
+    tokens: dict[str, Tensor],
+    steps: int,
+    on_progress: Callable[[], None],
+) -> dict[str, Timing]:
+    """Decode one token of each sequence with each cache in turn."""
 
     def step_with(name: str) -> Callable[[], Tensor]:
         def step() -> Tensor:
-            logits: Tensor = model(prompt[:, -1:], past_key_values=caches[name], logits_to_keep=1).logits
+            logits: Tensor = model(tokens[name], **as_argument(caches[name]), logits_to_keep=1).logits
             return logits.argmax(-1)
 
         return step
 
-    timings = time_interleaved(
-        {name: step_with(name) for name in caches}, steps, on_progress=on_progress, clock=clock_of(model.device.type)
+    return time_interleaved(
+        {name: step_with(name) for name in caches},
+        steps,
+        on_progress=on_progress,
+        clock=clock_of(model.device.type),
     )
-    return [GenerateResult(name, batch, context, timings[name], cache_nbytes(cache)) for name, cache in caches.items()]

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
 
 from .. import models
-from ..cache import LogQuantLayer
+from ..compat import as_argument
+from ..plan import sequence_nbytes
 from ..specs import CacheSpec, cache_nbytes
 
 
@@ -29,8 +29,8 @@ class MemoryResult:
         live_peak_rise: the same where malloc hands freed tensors back to the system at once. glibc usually keeps them,
             and how many depends on how small blocks that stay happen to lie between large ones that do not.
         held: bytes of the cache's tensors afterwards.
-        predicted: what the formula says they are (:meth:`logquant.LogQuantConfig.head_nbytes`); None for caches that
-            have none.
+        predicted: what the formula says they are (:func:`logquant.plan.sequence_nbytes`); None for baseline
+            caches, which have none.
     """
 
     cache: str
@@ -42,22 +42,6 @@ class MemoryResult:
     def as_dict(self) -> dict[str, Any]:
         as_predicted = None if self.predicted is None else self.held == self.predicted
         return {**vars(self), "held_as_predicted": as_predicted}
-
-
-def predicted_nbytes(spec: CacheSpec, cache: Cache, config: Any, tokens: int, itemsize: int) -> int | None:
-    """Bytes of ``cache`` after a prompt of ``tokens``, from the model's configuration and the format alone.
-
-    None for caches that are neither LogQuant's nor full.
-    """
-    text = config.get_text_config(decoder=True)
-    head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kv_heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    if spec.settings is None:
-        return len(cache.layers) * kv_heads * tokens * 2 * head_dim * itemsize
-    if spec.quantization is None:
-        return None
-    ours = sum(isinstance(layer, LogQuantLayer) for layer in cache.layers)
-    return ours * kv_heads * spec.quantization.head_nbytes(tokens, head_dim, itemsize=itemsize)
 
 
 def _status_bytes(field: str) -> int:
@@ -87,15 +71,16 @@ def _prefill(
     model.set_attn_implementation("logquant")
     ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     # Weights that are mapped from a file count as the process's memory only once they have been read.
-    model(ids[:, :8], past_key_values=spec.make(model.config), logits_to_keep=1)
+    model(ids[:, :8], **as_argument(spec.make(model.config)), logits_to_keep=1)
     cache = spec.make(model.config)
     gc.collect()
     libc.malloc_trim(0)  # or the peak would hide in what the warm-up has left
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, starts again from here
     before = _status_bytes("VmRSS")
-    model(ids, past_key_values=cache, logits_to_keep=1)
+    model(ids, **as_argument(cache), logits_to_keep=1)
     peak = _status_bytes("VmHWM")
-    return peak - before, cache_nbytes(cache), predicted_nbytes(spec, cache, model.config, tokens, dtype.itemsize)
+    predicted = None if spec.is_baseline else sequence_nbytes(spec, model.config, tokens, dtype.itemsize)
+    return peak - before, cache_nbytes(cache), predicted
 
 
 def bench_memory(spec: CacheSpec, model_id: str | None, dtype: torch.dtype, tokens: int) -> MemoryResult:

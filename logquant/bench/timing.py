@@ -11,6 +11,9 @@ import torch
 
 from ..machine import last_level_cache_bytes
 
+WARMUP = 2
+"""Calls of each contender that are not timed."""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -81,13 +84,13 @@ def time_interleaved(
 
     Args:
         contenders: the functions by name.
-        rounds: timed calls of each, after two that are not.
+        rounds: timed calls of each, after :data:`WARMUP` that are not.
         before_each: called before every call, outside the timing.
         on_progress: called after every round, warm-up included.
         clock: times one call, in seconds.
     """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds + 2):
+    for number in range(rounds + WARMUP):
         for name, call in contenders.items():
             before_each()
             seconds = clock(call)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ..compat import as_argument
 from ..specs import CacheSpec, cache_nbytes, packed_bits_per_element, token_nbytes
 from .stats import bootstrap_interval
 
@@ -120,7 +121,7 @@ def _evaluate_batch(
     full = CacheSpec("full", None)
     caches = {spec: spec.make(model.config) for spec in {full: None, **dict.fromkeys(specs)}}
     for cache in caches.values():
-        model(ids[:, :prefill], past_key_values=cache, logits_to_keep=1)
+        model(ids[:, :prefill], **as_argument(cache), logits_to_keep=1)
     sums = {spec: torch.zeros(3, texts, dtype=torch.float64, device=ids.device) for spec in caches}
     for first in range(prefill, prefill + decoded, chunk):
         last = min(first + chunk, prefill + decoded)
@@ -142,7 +143,7 @@ def _evaluate_batch(
 
 def _log_probabilities(model: Any, inputs: Tensor, cache: Cache) -> Tensor:
     """Of every next token, float32 ``[texts, n, vocabulary]``."""
-    logits: Tensor = model(inputs, past_key_values=cache).logits
+    logits: Tensor = model(inputs, **as_argument(cache)).logits
     return logits.float().log_softmax(-1)
 
 

@@ -1,0 +1,127 @@
+"""What a cache takes for a model, from the model's configuration alone: ``logquant plan``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from .specs import CacheSpec
+
+_MOST_TOKENS = 1 << 40
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """The KV heads of a layer of a model.
+
+    Args:
+        count: KV heads.
+        dim: channels of a key, and of a value.
+    """
+
+    count: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What fits into a budget with one cache.
+
+    Args:
+        cache: its name.
+        nbytes: bytes of one sequence.
+        batch: sequences that fit.
+        longest: tokens that fit if there is one sequence.
+    """
+
+    cache: str
+    nbytes: int
+    batch: int
+    longest: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def head_shape(config: PreTrainedConfig) -> HeadShape:
+    """The KV heads of every attention layer of a model, as its configuration says.
+
+    Raises:
+        ValueError: a model with latent attention (DeepSeek's): what it caches depends on the version of transformers.
+    """
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "kv_lora_rank", None):
+        raise ValueError(f"config must be of a model that caches keys and values, got {text.model_type}, which may not")
+    heads: int = text.num_attention_heads
+    head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return HeadShape(getattr(text, "num_key_value_heads", None) or heads, head_dim)
+
+
+def sequence_nbytes(
+    spec: CacheSpec, config: PreTrainedConfig, tokens: int, itemsize: int, *, decoding: bool = False
+) -> int:
+    """Bytes that a cache holds for one sequence after a prompt of ``tokens`` tokens.
+
+    Args:
+        spec: the cache, LogQuant or full.
+        config: the model's configuration.
+        tokens: tokens seen.
+        itemsize: bytes of an exact element.
+        decoding: count the pages that the store of a cache which has decoded may have to spare.
+
+    Raises:
+        ValueError: another cache; a layer that is neither full nor sliding-window attention, whose size the
+            configuration alone does not tell; or as :func:`head_shape`.
+    """
+    if spec.is_baseline:
+        raise ValueError(f"cache must be full, logquant or one with its settings, got {spec.name!r}")
+    shape = head_shape(config)
+    nbytes = 0
+    for i, layer in enumerate(DynamicCache(config=config).layers):
+        kept = tokens
+        if type(layer) is DynamicSlidingWindowLayer:
+            kept = min(tokens, layer.sliding_window - 1)
+        elif type(layer) is not DynamicLayer:
+            raise ValueError(f"layer {i} must be full or sliding-window attention, got {type(layer).__name__}")
+        if type(layer) is DynamicLayer and spec.quantization is not None:
+            head = spec.quantization.head_nbytes(tokens, shape.dim, itemsize=itemsize, decoding=decoding)
+        else:
+            head = kept * 2 * shape.dim * itemsize
+        nbytes += shape.count * head
+    return nbytes
+
+
+def plan(spec: CacheSpec, config: PreTrainedConfig, *, budget: int, tokens: int, itemsize: int) -> Plan:
+    """How many sequences, or how long a one, fit into a number of bytes.
+
+    Args:
+        spec: the cache, LogQuant or full.
+        config: the model's configuration.
+        budget: bytes for keys and values.
+        tokens: tokens of each sequence, prompt and generated.
+        itemsize: bytes of an exact element.
+
+    Raises:
+        ValueError: a budget or length that is not positive, or as :func:`sequence_nbytes`.
+    """
+    for name, value in (("budget", budget), ("tokens", tokens)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def nbytes(count: int) -> int:
+        return sequence_nbytes(spec, config, count, itemsize, decoding=True)
+
+    return Plan(spec.name, nbytes(tokens), budget // nbytes(tokens), _largest(lambda n: nbytes(n) <= budget))
+
+
+def _largest(fits: Callable[[int], bool]) -> int:
+    """The largest number up to 2^40 that fits, if every smaller one does."""
+    low, high = 0, _MOST_TOKENS
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

@@ -1,0 +1,79 @@
+"""``logquant plan``: bytes predicted from configurations are those of caches that hold tokens."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from logquant.cache import LogQuantLayer
+from logquant.compat import as_argument
+from logquant.plan import plan, sequence_nbytes
+from logquant.specs import cache_nbytes, parse_cache
+from tests.test_cache import FAMILIES, tiny_config
+from tests.test_cli import model, run, succeed  # noqa: F401
+
+REFUSED = {
+    "lfm2": "layer 0 must be full or sliding-window attention, got LinearAttention",
+    "qwen3_next": "layer 0 must be full or sliding-window attention, got LinearAttention",
+    "deepseek_v3": "config must be of a model that caches keys and values, got deepseek_v3",
+}
+
+
+def noted(cache) -> int:
+    """Bytes of the positions that rows have been asked for: 4 a token, for all layers together."""
+    return sum(
+        {id(layer.rows): layer.rows.nbytes for layer in cache.layers if isinstance(layer, LogQuantLayer)}.values()
+    )
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(REFUSED)))
+@pytest.mark.parametrize("name", ["full", "logquant:window=32", "paper"])
+def test_bytes_predicted_are_those_held(family, name):
+    config = tiny_config(family)
+    if family == "gpt_neox":
+        del config.num_key_value_heads  # it has none
+    torch.manual_seed(0)
+    network, spec = AutoModelForCausalLM.from_config(config).eval(), parse_cache(name)
+    cache = spec.make(network.config)
+    with torch.no_grad():
+        network(torch.randint(0, 256, (1, 470)), **as_argument(cache), logits_to_keep=1)
+        lengths = sum(8 for layer in cache.layers if getattr(layer, "is_sliding", False))  # transformers' own notes
+        assert cache_nbytes(cache) - lengths == sequence_nbytes(spec, config, 470, 4)
+        held = []
+        for tokens in range(471, 641):
+            network(torch.randint(0, 256, (1, 1)), **as_argument(cache))
+            most = sequence_nbytes(spec, config, tokens, 4, decoding=True)
+            held.append((cache_nbytes(cache) - lengths - noted(cache)) / most)
+    assert min(held) > 0.9
+    assert max(held) == 1, "the most is reached, and no more"
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_models_whose_bytes_the_configuration_does_not_tell(family):
+    with pytest.raises(ValueError, match=REFUSED[family]):
+        sequence_nbytes(parse_cache("full"), tiny_config(family), 100, 2)
+
+
+def test_plans_are_the_largest_that_fit():
+    config, spec = tiny_config("llama"), parse_cache("logquant")
+    found = plan(spec, config, budget=1 << 24, tokens=4000, itemsize=2)
+    each = sequence_nbytes(spec, config, 4000, 2, decoding=True)
+    assert found.nbytes == each and found.batch * each <= 1 << 24 < (found.batch + 1) * each
+    assert sequence_nbytes(spec, config, found.longest, 2, decoding=True) <= 1 << 24
+    assert sequence_nbytes(spec, config, found.longest + 1, 2, decoding=True) > 1 << 24
+    with pytest.raises(ValueError, match="cache must be full, logquant or one with its settings, got 'kivi'"):
+        sequence_nbytes(parse_cache("kivi"), config, 100, 2)
+    with pytest.raises(ValueError, match="budget must be at least 1, got 0"):
+        plan(spec, config, budget=0, tokens=1, itemsize=2)
+
+
+def test_the_command_says_what_fits(model, tmp_path):  # noqa: F811
+    file = tmp_path / "plan.json"
+    output = succeed("plan", "--model", model, "--memory", 0.01, "--context", 1000, "--json", file).output
+    full, packed = json.loads(file.read_text())["results"]
+    assert full["batch"] == int(0.01 * 2**30) // (4 * 1000 * 2 * 32 * 2) == full["longest"] // 1000
+    assert packed["batch"] > full["batch"] and f"{packed['longest']:,}" in output
+    assert "layer" not in output and run("plan", "--model", model, "--memory", 0).exit_code == 2
