@@ -126,9 +126,9 @@ def _evaluate_batch(
     for first in range(prefill, prefill + decoded, chunk):
         last = min(first + chunk, prefill + decoded)
         inputs, targets = ids[:, first:last], ids[:, first + 1 : last + 1]
-        truth = _log_probabilities(model, inputs, caches[full])
+        truth = log_probabilities(model, inputs, caches[full])
         for spec, cache in caches.items():
-            guess = truth if spec == full else _log_probabilities(model, inputs, cache)
+            guess = truth if spec == full else log_probabilities(model, inputs, cache)
             sums[spec] += _scores(truth, guess, targets)
         on_progress(texts * (last - first))
     for result, spec in zip(results, specs, strict=True):
@@ -141,7 +141,7 @@ def _evaluate_batch(
         result.token_nbytes = token_nbytes(caches[spec], texts)
 
 
-def _log_probabilities(model: Any, inputs: Tensor, cache: Cache) -> Tensor:
+def log_probabilities(model: Any, inputs: Tensor, cache: Cache) -> Tensor:
     """Of every next token, float32 ``[texts, n, vocabulary]``."""
     logits: Tensor = model(inputs, **as_argument(cache)).logits
     return logits.float().log_softmax(-1)
