@@ -63,8 +63,8 @@ Model = Annotated[
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 GIB = 1 << 30
 CACHE_HELP = (
-    "logquant, paper, recent, full, or another method: kivi, oscar, turboquant, quanto, hqq, streaming, h2o; settings "
-    "follow a colon, as in logquant:bits=4,window=128."
+    "logquant, paper, recent, full, or another method: partial, kivi, oscar, turboquant, quanto, hqq, streaming, h2o; "
+    "settings follow a colon, as in logquant:bits=4,window=128."
 )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, QuantizedLayer
 
-from .baselines import H2O, HQQ, KIVI, OSCAR, Baseline, Quanto, Streaming, TurboQuant
+from .baselines import H2O, HQQ, KIVI, OSCAR, Baseline, Partial, Quanto, Streaming, TurboQuant
 from .baselines.base import BaselineLayer, Packed, tensors_in
 from .baselines.evicting import EvictingLayer
 from .baselines.quantized_cache import packed_of
@@ -25,6 +25,7 @@ NAMES: dict[str, Callable[..., Settings] | None] = {
     "logquant": LogQuantConfig,
     "paper": LogQuantConfig.paper,
     "recent": functools.partial(LogQuantConfig, rule="recent"),
+    "partial": Partial,
     "kivi": KIVI,
     "oscar": OSCAR,
     "turboquant": TurboQuant,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from logquant import LogQuantConfig
-from logquant.baselines import H2O, HQQ, KIVI, OSCAR, Quanto, Streaming, TurboQuant, quantized_cache
+from logquant.baselines import H2O, HQQ, KIVI, OSCAR, Partial, Quanto, Streaming, TurboQuant, quantized_cache
 from logquant.baselines.minmax import MinMax
 from logquant.baselines.oscar import rotation_for
 from logquant.baselines.streaming import rope_frequencies
@@ -115,6 +115,29 @@ def test_a_group_without_spread_stays_what_it_was():
     assert (quantizer.decode(*quantizer.encode(x)) == 0.5).all()
     huge = torch.tensor([1e30, -1e30] * 16)
     assert quantizer.decode(*quantizer.encode(huge)).isfinite().all()
+
+
+# -------------------------------------------------------------------------------------------------- PartialLogQuant
+@pytest.mark.parametrize("arrivals", ARRIVALS)
+def test_partial_keeps_keys_by_the_log_rule_and_the_newest_values(arrivals):
+    layer = Partial(window=16).layer(tiny_config())
+    keys, values, _ = feed(layer, arrivals)
+    exact, total = [], sum(arrivals)
+    for position in range(total):
+        exact.append(position)
+        while len(exact) >= 48:
+            exact = exact[:32:2] + exact[32:]
+    seen_k, seen_v = layer.dense()
+    assert exact_positions(seen_k, keys) == exact
+    assert exact_positions(seen_v, values) == list(range(total // 16 * 16, total))
+    for seen, original, known in ((seen_k, keys, exact), (seen_v, values, range(total // 16 * 16, total))):
+        for token in set(range(0, total, 5)) - set(known):
+            assert seen[1, 0, token].tolist() == pytest.approx(minmax(original[1, 0, token].tolist()), abs=1e-5)
+    halves = 2 * (DIM * 2 // 8 + 4)
+    packed_k, packed_v = total - len(exact), total // 16 * 16
+    assert layer.nbytes == BATCH * HEADS * (
+        (packed_k + packed_v) * halves // 2 + (2 * total - packed_k - packed_v) * DIM * 4
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- TurboQuant
@@ -336,6 +359,7 @@ def test_a_missing_package_is_named(monkeypatch, name, package):
 
 # -------------------------------------------------------------------------------------------------------- all of them
 NAMES = [
+    "partial",
     "kivi",
     "turboquant",
     "turboquant:bits=4",
@@ -374,13 +398,14 @@ def test_the_better_the_cache_the_smaller_the_divergence():
     ids = torch.randint(256, (2, 341), generator=torch.Generator().manual_seed(5))
     names = ["kivi", "kivi:bits=4", "kivi:bits=8", "turboquant", "turboquant:bits=4", "turboquant:bits=8"]
     names += ["oscar:recent=64,sinks=4", "oscar:recent=64,sinks=4,bits=4", "oscar:recent=64,sinks=4,bits=8,key_clip=1"]
+    names += ["partial:window=32", "partial:window=32,bits=4", "partial:window=32,bits=8"]
     names += ["streaming:recent=100", "streaming:recent=200", "streaming:recent=400"]
     names += ["h2o:heavy=50,recent=50", "h2o:heavy=100,recent=100", "h2o:heavy=200,recent=200"]
     scores = evaluate(model, ids, [parse_cache(name) for name in names], prefill=300, chunk=4)
     kl = [sum(score.kl) / 2 for score in scores]
     for first in range(0, len(names), 3):
         assert kl[first] > kl[first + 1] > kl[first + 2] >= -1e-9, names[first]
-    assert kl[2] < 1e-2 and abs(kl[11]) < 1e-5 and abs(kl[14]) < 1e-5
+    assert kl[2] < 1e-2 and abs(kl[14]) < 1e-5 and abs(kl[17]) < 1e-5
 
 
 def test_caches_can_be_compared_at_equal_bytes_a_token():
@@ -394,6 +419,7 @@ def test_caches_can_be_compared_at_equal_bytes_a_token():
     assert by_name["logquant"] == heads * LogQuantConfig().page_format(32).nbytes / 64
     assert by_name["paper:bits=4"] == heads * LogQuantConfig.paper(bits=4).page_format(32).nbytes / 64
     assert by_name["kivi"] == heads * 2 * (32 * 2 / 8 + 4)
+    assert by_name["partial"] == heads * 2 * (32 * 2 / 8 + 4)
     assert by_name["turboquant"] == heads * 2 * (32 * 2 / 8 + 2)
     assert by_name["turboquant:bits=4"] == heads * 2 * (32 * 4 / 8 + 2)
     assert by_name["oscar:sinks=4,recent=64"] == heads * 2 * (32 * 2 / 8 + 4)

@@ -9,8 +9,9 @@ from .base import Baseline
 from .h2o import H2O
 from .kivi import KIVI
 from .oscar import OSCAR
+from .partial import Partial
 from .quantized_cache import HQQ, Quanto
 from .streaming import Streaming
 from .turboquant import TurboQuant
 
-__all__ = ["H2O", "HQQ", "KIVI", "OSCAR", "Baseline", "Quanto", "Streaming", "TurboQuant"]
+__all__ = ["H2O", "HQQ", "KIVI", "OSCAR", "Baseline", "Partial", "Quanto", "Streaming", "TurboQuant"]
