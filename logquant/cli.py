@@ -64,7 +64,10 @@ Model = Annotated[
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 GIB = 1 << 30
-CACHE_HELP = "logquant, paper, recent or full; settings follow a colon, as in logquant:bits=4,window=128."
+CACHE_HELP = (
+    "logquant, paper, recent, full, or another method: partial, kivi, oscar, turboquant, quanto, hqq, streaming, h2o; "
+    "settings follow a colon, as in logquant:bits=4,window=128."
+)
 
 
 # ---------------------------------------------------------------------------------------------------- shared pieces
@@ -78,7 +81,7 @@ def errors_of(option: str) -> Iterator[None]:
     """Report a bad value of ``option`` as such, without a traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise typer.BadParameter(str(error), param_hint=option) from error
 
 
@@ -332,7 +335,7 @@ def evaluate(
             on_progress=lambda done: bar.advance(task, done),
         )
     rows = [result.as_dict() for result in results]
-    table = Table("cache", "KL", "95 % of KL", "ppl", "top-1", "bits", "bytes/text")
+    table = Table("cache", "KL", "95 % of KL", "ppl", "top-1", "bits", "bytes/token", "bytes/text")
     for column in table.columns:
         column.no_wrap, column.justify = True, "right"
     table.columns[0].justify = "left"
@@ -344,6 +347,7 @@ def evaluate(
             f"{row['ppl']:.2f}",
             f"{row['top1']:.3f}",
             f"{row['bits_per_element']:.2f}" if row["bits_per_element"] else "-",
+            f"{row['bytes_per_token']:,.0f}" if row["bytes_per_token"] is not None else "-",
             megabytes(row["bytes"]),
         )
     Console().print(table)
@@ -506,7 +510,8 @@ def memory(
     for column in table.columns[1:]:
         column.justify = "right"
     for result in results:
-        verdict = "equal" if result.held == result.predicted else megabytes(result.predicted)
+        verdict = "-" if result.predicted is None else megabytes(result.predicted)
+        verdict = "equal" if result.held == result.predicted else verdict
         peaks = megabytes(result.peak_rise), megabytes(result.live_peak_rise)
         table.add_row(result.cache, *peaks, megabytes(result.held), verdict)
     Console().print(table)

@@ -74,9 +74,11 @@ def sequence_nbytes(
         decoding: count the pages that the store of a cache which has decoded may have to spare.
 
     Raises:
-        ValueError: a layer that is neither full nor sliding-window attention, whose size the configuration alone does
-            not tell; or as :func:`head_shape`.
+        ValueError: another cache; a layer that is neither full nor sliding-window attention, whose size the
+            configuration alone does not tell; or as :func:`head_shape`.
     """
+    if spec.is_baseline:
+        raise ValueError(f"cache must be full, logquant or one with its settings, got {spec.name!r}")
     shape = head_shape(config)
     nbytes = 0
     for i, layer in enumerate(DynamicCache(config=config).layers):

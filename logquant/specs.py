@@ -1,4 +1,4 @@
-"""Caches by name, as the command line takes them: ``logquant``, ``recent:window=128``, ``full``."""
+"""Caches by name, as the command line takes them: ``logquant``, ``recent:window=128``, ``kivi:bits=4``, ``full``."""
 
 from __future__ import annotations
 
@@ -6,22 +6,35 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer, QuantizedLayer
 
+from .baselines import H2O, HQQ, KIVI, OSCAR, Baseline, Partial, Quanto, Streaming, TurboQuant
+from .baselines.base import BaselineLayer, Packed, tensors_in
+from .baselines.evicting import EvictingLayer
+from .baselines.quantized_cache import packed_of
 from .cache import LogQuantCache, LogQuantLayer
 from .config import LogQuantConfig
 
+Settings = LogQuantConfig | Baseline | Quanto
+
 # What makes the settings that a name stands for; "full" quantises nothing.
-NAMES: dict[str, Callable[..., LogQuantConfig] | None] = {
+NAMES: dict[str, Callable[..., Settings] | None] = {
     "logquant": LogQuantConfig,
     "paper": LogQuantConfig.paper,
     "recent": functools.partial(LogQuantConfig, rule="recent"),
+    "partial": Partial,
+    "kivi": KIVI,
+    "oscar": OSCAR,
+    "turboquant": TurboQuant,
+    "quanto": Quanto,
+    "hqq": HQQ,
+    "streaming": Streaming,
+    "h2o": H2O,
     "full": None,
 }
-_KEYS = [field.name for field in dataclasses.fields(LogQuantConfig) if field.name != "rule"]
 
 
 @dataclass(frozen=True)
@@ -30,45 +43,69 @@ class CacheSpec:
 
     Args:
         name: what it is called in tables and files.
-        quantization: its settings; None is transformers' full-precision ``DynamicCache``.
+        settings: how it is made; None is transformers' full-precision ``DynamicCache``.
     """
 
     name: str
-    quantization: LogQuantConfig | None
+    settings: Settings | None
+
+    @property
+    def quantization(self) -> LogQuantConfig | None:
+        """The settings of a LogQuant cache, None for others."""
+        return self.settings if isinstance(self.settings, LogQuantConfig) else None
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is neither a LogQuant cache nor the full one."""
+        return self.settings is not None and self.quantization is None
 
     def make(self, config: PreTrainedConfig) -> Cache:
-        """An empty cache for a model with this configuration."""
-        if self.quantization is None:
+        """An empty cache for a model with this configuration.
+
+        Raises:
+            ImportError: a cache of a package that is not installed.
+            ValueError: a model that this kind of cache does not fit.
+        """
+        if self.settings is None:
             return DynamicCache(config=config)
-        return LogQuantCache(config, self.quantization)
+        if isinstance(self.settings, LogQuantConfig):
+            return LogQuantCache(config, self.settings)
+        return self.settings.make(config)
 
     def replace(self, **fields: float) -> CacheSpec:
         """The same cache with other settings.
 
         Raises:
-            ValueError: settings for ``full``, or invalid ones.
+            ValueError: settings that it does not have, or invalid ones.
         """
         if not fields:
             return self
-        if self.quantization is None:
-            raise ValueError(f"cache 'full' has no settings, got {', '.join(fields)}")
-        given = _given(self.name) | fields
         base, *_ = self.name.partition(":")
-        make = NAMES[base]
-        assert make is not None
-        name = base + ":" + ",".join(f"{key}={value}" for key, value in given.items())
-        return CacheSpec(name, make(**given))
+        given = _given(self.name) | fields
+        return parse_cache(base + ":" + ",".join(f"{key}={value}" for key, value in given.items()))
+
+
+def _fields(name: str) -> dict[str, Any]:
+    """The settings that can be written after a name, and their types, as text."""
+    make = NAMES[name]
+    if make is None:
+        return {}
+    fields: Any = dataclasses.fields(type(make()))  # type: ignore[arg-type]
+    return {field.name: field.type for field in fields if field.name != "rule"}
 
 
 def _given(text: str) -> dict[str, float]:
     """The settings written after the colon."""
-    _, _, settings = text.partition(":")
+    name, _, settings = text.partition(":")
+    fields = _fields(name)
     given: dict[str, float] = {}
     for setting in filter(None, settings.split(",")):
         key, _, value = setting.partition("=")
-        if key not in _KEYS:
-            raise ValueError(f"cache {text!r}: a setting must be one of {', '.join(_KEYS)}, got {key!r}")
-        number, what = (float, "number") if key == "key_columns" else (int, "whole number")
+        if not fields:
+            raise ValueError(f"cache {name!r} has no settings, got {key}")
+        if key not in fields:
+            raise ValueError(f"cache {text!r}: a setting must be one of {', '.join(fields)}, got {key!r}")
+        number, what = (float, "number") if "float" in fields[key] else (int, "whole number")
         try:
             given[key] = number(value)
         except ValueError:
@@ -77,7 +114,7 @@ def _given(text: str) -> dict[str, float]:
 
 
 def parse_cache(text: str) -> CacheSpec:
-    """The cache that a name stands for: ``NAME[:KEY=NUMBER,...]``, keys being fields of ``LogQuantConfig``.
+    """The cache that a name stands for: ``NAME[:KEY=NUMBER,...]``, keys being fields of its settings.
 
     Raises:
         ValueError: an unknown name or key, or an invalid setting.
@@ -87,7 +124,7 @@ def parse_cache(text: str) -> CacheSpec:
         raise ValueError(f"cache must be one of {', '.join(NAMES)}, got {name!r}")
     make, given = NAMES[name], _given(text)
     if make is None:
-        return CacheSpec(name, None).replace(**given)
+        return CacheSpec(name, None)
     try:
         return CacheSpec(text, make(**given))
     except ValueError as error:
@@ -113,24 +150,66 @@ def parse_caches(text: str) -> list[CacheSpec]:
     return [parse_cache(name) for name in names]
 
 
+# --------------------------------------------------------------------------------------------------- what caches hold
 def cache_nbytes(cache: Cache) -> int:
     """Bytes of all tensors that a cache holds, ours or transformers'."""
     if isinstance(cache, LogQuantCache):
         return cache.nbytes
-    return sum(t.nbytes for layer in cache.layers for t in vars(layer).values() if isinstance(t, Tensor))
+    return sum(t.nbytes for layer in cache.layers for t in tensors_in(vars(layer)))
+
+
+def _packed(layer: Any) -> list[Packed]:
+    """What a layer holds quantised."""
+    if isinstance(layer, LogQuantLayer):
+        if not layer.is_initialized or not layer.rows.packed:
+            return []
+        packed, fmt = layer.rows.packed, layer.format
+        batch, heads, _, words = layer.pages.shape
+        elements = batch * heads * packed * (fmt.head_dim + fmt.value_dim)
+        return [Packed(batch * heads * (packed // fmt.page_tokens) * words * 4, elements, packed)]
+    if isinstance(layer, BaselineLayer):
+        return layer.packed()
+    return packed_of(layer) if isinstance(layer, QuantizedLayer) else []
 
 
 def packed_bits_per_element(cache: Cache) -> float | None:
-    """Bits a quantised key or value element takes, measured from the pages in use and the column maps.
+    """Bits a quantised key or value element takes, measured from codes and parameters in use and from column maps.
 
     None where nothing is quantised.
     """
-    bits = elements = 0
+    nbytes = elements = 0
     for layer in cache.layers:
-        if isinstance(layer, LogQuantLayer) and layer.is_initialized:
-            packed = layer.rows.packed
-            batch, heads, _, words = layer.pages.shape
-            bits += batch * heads * (packed // layer.format.page_tokens) * words * 32
-            bits += 8 * layer.key_map.nbytes if layer.key_map is not None else 0
-            elements += batch * heads * packed * (layer.format.head_dim + layer.format.value_dim)
-    return bits / elements if elements else None
+        parts = _packed(layer)
+        nbytes += sum(part.nbytes for part in parts)
+        elements += sum(part.elements for part in parts)
+        if parts and isinstance(layer, LogQuantLayer) and layer.key_map is not None:
+            nbytes += layer.key_map.nbytes
+    return 8 * nbytes / elements if elements else None
+
+
+def token_nbytes(cache: Cache, batch: int = 1) -> float | None:
+    """Bytes that each further token of a sequence takes in the long run, measured on the tensors of the cache.
+
+    Of layers that quantise, those of a quantised token; none of layers that forget as many tokens as come; of others,
+    those of an exact token.
+
+    Args:
+        cache: with tokens.
+        batch: sequences it holds.
+
+    Returns:
+        Bytes in all layers, or None where a layer that quantises has not yet done so.
+    """
+    total = 0.0
+    layer: Any
+    for layer in cache.layers:
+        if parts := _packed(layer):
+            total += sum(part.nbytes / part.tokens for part in parts) / batch
+        elif isinstance(layer, EvictingLayer) or getattr(layer, "is_sliding", False):
+            continue
+        elif isinstance(layer, LogQuantLayer | BaselineLayer | QuantizedLayer):
+            return None
+        elif isinstance(layer, DynamicLayer):
+            held = sum(t.nbytes for t in tensors_in(vars(layer)))
+            total += held / max(1, layer.get_seq_length()) / batch
+    return total

@@ -19,7 +19,7 @@ hypothesis.settings.register_profile("brief", max_examples=6, deadline=None)
 hypothesis.settings.register_profile("thorough", max_examples=200, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("LOGQUANT_HYPOTHESIS", "fast"))
 
-ALLOWED_SKIPS = ("needs CUDA",)
+ALLOWED_SKIPS = ("needs CUDA", "needs lm-evaluation-harness")
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -96,13 +96,13 @@ def test_names_stand_for_settings():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("snapkv", "cache must be one of logquant, paper, recent, full, got 'snapkv'"),
+        ("snapkv", "cache must be one of logquant, paper, recent, partial, .*, full, got 'snapkv'"),
         ("logquant:bit=4", "a setting must be one of bits, .*, got 'bit'"),
         ("logquant:bits=two", "bits must be a whole number, got 'two'"),
         ("logquant:bits=3", "'logquant:bits=3': bits must be 2, 4 or 8, got 3"),
         ("logquant:rule=1", "a setting must be one of"),
         ("full:bits=2", "cache 'full' has no settings, got bits"),
-        ("", "caches must name at least one of logquant, paper, recent, full"),
+        ("", "caches must name at least one of logquant, .*, full"),
         ("full,full", "caches must differ"),
     ],
 )

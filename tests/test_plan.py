@@ -64,6 +64,8 @@ def test_plans_are_the_largest_that_fit():
     assert found.nbytes == each and found.batch * each <= 1 << 24 < (found.batch + 1) * each
     assert sequence_nbytes(spec, config, found.longest, 2, decoding=True) <= 1 << 24
     assert sequence_nbytes(spec, config, found.longest + 1, 2, decoding=True) > 1 << 24
+    with pytest.raises(ValueError, match="cache must be full, logquant or one with its settings, got 'kivi'"):
+        sequence_nbytes(parse_cache("kivi"), config, 100, 2)
     with pytest.raises(ValueError, match="budget must be at least 1, got 0"):
         plan(spec, config, budget=0, tokens=1, itemsize=2)
 

@@ -29,17 +29,19 @@ class MemoryResult:
         live_peak_rise: the same where malloc hands freed tensors back to the system at once. glibc usually keeps them,
             and how many depends on how small blocks that stay happen to lie between large ones that do not.
         held: bytes of the cache's tensors afterwards.
-        predicted: what the formula says they are (:func:`logquant.plan.sequence_nbytes`).
+        predicted: what the formula says they are (:func:`logquant.plan.sequence_nbytes`); None for baseline
+            caches, which have none.
     """
 
     cache: str
     peak_rise: int
     live_peak_rise: int
     held: int
-    predicted: int
+    predicted: int | None
 
     def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "held_as_predicted": self.held == self.predicted}
+        as_predicted = None if self.predicted is None else self.held == self.predicted
+        return {**vars(self), "held_as_predicted": as_predicted}
 
 
 def _status_bytes(field: str) -> int:
@@ -59,7 +61,7 @@ def _libc() -> ctypes.CDLL:
 @torch.inference_mode()
 def _prefill(
     spec: CacheSpec, model_id: str | None, dtype: torch.dtype, tokens: int, return_freed: bool
-) -> tuple[int, int, int]:
+) -> tuple[int, int, int | None]:
     """Runs in a process of its own. Returns its peak rise, bytes held and bytes predicted."""
     libc = _libc()
     if return_freed:
@@ -77,7 +79,8 @@ def _prefill(
     before = _status_bytes("VmRSS")
     model(ids, **as_argument(cache), logits_to_keep=1)
     peak = _status_bytes("VmHWM")
-    return peak - before, cache_nbytes(cache), sequence_nbytes(spec, model.config, tokens, dtype.itemsize)
+    predicted = None if spec.is_baseline else sequence_nbytes(spec, model.config, tokens, dtype.itemsize)
+    return peak - before, cache_nbytes(cache), predicted
 
 
 def bench_memory(spec: CacheSpec, model_id: str | None, dtype: torch.dtype, tokens: int) -> MemoryResult:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..compat import as_argument
-from ..specs import CacheSpec, cache_nbytes, packed_bits_per_element
+from ..specs import CacheSpec, cache_nbytes, packed_bits_per_element, token_nbytes
 from .stats import bootstrap_interval
 
 
@@ -27,6 +27,8 @@ class CacheScores:
         top1: by text, how often the likeliest token is the full cache's.
         bits_per_element: of a quantised element, codes and parameters; None where nothing was quantised.
         nbytes: bytes that the cache of one text holds at the end.
+        token_nbytes: bytes that each further token takes (:func:`logquant.specs.token_nbytes`); None where nothing was
+            quantised that is to be.
     """
 
     cache: str
@@ -35,6 +37,7 @@ class CacheScores:
     top1: list[float] = field(default_factory=list)
     bits_per_element: float | None = None
     nbytes: int = 0
+    token_nbytes: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Means over texts, 95 % bootstrap intervals over texts where there are several, and the scores of each."""
@@ -48,6 +51,7 @@ class CacheScores:
             "ppl_interval": nll and [math.exp(bound) for bound in nll],
             "top1_interval": bootstrap_interval(self.top1),
             "bits_per_element": self.bits_per_element,
+            "bytes_per_token": self.token_nbytes,
             "bytes": self.nbytes,
             "texts": [
                 {"kl": kl, "ppl": math.exp(nll), "top1": top1}
@@ -122,9 +126,9 @@ def _evaluate_batch(
     for first in range(prefill, prefill + decoded, chunk):
         last = min(first + chunk, prefill + decoded)
         inputs, targets = ids[:, first:last], ids[:, first + 1 : last + 1]
-        truth = _log_probabilities(model, inputs, caches[full])
+        truth = log_probabilities(model, inputs, caches[full])
         for spec, cache in caches.items():
-            guess = truth if spec == full else _log_probabilities(model, inputs, cache)
+            guess = truth if spec == full else log_probabilities(model, inputs, cache)
             sums[spec] += _scores(truth, guess, targets)
         on_progress(texts * (last - first))
     for result, spec in zip(results, specs, strict=True):
@@ -134,9 +138,10 @@ def _evaluate_batch(
         result.top1 += top1
         result.bits_per_element = packed_bits_per_element(caches[spec])
         result.nbytes = cache_nbytes(caches[spec]) // texts
+        result.token_nbytes = token_nbytes(caches[spec], texts)
 
 
-def _log_probabilities(model: Any, inputs: Tensor, cache: Cache) -> Tensor:
+def log_probabilities(model: Any, inputs: Tensor, cache: Cache) -> Tensor:
     """Of every next token, float32 ``[texts, n, vocabulary]``."""
     logits: Tensor = model(inputs, **as_argument(cache)).logits
     return logits.float().log_softmax(-1)
