@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from logquant import reference
+from logquant import LogQuantConfig, reference
 from logquant.reference import PageFormat
 from tests import emulated
 from tests.strategies import dtypes, formats, seeds, tokens
@@ -21,10 +21,10 @@ if emulated.cuda_include() is None:
     pytest.skip("needs CUDA's headers", allow_module_level=True)
 
 HALVES = (torch.float16, torch.bfloat16)
+TENSOR_DIMS = (64, 80, 96, 112, 128, 192, 256)
 # Those with tensor-core kernels: csrc/cuda/attend_d*.cu.
 TENSOR_FORMATS = [
-    *(PageFormat(dim) for dim in (64, 80, 96, 112, 128, 192, 256)),
-    *(PageFormat(dim, key_columns=dim * 5 // 4) for dim in (64, 128, 256)),
+    *(config.page_format(dim) for config in (LogQuantConfig.paper(), LogQuantConfig()) for dim in TENSOR_DIMS),
     PageFormat(128, key_bits=4, value_bits=4),
 ]
 MACHINES = [

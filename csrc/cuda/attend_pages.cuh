@@ -42,19 +42,24 @@
 
 namespace logquant::cuda {
 
-template <int D, int DV, int C, int KeyBits, int ValueBits, int G, int GV>
+template <int D, int DV, int C, int KeyBits, int ValueBits, int G, int GV, int ParamBits = 16>
 struct Shape {
   static constexpr int kDim = D, kValueDim = DV, kColumns = C, kKeyBits = KeyBits, kValueBits = ValueBits, kTokens = G;
   static constexpr int kGroup = GV, kGroups = DV / GV;
-  static constexpr bool kMapped = C != D;
-  static constexpr PageFormat kFormat{D, DV, G, KeyBits, ValueBits, C, GV};
-  static_assert(format_error(kFormat) == nullptr && kGroups <= 4);
+  static constexpr PageFormat kFormat{D, DV, G, KeyBits, ValueBits, C, GV, ParamBits, ParamBits};
+  // 8-bit parameters and a column map: one does not come without the other here.
+  static constexpr bool kFitted = ParamBits == 8;
+  static_assert(format_error(kFormat) == nullptr && kGroups <= 4 && kFitted == (C != D));
 };
 
 namespace tensor {
 
 inline constexpr int kWarps = 4, kThreads = 32 * kWarps, kStages = 2;
 inline constexpr float kUnit = LOGQUANT_NORMAL_CODES ? 1.0f : 16777216.0f;  // 1 / what a code of 1 is as an operand
+
+// 8-bit scales are unpacked into fp16, times this: of eight consecutive ones, which is all that their fractions can be,
+// the rounding errors are then 2.5 times smaller than those of any eight; and fewer are subnormal.
+inline constexpr float kScaleShift = 3.0f + 127.0f / 1024.0f, kScaleUnit = 8.7181585f;  // 2^kScaleShift
 
 constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
 // The smallest multiple of 16 from x on that is `remainder` modulo 128: for rows that must fall on different banks.
@@ -101,7 +106,6 @@ struct Layout {
   using KeyWords = Words<kKeyWords, S::kKeyBits>;
   using ValueWords = Words<kValueRows, S::kValueBits>;
   using Columns = Pairs<S::kColumns / 8, S::kKeyBits>;
-  using Channels = Pairs<S::kDim / 8, S::kKeyBits>;
   static_assert(KeyWords::kPairs == Columns::kCount);
 
   static constexpr int kKeyBlock = S::kTokens / 4 * kKeyWords * 4;
@@ -111,28 +115,38 @@ struct Layout {
   static constexpr int kValueBlock = kValueRows / kValueBlocks * S::kValueDim * 4;
   static constexpr int kValuePitch = pitch(kValueBlock, 32);
   static constexpr int kKeyParams = 4 * kKeyPitch;
-  static constexpr int kKeyZeros = Channels::skewed(2 * S::kDim);
-  static constexpr int kValues = kKeyParams + Channels::skewed(4 * S::kDim);
+  // Fitted: the scales of keys and of values, a byte each, and the zeros of keys.
+  static constexpr int kScales = S::kDim + S::kGroups * S::kTokens;
+  static constexpr int kKeyZeros = S::kFitted ? kScales : Columns::skewed(2 * S::kDim);
+  static constexpr int kValues = kKeyParams + (S::kFitted ? kScales + S::kDim : Columns::skewed(4 * S::kDim));
   static constexpr int kValueParams = kValues + kValueBlocks * kValuePitch;
-  static constexpr int kStage = kValueParams + 4 * S::kGroups * S::kTokens;
+  static constexpr int kStage = kValueParams + (S::kFitted ? 0 : 4 * S::kGroups * S::kTokens);
+
+  // Fitted parameters of a warp's page as fp16: the scales of keys and of values, zeros, zeros with the mean of the
+  // codes, and scales by column.
+  static constexpr int kUnpackedZeros = 2 * kScales, kUnpackedMeans = kUnpackedZeros + 2 * S::kDim;
+  static constexpr int kColumnScales = kUnpackedMeans + (compensated ? 2 * S::kDim : 0);
+  static constexpr int kUnpackedBytes = round_up(kColumnScales + Columns::skewed(2 * S::kColumns), 16);
+  static constexpr int kScaleRounds = (kScales + 127) / 128, kZeroRounds = (S::kDim + 127) / 128;
 
   // Before the rings: a row of ones, one of zeros; quads of negative weights of values, of zeros, of keys; the tables
-  // of q; scales by column, one row a warp.
+  // of q; what each warp unpacks.
   static constexpr int kZeros = 2 * S::kTokens, kMinus = 4 * S::kTokens, kKeyMinus = kMinus + 32;
   static constexpr int kConstants = kKeyMinus + 16;
-  static constexpr bool kQueryInRegisters = Columns::kCount <= 16 && tiles == 1 && !S::kMapped;
-  static constexpr int kTable = Columns::kQuads * 512, kZeroTable = Channels::kQuads * 512;
-  static constexpr int kQuery = kConstants, kScaledQuery = kQuery + (kQueryInRegisters ? 0 : tiles * kTable);
-  static constexpr int kZeroQuery = kScaledQuery + (kQueryInRegisters ? 0 : tiles * kTable);
-  static constexpr int kColumnScales = kZeroQuery + (S::kMapped ? tiles * kZeroTable : 0);
-  static constexpr int kRings = kColumnScales + (S::kMapped ? kWarps * Columns::skewed(2 * S::kColumns) : 0);
+  static constexpr bool kQueryInRegisters = Columns::kCount <= 16 && tiles == 1 && !S::kFitted;
+  static constexpr int kChannelQuads = (S::kDim + 31) / 32;
+  // Of fitted formats, q by channel and q' by column; of plain ones, where they are the same, both by column.
+  static constexpr int kTable = Columns::kQuads * 512, kQueryTable = S::kFitted ? kChannelQuads * 512 : kTable;
+  static constexpr int kQuery = kConstants, kScaledQuery = kQuery + (kQueryInRegisters ? 0 : tiles * kQueryTable);
+  static constexpr int kUnpacked = kScaledQuery + (kQueryInRegisters ? 0 : tiles * kTable);
+  static constexpr int kRings = kUnpacked + (S::kFitted ? kWarps * kUnpackedBytes : 0);
   static constexpr int kRingBytes = kRings + kWarps * kStages * kStage;
   static constexpr int kMergeBytes = kWarps * 8 * tiles * (S::kValueDim + 2) * 4;
   static constexpr int kBytes = kRingBytes > kMergeBytes ? kRingBytes : kMergeBytes;
 
   // Rows of the small product of parameters and p: zeros of each group, ones, and scales of each group; the last in a
   // product of their own where nine rows would be needed.
-  static constexpr bool kScalesApart = compensated && 2 * S::kGroups + 1 > 8;
+  static constexpr bool kScalesApart = compensated && !S::kFitted && 2 * S::kGroups + 1 > 8;
   // Value channels of an m-tile: 32 at a time where a group has them.
   static constexpr bool kWide = S::kGroup % 32 == 0 || S::kGroups == 1;
   static constexpr int kWideBlocks = kWide ? S::kValueDim / 32 : 0, kTiles = S::kValueDim / 16;
@@ -171,6 +185,20 @@ LOGQUANT_DEVICE constexpr uint32_t negative_weight(int i) {
   return weight<bits>(i) | 0x80008000u;
 }
 
+// Four scale bytes as fp16, times kScaleUnit; kPoisonScale as a number, too.
+LOGQUANT_DEVICE uint2 unpack_scales(uint32_t bytes) {
+  float scale[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    // As the second byte of a float's bits, a byte e makes 2^15 + e.
+    const float x = __uint_as_float(ptx::select_bytes(bytes, 0x47000000u, 0x7404u | i << 4));
+    scale[i] = ptx::exp2(fmaf(x, 0.125f, -4096.0f + (kScaleExponent - 127) + kScaleShift));
+  }
+  return {ptx::pack_f16(scale[0], scale[1]), ptx::pack_f16(scale[2], scale[3])};
+}
+// Whether a byte is kPoisonScale: then some bit 0x80808080 is set.
+LOGQUANT_DEVICE uint32_t poisoned(uint32_t bytes) { return bytes & (~bytes - 0x01010101u); }
+
 template <int n>
 LOGQUANT_DEVICE uint32_t max_of(const uint32_t* v) {
   if constexpr (n == 1) {
@@ -193,11 +221,11 @@ class TensorAttention {
   using KeyWords = typename L::KeyWords;
   using ValueWords = typename L::ValueWords;
   using Columns = typename L::Columns;
-  using Channels = typename L::Channels;
   static constexpr int kTokenPairs = S::kTokens / 8, kKeyTiles = S::kTokens / 16;
   // Words of a key that are multiplied at once. Where out leaves few registers, q' of one at a time must do.
   static constexpr int kWordsAtOnce = tiles == 2 && S::kValueDim > 128 ? 1 : KeyWords::kCount;
   static constexpr bool kAllGroups = S::kGroups * tiles <= 2;  // keep p' of all groups, not of one at a time
+  static constexpr bool kSubtracted = kCompensated || S::kFitted;  // sum p' is needed beside sum p * zero
   static constexpr float kKeyMean = code_mask(S::kKeyBits) / 2.0f, kValueMean = code_mask(S::kValueBits) / 2.0f;
   using A4 = uint32_t[4];
   using B2 = uint32_t[2];
@@ -270,18 +298,23 @@ class TensorAttention {
 
   LOGQUANT_DEVICE void fetch(unsigned char* stage) const {
     constexpr PageFormat f = S::kFormat;
-    constexpr int kSkew = Channels::kSkew ? Channels::kSkew : 4 * S::kDim;
     copy<4 * L::kKeyBlock, L::kKeyBlock, L::kKeyPitch>(stage, 0);
-    copy<4 * S::kDim, kSkew, kSkew + 16>(stage + L::kKeyParams, 4 * f.key_params());
     copy<L::kValueBlocks * L::kValueBlock, L::kValueBlock, L::kValuePitch>(stage + L::kValues, 4 * f.value_codes());
-    copy<4 * S::kGroups * S::kTokens, 512, 512>(stage + L::kValueParams, 4 * f.value_params());
+    if constexpr (S::kFitted) {
+      copy<S::kDim, 512, 512>(stage + L::kKeyParams, 4 * f.key_params());
+      copy<S::kGroups * S::kTokens, 512, 512>(stage + L::kKeyParams + S::kDim, 4 * f.value_params());
+      copy<S::kDim, 512, 512>(stage + L::kKeyParams + L::kKeyZeros, 4 * f.key_params() + f.key_zeros());
+    } else {
+      constexpr int kSkew = Columns::kSkew ? Columns::kSkew : 4 * S::kDim;
+      copy<4 * S::kDim, kSkew, kSkew + 16>(stage + L::kKeyParams, 4 * f.key_params());
+      copy<4 * S::kGroups * S::kTokens, 512, 512>(stage + L::kValueParams, 4 * f.value_params());
+    }
   }
 
   // Four pairs of a row of 16-bit elements from pair n on; zeros past the last.
-  template <class P>
   LOGQUANT_DEVICE void read_quad(uint32_t (&to)[4], const unsigned char* row, int n) const {
-    const unsigned char* const p = row + P::skewed(P::offset(t, n));
-    if (n + 4 <= P::kCount) {
+    const unsigned char* const p = row + Columns::skewed(Columns::offset(t, n));
+    if (n + 4 <= Columns::kCount) {
       put(to, read<uint4>(p));
     } else {
       const uint2 two = read<uint2>(p);
@@ -291,10 +324,44 @@ class TensorAttention {
     }
   }
 
+  // Quads of fitted channels: a lane has 4 consecutive pairs of 32 channels; of the last 16, two, first and third.
+  static LOGQUANT_DEVICE constexpr bool whole_quad(int quad) { return 32 * quad + 32 <= S::kDim; }
+  LOGQUANT_DEVICE int quad_channel(int quad, int i) const {
+    return 32 * quad + (whole_quad(quad) ? 8 * t + 2 * i : 4 * t + i);
+  }
+  LOGQUANT_DEVICE void read_channels(uint32_t (&to)[4], const unsigned char* row, int quad) const {
+    if (whole_quad(quad)) {
+      put(to, read<uint4>(row + 2 * quad_channel(quad, 0)));
+    } else {
+      const uint2 two = read<uint2>(row + 2 * quad_channel(quad, 0));
+      to[0] = two.x;
+      to[2] = two.y;
+      to[1] = to[3] = 0;
+    }
+  }
+
+  LOGQUANT_DEVICE const int16_t* key_map() const {
+    return a.key_map.data + batch * a.key_map.batch_stride + kv_head * a.key_map.head_stride;
+  }
+
+  // Columns of a channel: its digits are marked, a byte each, where parameters will be unpacked.
+  LOGQUANT_DEVICE void mark_digits() {
+    for (int c = threadIdx.x; c < S::kDim; c += kThreads) reinterpret_cast<uint32_t*>(shared + L::kUnpacked)[c] = 0;
+    __syncthreads();
+    for (int j = threadIdx.x; j < S::kColumns; j += kThreads) {
+      const int entry = key_map()[j];
+      shared[L::kUnpacked + 4 * channel_of(entry, S::kDim) + column_digit(entry)] = 1;
+    }
+    __syncthreads();
+  }
+  LOGQUANT_DEVICE int columns_of(int channel) const {
+    return static_cast<int>(read<uint32_t>(shared + L::kUnpacked + 4 * channel) * 0x01010101u >> 24);
+  }
+  static LOGQUANT_DEVICE float power_of_two(int x) { return __uint_as_float(static_cast<uint32_t>(127 + x) << 23); }
+  static constexpr float kByteZero = 1152.0f;  // a zero byte, its sign flipped, as the low byte of 1024, less this
+
   // q of 8 rows a tile as B operands, scaled by a power of two a row into fp16's best range.
   LOGQUANT_DEVICE void load_query() {
-    const int16_t* const map =
-        S::kMapped ? a.key_map.data + batch * a.key_map.batch_stride + kv_head * a.key_map.head_stride : nullptr;
     const float sign = a.scale > 0.0f ? 1.0f : a.scale < 0.0f ? -1.0f : 0.0f;
     const float size = a.scale != 0.0f ? fabsf(a.scale) * kLog2e : 1.0f;
 #pragma unroll
@@ -303,25 +370,27 @@ class TensorAttention {
       const T* const q = query(min(row, row_total - 1));
       const float use = row < row_total ? 1.0f : 0.0f;
       float most = 0.0f;
-      for (int n = 0; n < Channels::kCount; ++n) {
-        const int c = Channels::element(t, n);
+      for (int c = 2 * t; c < S::kDim; c += 8) {
         most = fmaxf(most, fmaxf(fabsf(Element<T>::wide(q[c])), fabsf(Element<T>::wide(q[c + 1]))) * use);
       }
       most = fmaxf(most, __shfl_xor_sync(ptx::kFullMask, most, 1));
       most = fmaxf(most, __shfl_xor_sync(ptx::kFullMask, most, 2));
       int exponent = most > 0.0f ? static_cast<int>(__float_as_uint(most) >> 23) - 127 : 0;
       exponent = min(max(exponent, -120), 120);
-      const float down = __uint_as_float(static_cast<uint32_t>(127 - exponent) << 23) * sign;
-      const float up = __uint_as_float(static_cast<uint32_t>(127 + exponent) << 23) * size;
+      const float down = power_of_two(-exponent) * sign;
+      const float up = power_of_two(exponent) * size * (S::kFitted ? 1.0f / kScaleUnit : 1.0f);
       const auto pair = [&](int c, int d, float x, float y) {
         return row < row_total ? ptx::pack_f16(Element<T>::wide(q[c]) * (down * x), Element<T>::wide(q[d]) * (down * y))
                                : 0u;
       };
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        constant_factor[u][r] = __shfl_sync(ptx::kFullMask, up, (2 * t + r) * 4);
-        code_factor[u][r] = constant_factor[u][r] * kUnit;
+        code_factor[u][r] = __shfl_sync(ptx::kFullMask, up, (2 * t + r) * 4);
+        constant_factor[u][r] = code_factor[u][r] * (S::kFitted ? kZeroUnit : 1.0f);
+        code_factor[u][r] *= kUnit;
       }
+      uint32_t* const table = reinterpret_cast<uint32_t*>(shared + L::kQuery + u * L::kQueryTable);
+      uint32_t* const scaled = reinterpret_cast<uint32_t*>(shared + L::kScaledQuery + u * L::kTable);
       if constexpr (L::kQueryInRegisters) {
 #pragma unroll
         for (int n = 0; n < 4 * Columns::kQuads; ++n) {
@@ -330,41 +399,53 @@ class TensorAttention {
           scaled_pairs[n] = ptx::mul_f16x2(query_pairs[n], inverse_weight<S::kKeyBits>(n));
         }
       } else if (warp == 0) {
-        uint32_t* const table = reinterpret_cast<uint32_t*>(shared + L::kQuery + u * L::kTable);
-        uint32_t* const scaled = reinterpret_cast<uint32_t*>(shared + L::kScaledQuery + u * L::kTable);
         for (int n = 0; n < 4 * Columns::kQuads; ++n) {
           uint32_t x = 0;
           if (n < Columns::kCount) {
-            int c = Columns::element(t, n), d = c + 1;
-            float digit_c = 1.0f, digit_d = 1.0f;
-            if constexpr (S::kMapped) {
-              const int first = map[c], second = map[d];
-              c = channel_of(first, S::kDim);
-              d = channel_of(second, S::kDim);
-              digit_c = static_cast<float>(1u << S::kKeyBits * column_digit(first));
-              digit_d = static_cast<float>(1u << S::kKeyBits * column_digit(second));
+            const int j = Columns::element(t, n);
+            if constexpr (S::kFitted) {
+              const int first = key_map()[j], second = key_map()[j + 1];
+              const int c = channel_of(first, S::kDim), d = channel_of(second, S::kDim);
+              x = pair(c, d, digit_weight(column_digit(first), columns_of(c)),
+                       digit_weight(column_digit(second), columns_of(d)));
+            } else {
+              x = pair(j, j + 1, 1.0f, 1.0f);
             }
-            x = pair(c, d, digit_c, digit_d);
           }
-          table[(n / 4 * 32 + lane) * 4 + even_odd(n)] = x;
+          if constexpr (!S::kFitted) table[(n / 4 * 32 + lane) * 4 + even_odd(n)] = x;
           scaled[(n / 4 * 32 + lane) * 4 + n % 4] = ptx::mul_f16x2(x, inverse_weight<S::kKeyBits>(n));
         }
-        if constexpr (S::kMapped) {
-          uint32_t* const zeros = reinterpret_cast<uint32_t*>(shared + L::kZeroQuery + u * L::kZeroTable);
-          for (int n = 0; n < 4 * Channels::kQuads; ++n) {
-            const int c = Channels::element(t, n);
-            zeros[(n / 4 * 32 + lane) * 4 + even_odd(n)] = n < Channels::kCount ? pair(c, c + 1, 1.0f, 1.0f) : 0u;
+        if constexpr (S::kFitted) {
+          for (int n = 0; n < 4 * L::kChannelQuads; ++n) {
+            const bool used = whole_quad(n / 4) || n % 2 == 0;
+            const int c = quad_channel(n / 4, n % 4);
+            table[(n / 4 * 32 + lane) * 4 + n % 4] = used ? pair(c, c + 1, 1.0f, 1.0f) : 0u;
           }
         }
       }
     }
-    if constexpr (S::kMapped) {  // where the scale of each of this lane's columns lies in a page's parameters
+    if constexpr (S::kFitted) {
 #pragma unroll
-      for (int i = 0; i < kGathers; ++i) {
-        const int j = i * 32 + lane;
-        gather[i] = Channels::skewed(2 * channel_of(map[min(j, S::kColumns - 1)], S::kDim));
+      for (int i = 0; i < kGathers; ++i) {  // where the scale of each of this lane's columns is
+        gather[i] = 2 * channel_of(key_map()[min(i * 32 + lane, S::kColumns - 1)], S::kDim);
+      }
+      if constexpr (kCompensated) {
+#pragma unroll
+        for (int i = 0; i < 2 * L::kZeroRounds; ++i) {
+          const int c = min(i / 2 * 128 + 4 * lane + i % 2 * 2, S::kDim - 2);
+          mean_offset[i] = ptx::pack_f16(kByteZero - code_mean(columns_of(c)), kByteZero - code_mean(columns_of(c + 1)));
+        }
       }
     }
+  }
+
+  // What digit `digit` of a channel with `columns` columns weighs, in units of the scale, and the mean of the codes of
+  // such a channel, in those of zeros.
+  static LOGQUANT_DEVICE float digit_weight(int digit, int columns) {
+    return power_of_two(S::kKeyBits * (digit - columns) + 2);
+  }
+  static LOGQUANT_DEVICE float code_mean(int columns) {
+    return 2.0f / kZeroUnit * (1.0f - power_of_two(-S::kKeyBits * columns));
   }
 
   // Where pair n of q stands in its quad in shared memory: the even pairs, an operand of the products with parameters,
@@ -386,18 +467,21 @@ class TensorAttention {
                      : quad >= 0 && quad < 4 ? negative_weight<b>(n)
                                              : 0u;
     }
-    row_offset = (g == S::kGroups ? 0 : L::kZeros) + t * 4 * kTokenPairs;
-    row_in_stage = 0;
-    if (g < S::kGroups) {
-      row_in_stage = ~0u;
-      row_offset = L::kValueParams + 2 * (S::kGroups + g) * S::kTokens + t * 4 * kTokenPairs;
-    } else if (kCompensated && !L::kScalesApart && g > S::kGroups && g <= 2 * S::kGroups) {
-      row_in_stage = ~0u;
-      row_offset = L::kValueParams + 2 * (g - S::kGroups - 1) * S::kTokens + t * 4 * kTokenPairs;
+    if constexpr (!S::kFitted) {
+      row_offset = (g == S::kGroups ? 0 : L::kZeros) + t * 4 * kTokenPairs;
+      row_in_stage = 0;
+      if (g < S::kGroups) {
+        row_in_stage = ~0u;
+        row_offset = L::kValueParams + 2 * (S::kGroups + g) * S::kTokens + t * 4 * kTokenPairs;
+      } else if (kCompensated && !L::kScalesApart && g > S::kGroups && g <= 2 * S::kGroups) {
+        row_in_stage = ~0u;
+        row_offset = L::kValueParams + 2 * (g - S::kGroups - 1) * S::kTokens + t * 4 * kTokenPairs;
+      }
+      row_in_stage = ptx::keep(row_in_stage);
+      row_offset = ptx::keep(row_offset);
     }
-    row_in_stage = ptx::keep(row_in_stage);
-    row_offset = ptx::keep(row_offset);
     stage_at = L::kRings + warp * kStages * L::kStage;
+    unpacked_at = ptx::keep(L::kUnpacked + warp * L::kUnpackedBytes);
     const uint32_t both_stages = ptx::keep(2 * stage_at + L::kStage);
     const int pages = used(a, batch, 0), step = a.page_splits * kWarps;
     const int first = split * kWarps + warp;
@@ -407,6 +491,7 @@ class TensorAttention {
       fetch(shared + stage_at);
     }
     ptx::cp_async_commit();
+    if constexpr (S::kFitted) mark_digits();
     load_query();
     __syncthreads();  // constants and tables
 
@@ -428,13 +513,19 @@ class TensorAttention {
   LOGQUANT_DEVICE void attend_page(const unsigned char* stage, int page) {
     float constant[tiles][2];
     float s[tiles][kKeyTiles][4];
-    scores(stage, s, constant);
-    if (!a.plain) mask_scores(s, constant, page * S::kTokens);
+    unsigned char* const unpacked = shared + unpacked_at;
+    if constexpr (S::kFitted) unpack_parameters(unpacked, stage + L::kKeyParams);
+    scores(stage, unpacked, s, constant);
+    if (!a.plain) {
+      mask_scores(s, constant, page * S::kTokens);
+      if constexpr (S::kFitted) spare_hidden_scales(unpacked + 2 * S::kDim, s);
+    }
 
     uint32_t p[tiles][kTokenPairs];                                    // weights as B operands
     uint32_t scaled[tiles][kAllGroups ? S::kGroups : 1][kTokenPairs];  // p', or p times the largest scale
     uint32_t scales[kAllGroups ? S::kGroups : 1][kTokenPairs];
-    const unsigned char* const value_scales = stage + L::kValueParams + t * 4 * kTokenPairs;
+    const unsigned char* const value_scales =
+        (S::kFitted ? unpacked + 2 * S::kDim : stage + L::kValueParams) + t * 4 * kTokenPairs;
     if constexpr (kAllGroups) {
 #pragma unroll
       for (int group = 0; group < S::kGroups; ++group) read_token_pairs(scales[group], value_scales, group);
@@ -474,8 +565,13 @@ class TensorAttention {
       move_reference(s, constant, max_of<sizeof scales / 4>(&scales[0][0]));
       weigh();
     }
-    parameter_sums(p, s);
-    if constexpr (kCompensated && kAllGroups) {
+    if constexpr (S::kFitted) {
+#pragma unroll
+      for (int u = 0; u < tiles; ++u) sum_pairs(sums_even[u], sums_odd[u], g == S::kGroups ? 0 : L::kZeros, p[u]);
+    } else {
+      parameter_sums(p, s);
+    }
+    if constexpr (kSubtracted && kAllGroups) {
 #pragma unroll
       for (int u = 0; u < tiles; ++u) {
 #pragma unroll
@@ -497,7 +593,7 @@ class TensorAttention {
             const uint32_t y = plain_weight(i) ? p[u][i] : ptx::mul_f16x2(p[u][i], inverse_weight<S::kValueBits>(i));
             own[u][i] = ptx::mul_f16x2(y, group_scales[i]);
           }
-          if constexpr (kCompensated) subtract_rounded(u, group, own[u]);
+          if constexpr (kSubtracted) subtract_rounded(u, group, own[u]);
         }
       }
       const auto operand = [&](int u, int i) { return kAllGroups ? scaled[u][kAllGroups ? group : 0][i] : own[u][i]; };
@@ -531,25 +627,93 @@ class TensorAttention {
     for (int i = 0; i < kTokenPairs; i += 4) put(to + i, read<uint4>(rows + row * 2 * S::kTokens + 4 * i));
   }
 
-  // S, and for each row of q the part of the score that all tokens share.
-  LOGQUANT_DEVICE void scores(const unsigned char* stage, float (&s)[tiles][kKeyTiles][4],
-                              float (&constant)[tiles][2]) {
-    const unsigned char* scale_row = stage + L::kKeyParams;
-    if constexpr (S::kMapped) {
-      unsigned char* const by_column = shared + L::kColumnScales + warp * Columns::skewed(2 * S::kColumns);
+  // Fitted parameters of a page as fp16.
+  LOGQUANT_DEVICE void unpack_parameters(unsigned char* to, const unsigned char* bytes) {
+    // All that is read first, then all that is written: the compiler must keep the order of the two.
+    uint32_t scales[L::kScaleRounds], zeros[L::kZeroRounds], poison = 0;
+    const auto each = [&](int count, const auto& f) __attribute__((always_inline)) {
 #pragma unroll
-      for (int i = 0; i < kGathers; ++i) {
-        const int j = i * 32 + lane;
-        const uint16_t scale = read<uint16_t>(scale_row + gather[i]);
-        if (i * 32 + 32 <= S::kColumns || j < S::kColumns) {
-          *reinterpret_cast<uint16_t*>(by_column + Columns::skewed(2 * j)) = scale;
+      for (int i = 0; i < (count + 127) / 128; ++i) {
+        if (128 * i + 128 <= count || 128 * i + 4 * lane < count) f(i, 32 * i + lane);
+      }
+    };
+    each(L::kScales, [&](int i, int word) { scales[i] = read<uint32_t>(bytes + 4 * word); });
+    each(S::kDim, [&](int i, int word) { zeros[i] = read<uint32_t>(bytes + L::kKeyZeros + 4 * word); });
+    each(L::kScales, [&](int i, int word) {
+      *reinterpret_cast<uint2*>(to + 8 * word) = unpack_scales(scales[i]);
+      poison |= poisoned(scales[i]);
+    });
+    if ((poison & 0x80808080u) != 0) {
+#pragma unroll 1
+      for (int c = 4 * lane; c < L::kScales; c += c % 4 == 3 ? 125 : 1) {
+        if (bytes[c] == kPoisonScale) reinterpret_cast<uint16_t*>(to)[c] = kPoison;
+      }
+    }
+    each(S::kDim, [&](int i, int word) {
+      const uint32_t four = zeros[i] ^ 0x80808080u, zero = ptx::pack_f16(kByteZero, kByteZero);
+      const uint32_t low = ptx::select_bytes(four, 0x64646464u, 0x4140);
+      const uint32_t high = ptx::select_bytes(four, 0x64646464u, 0x4342);
+      *reinterpret_cast<uint2*>(to + L::kUnpackedZeros + 8 * word) = {ptx::sub_f16x2(low, zero),
+                                                                     ptx::sub_f16x2(high, zero)};
+      if constexpr (kCompensated) {
+        *reinterpret_cast<uint2*>(to + L::kUnpackedMeans + 8 * word) = {ptx::sub_f16x2(low, mean_offset[2 * i]),
+                                                                       ptx::sub_f16x2(high, mean_offset[2 * i + 1])};
+      }
+    });
+    __syncwarp();
+    uint16_t by_column[kGathers];
+#pragma unroll
+    for (int i = 0; i < kGathers; ++i) by_column[i] = read<uint16_t>(to + gather[i]);
+#pragma unroll
+    for (int i = 0; i < kGathers; ++i) {
+      if (i * 32 + 32 <= S::kColumns || i * 32 + lane < S::kColumns) {
+        // 32 columns never cross a skew.
+        *reinterpret_cast<uint16_t*>(to + L::kColumnScales + Columns::skewed(64 * i) + 2 * lane) = by_column[i];
+      }
+    }
+    __syncwarp();
+  }
+
+  // For each row of q the part of the score that all tokens share: with q' = q * scale rounded, as codes see it,
+  // sum q' * zero, and what rounding took from sum q * scale * (zero + mean of the codes).
+  LOGQUANT_DEVICE void channel_sums(const unsigned char* unpacked, float (&constant)[tiles][2]) const {
+    float even[tiles][4] = {}, odd[tiles][4] = {};
+#pragma unroll
+    for (int quad = 0; quad < L::kChannelQuads; ++quad) {
+      A4 scale, zero, mean;
+      read_channels(scale, unpacked, quad);
+      read_channels(zero, unpacked + L::kUnpackedZeros, quad);
+      if constexpr (kCompensated) read_channels(mean, unpacked + L::kUnpackedMeans, quad);
+#pragma unroll
+      for (int u = 0; u < tiles; ++u) {
+        A4 q, rounded, lost;
+        read_query(q, L::kQuery, L::kQueryTable, u, quad);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) rounded[i] = ptx::mul_f16x2(q[i], scale[i]);
+        ptx::mma<__half>(even[u], zero, {rounded[0], rounded[2]});
+        if (whole_quad(quad)) ptx::mma<__half>(odd[u], zero, {rounded[1], rounded[3]});
+        if constexpr (kCompensated) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) lost[i] = ptx::mul_sub_f16x2(q[i], scale[i], rounded[i]);
+          ptx::mma<__half>(even[u], mean, {lost[0], lost[2]});
+          if (whole_quad(quad)) ptx::mma<__half>(odd[u], mean, {lost[1], lost[3]});
         }
       }
-      __syncwarp();
-      scale_row = by_column;
     }
+#pragma unroll
+    for (int u = 0; u < tiles; ++u) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) constant[u][r] = even[u][r] + odd[u][2 + r];
+    }
+  }
+
+  // S, and for each row of q the part of the score that all tokens share.
+  LOGQUANT_DEVICE void scores(const unsigned char* stage, const unsigned char* unpacked,
+                              float (&s)[tiles][kKeyTiles][4], float (&constant)[tiles][2]) {
+    constexpr bool kCompensatedHere = kCompensated && !S::kFitted;
+    const unsigned char* const scale_row = S::kFitted ? unpacked + L::kColumnScales : stage + L::kKeyParams;
     A4 minus = {};
-    if constexpr (kCompensated) put(minus, read<uint4>(shared + L::kKeyMinus));
+    if constexpr (kCompensatedHere) put(minus, read<uint4>(shared + L::kKeyMinus));
     uint32_t q[tiles][4 * Columns::kQuads];  // q' = q * scale * 2^-(b*i)
     float zero_even[tiles][4], zero_odd[tiles][4], mean_even[tiles][4], mean_odd[tiles][4];
 #pragma unroll
@@ -569,8 +733,8 @@ class TensorAttention {
       for (int quad = (KeyWords::pairs_before(w) + 3) / 4; quad < (KeyWords::pairs_before(w + kWordsAtOnce) + 3) / 4;
            ++quad) {
         A4 scale, zero;
-        read_quad<Columns>(scale, scale_row, 4 * quad);
-        if constexpr (!S::kMapped) read_quad<Channels>(zero, stage + L::kKeyParams + L::kKeyZeros, 4 * quad);
+        read_quad(scale, scale_row, 4 * quad);
+        if constexpr (!S::kFitted) read_quad(zero, stage + L::kKeyParams + L::kKeyZeros, 4 * quad);
 #pragma unroll
         for (int u = 0; u < tiles; ++u) {
           A4 original = {}, reduced = {};
@@ -579,18 +743,18 @@ class TensorAttention {
             for (int i = 0; i < 4; ++i)
               original[i] = query_pairs[4 * quad + i], reduced[i] = scaled_pairs[4 * quad + i];
           } else {
-            if (kCompensated || !S::kMapped) read_query(original, L::kQuery, L::kTable, u, quad);
+            if (!S::kFitted) read_query(original, L::kQuery, L::kQueryTable, u, quad);
             read_query(reduced, L::kScaledQuery, L::kTable, u, quad);
           }
 #pragma unroll
           for (int i = 0; i < 4; ++i) q[u][4 * quad + i] = ptx::mul_f16x2(reduced[i], scale[i]);
           constexpr bool kHeld = L::kQueryInRegisters;
           const B2 even = {original[0], original[kHeld ? 2 : 1]}, odd = {original[kHeld ? 1 : 2], original[3]};
-          if constexpr (!S::kMapped) {
+          if constexpr (!S::kFitted) {
             ptx::mma<__half>(zero_even[u], zero, even);
             ptx::mma<__half>(zero_odd[u], zero, odd);
           }
-          if constexpr (kCompensated) {
+          if constexpr (kCompensatedHere) {
             ptx::mma<__half>(mean_even[u], scale, even);
             ptx::mma<__half>(mean_odd[u], scale, odd);
             const B2 first = {q[u][4 * quad], q[u][4 * quad + 1]}, second = {q[u][4 * quad + 2], q[u][4 * quad + 3]};
@@ -602,20 +766,9 @@ class TensorAttention {
 #pragma unroll
       for (int i = 0; i < kKeyTiles; ++i) code_scores(rows + 16 * i * L::kKeyWords, w, i, q, s);
     }
-    if constexpr (S::kMapped) {
-#pragma unroll
-      for (int quad = 0; quad < Channels::kQuads; ++quad) {
-        A4 zero;
-        read_quad<Channels>(zero, stage + L::kKeyParams + L::kKeyZeros, 4 * quad);
-#pragma unroll
-        for (int u = 0; u < tiles; ++u) {
-          A4 original;
-          read_query(original, L::kZeroQuery, L::kZeroTable, u, quad);
-          const B2 even = {original[0], original[1]}, odd = {original[2], original[3]};
-          ptx::mma<__half>(zero_even[u], zero, even);
-          ptx::mma<__half>(zero_odd[u], zero, odd);
-        }
-      }
+    if constexpr (S::kFitted) {
+      channel_sums(unpacked, constant);
+      return;
     }
 #pragma unroll
     for (int u = 0; u < tiles; ++u) {
@@ -749,7 +902,7 @@ class TensorAttention {
     for (int n = 0; n < kTokenPairs; n += 4) put(words[n / 4], read<uint4>(row + 4 * n));
     if (!a.plain) {
 #pragma unroll
-      for (int n = 0; n < kTokenPairs; n += 4) spare_hidden(words[n / 4], n, s);
+      for (int n = 0; n < kTokenPairs; n += 4) spare_hidden(words[n / 4], n, s, true);
     }
 #pragma unroll
     for (int n = 0; n < kTokenPairs; n += 4) {
@@ -768,9 +921,10 @@ class TensorAttention {
     }
   }
 
-  // A NaN zero times a weight of 0 would be a NaN for rows that do not see the token: takes NaNs out of the operand and
-  // puts one into the sum of each row that does see one.
-  LOGQUANT_DEVICE void spare_hidden(A4& words, int n, const float (&s)[tiles][kKeyTiles][4]) {
+  // A NaN times a weight of 0 would be a NaN for rows that do not see the token: takes NaNs out of a quad of zeros or
+  // scales and puts one into the sum of each row that does see one, if the quad is `mine`: of this lane's row of sums.
+  // Returns whether any lane's quad had NaNs.
+  LOGQUANT_DEVICE bool spare_hidden(A4& words, int n, const float (&s)[tiles][kKeyTiles][4], bool mine) {
     A4 bad;
     bool any = false;
 #pragma unroll
@@ -781,7 +935,9 @@ class TensorAttention {
       words[i] &= ~(low | high);
       any = any || bad[i] != 0;
     }
-    if (!__any_sync(ptx::kFullMask, any)) return;
+    if (!__any_sync(ptx::kFullMask, any)) return false;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) bad[i] = mine ? bad[i] : 0;
 #pragma unroll
     for (int u = 0; u < tiles; ++u) {
       uint32_t seen[4];
@@ -798,19 +954,42 @@ class TensorAttention {
         if (count_even[r] + count_odd[2 + r] > 0.0f) sums_even[u][r] = NAN;
       }
     }
+    return true;
   }
 
-  // Compensation of p': minus sum p' * 2^(b*i), into the row of the group's scales.
-  LOGQUANT_DEVICE void subtract_rounded(int u, int group, const uint32_t* scaled) {
-    const bool mine = g == (L::kScalesApart ? group : S::kGroups + 1 + group);
-    A4 minus;
-    put(minus, read<uint4>(shared + L::kMinus + (mine ? 0 : 16)));
+  // The same for the scales of fitted values, which are read again and again.
+  LOGQUANT_DEVICE void spare_hidden_scales(unsigned char* scales, const float (&s)[tiles][kKeyTiles][4]) {
+#pragma unroll
+    for (int group = 0; group < S::kGroups; ++group) {
+#pragma unroll
+      for (int n = 0; n < kTokenPairs; n += 4) {
+        uint4* const quad = reinterpret_cast<uint4*>(scales + 2 * group * S::kTokens + 4 * (t * kTokenPairs + n));
+        A4 words;
+        put(words, *quad);
+        if (spare_hidden(words, n, s, g == group) && g == 0) *quad = {words[0], words[1], words[2], words[3]};
+      }
+    }
+    __syncwarp();
+  }
+
+  // even[r] + odd[2 + r] of lanes with a quad of weights at `weights` (L::kMinus, or ones, not zeros): += sum of
+  // weights times pairs.
+  LOGQUANT_DEVICE void sum_pairs(float (&even)[4], float (&odd)[4], int weights, const uint32_t* pairs) const {
+    A4 operand;
+    put(operand, read<uint4>(shared + weights));
 #pragma unroll
     for (int n = 0; n < kTokenPairs; n += 4) {
-      const B2 first = {scaled[n], scaled[n + 1]}, second = {scaled[n + 2], scaled[n + 3]};
-      ptx::mma<__half>(L::kScalesApart ? means_even[u] : sums_even[u], minus, first);
-      ptx::mma<__half>(L::kScalesApart ? means_odd[u] : sums_odd[u], minus, second);
+      ptx::mma<__half>(even, operand, {pairs[n], pairs[n + 1]});
+      ptx::mma<__half>(odd, operand, {pairs[n + 2], pairs[n + 3]});
     }
+  }
+
+  // Minus sum p' * 2^(b*i), into the row of the group's scales (fitted: of the group): the compensation of p', or what
+  // the mean of the codes, which fitted values are stored without, has added.
+  LOGQUANT_DEVICE void subtract_rounded(int u, int group, const uint32_t* scaled) {
+    const bool mine = g == (L::kScalesApart || S::kFitted ? group : S::kGroups + 1 + group);
+    sum_pairs(L::kScalesApart ? means_even[u] : sums_even[u], L::kScalesApart ? means_odd[u] : sums_odd[u],
+              L::kMinus + (mine ? 0 : 16), scaled);
   }
 
   // The m-tile j of O: word(f, h) is the f-th word of this lane's channel in the tile's half h.
@@ -847,7 +1026,9 @@ class TensorAttention {
 #pragma unroll
         for (int group = 0; group < S::kGroups; ++group) {
           float zeros = __shfl_sync(ptx::kFullMask, total, 4 * group + t);
-          if constexpr (kCompensated) {
+          if constexpr (S::kFitted) {
+            zeros *= kValueMean;
+          } else if constexpr (kCompensated) {
             const float mean = L::kScalesApart ? __shfl_sync(ptx::kFullMask, apart, 4 * group + t)
                                                : __shfl_sync(ptx::kFullMask, total, 4 * (S::kGroups + 1 + group) + t);
             zeros = fmaf(kValueMean, mean, zeros);
@@ -855,7 +1036,10 @@ class TensorAttention {
 #pragma unroll
           for (int j = group * (S::kGroup / 16); j < (group + 1) * (S::kGroup / 16); ++j) {
 #pragma unroll
-            for (int h = 0; h < 2; ++h) out[u][j][2 * h + r] = fmaf(out[u][j][2 * h + r], kUnit, zeros);
+            for (int h = 0; h < 2; ++h) {
+              float& x = out[u][j][2 * h + r];
+              x = fmaf(x, kUnit, zeros) * (S::kFitted ? 1.0f / kScaleUnit : 1.0f);
+            }
           }
         }
       }
@@ -1062,29 +1246,59 @@ class TensorAttention {
       }
     }
     __syncthreads();
-    for (int row = 0; row < min(kRows, row_total - first_row); ++row) {
+    // A warp takes 64 channels of a row at a time, a lane two that are 32 apart.
+    constexpr int kBlocks64 = (kDim + 63) / 64;
+    for (int i = warp; i < min(kRows, row_total - first_row) * kBlocks64; i += kWarps) {
+      const int row = i / kBlocks64, block = i % kBlocks64;
       float reference = -INFINITY, total = 0.0f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) reference = fmaxf(reference, sums[2 * (w * kRows + row)]);
       const float finite = reference == -INFINITY ? 0.0f : reference;
-      float factor[kWarps];
+      float x[2] = {};
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        factor[w] = ptx::exp2(sums[2 * (w * kRows + row)] - finite);
-        total += factor[w] * sums[2 * (w * kRows + row) + 1];
-      }
-      const int64_t at = partial_index(a, batch, kv_head, split, first_row + row);
-      for (int c = threadIdx.x; c < kDim; c += kThreads) {
-        float x = 0.0f;
+        const float factor = ptx::exp2(sums[2 * (w * kRows + row)] - finite);
+        total += factor * sums[2 * (w * kRows + row) + 1];
 #pragma unroll
-        for (int w = 0; w < kWarps; ++w) x += factor[w] * parts[(w * kRows + row) * kDim + c];
-        a.partial_out[at * kDim + c] = x;
+        for (int h = 0; h < 2; ++h) {
+          const int c = 64 * block + 32 * h + lane;
+          if (c < kDim) x[h] += factor * parts[(w * kRows + row) * kDim + c];
+        }
       }
-      if (threadIdx.x == 0) {
+      if (S::kFitted && pages) rotate(x);
+      const int64_t at = partial_index(a, batch, kv_head, split, first_row + row);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int c = 64 * block + 32 * h + lane;
+        if (c < kDim) a.partial_out[at * kDim + c] = x[h];
+      }
+      if (block == 0 && lane == 0) {
         a.partial_sums[2 * at] = reference;
         a.partial_sums[2 * at + 1] = total;
       }
     }
+  }
+
+  // Undoes the rotation of fitted values, of 64 channels.
+  LOGQUANT_DEVICE void rotate(float (&x)[2]) const {
+    constexpr int kBlock = S::kFormat.hadamard_block();
+#pragma unroll
+    for (int step = 1; step < (kBlock < 32 ? kBlock : 32); step *= 2) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float other = __shfl_xor_sync(ptx::kFullMask, x[h], step);
+        x[h] = other + (lane & step ? -x[h] : x[h]);
+      }
+    }
+    if constexpr (kBlock == 64) {
+      const float low = x[0] + x[1];
+      x[1] = x[0] - x[1];
+      x[0] = low;
+    }
+    constexpr float kFactor = kBlock == 64 ? 0.125f : kBlock == 32 ? 0.17677669529663687f : 0.25f;
+    static_assert(!S::kFitted || kBlock >= 16);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) x[h] *= kFactor;
   }
 
   LOGQUANT_DEVICE int page_channel(int j, int h) const {
@@ -1095,7 +1309,7 @@ class TensorAttention {
                                      : 16 * j + 4 * (g / 2) + 2 * h + g % 2;
   }
 
-  static constexpr int kGathers = S::kMapped ? (S::kColumns + 31) / 32 : 1;
+  static constexpr int kGathers = S::kFitted ? (S::kColumns + 31) / 32 : 1;
 
   const AttendArgs& a;
   unsigned char* const shared;
@@ -1111,9 +1325,11 @@ class TensorAttention {
   uint32_t query_pairs[L::kQueryInRegisters ? 4 * Columns::kQuads : 1];
   uint32_t scaled_pairs[L::kQueryInRegisters ? 4 * Columns::kQuads : 1];
   int gather[kGathers];
+  uint32_t mean_offset[2 * L::kZeroRounds];
   const unsigned char* source = nullptr;  // of the next page, this lane's 16 bytes
   int64_t source_step = 0;
   uint32_t stage_at = 0;  // of the page at hand, from `shared` on
+  uint32_t unpacked_at = 0;
   // Where this lane's row of the product of parameters and p lies: in the stage (all bits set), or in the constants.
   uint32_t row_in_stage = 0, row_offset = 0;
 };
