@@ -514,12 +514,11 @@ class TensorAttention {
     float constant[tiles][2];
     float s[tiles][kKeyTiles][4];
     unsigned char* const unpacked = shared + unpacked_at;
-    if constexpr (S::kFitted) unpack_parameters(unpacked, stage + L::kKeyParams);
+    bool poison = false;
+    if constexpr (S::kFitted) poison = unpack_parameters(unpacked, stage + L::kKeyParams);
     scores(stage, unpacked, s, constant);
-    if (!a.plain) {
-      mask_scores(s, constant, page * S::kTokens);
-      if constexpr (S::kFitted) spare_hidden_scales(unpacked + 2 * S::kDim, s);
-    }
+    if (!a.plain) mask_scores(s, constant, page * S::kTokens);
+    if (poison) spare_hidden_scales(unpacked + 2 * S::kDim, s);
 
     uint32_t p[tiles][kTokenPairs];                                    // weights as B operands
     uint32_t scaled[tiles][kAllGroups ? S::kGroups : 1][kTokenPairs];  // p', or p times the largest scale
@@ -627,8 +626,8 @@ class TensorAttention {
     for (int i = 0; i < kTokenPairs; i += 4) put(to + i, read<uint4>(rows + row * 2 * S::kTokens + 4 * i));
   }
 
-  // Fitted parameters of a page as fp16.
-  LOGQUANT_DEVICE void unpack_parameters(unsigned char* to, const unsigned char* bytes) {
+  // Fitted parameters of a page as fp16. Returns whether a scale is poisoned: it is a NaN then.
+  LOGQUANT_DEVICE bool unpack_parameters(unsigned char* to, const unsigned char* bytes) {
     // All that is read first, then all that is written: the compiler must keep the order of the two.
     uint32_t scales[L::kScaleRounds], zeros[L::kZeroRounds], poison = 0;
     const auto each = [&](int count, const auto& f) __attribute__((always_inline)) {
@@ -643,7 +642,8 @@ class TensorAttention {
       *reinterpret_cast<uint2*>(to + 8 * word) = unpack_scales(scales[i]);
       poison |= poisoned(scales[i]);
     });
-    if ((poison & 0x80808080u) != 0) {
+    const bool any = __any_sync(ptx::kFullMask, (poison & 0x80808080u) != 0);
+    if (any) {
 #pragma unroll 1
       for (int c = 4 * lane; c < L::kScales; c += c % 4 == 3 ? 125 : 1) {
         if (bytes[c] == kPoisonScale) reinterpret_cast<uint16_t*>(to)[c] = kPoison;
@@ -672,6 +672,7 @@ class TensorAttention {
       }
     }
     __syncwarp();
+    return any;
   }
 
   // For each row of q the part of the score that all tokens share: with q' = q * scale rounded, as codes see it,
@@ -957,7 +958,8 @@ class TensorAttention {
     return true;
   }
 
-  // The same for the scales of fitted values, which are read again and again.
+  // The same for the scales of fitted values, which are read again and again. (Without masks, too: p' that are NaN would
+  // spoil the sums of all rows.)
   LOGQUANT_DEVICE void spare_hidden_scales(unsigned char* scales, const float (&s)[tiles][kKeyTiles][4]) {
 #pragma unroll
     for (int group = 0; group < S::kGroups; ++group) {
