@@ -129,9 +129,11 @@ struct Layout {
   static constexpr int kUnpackedBytes = round_up(kColumnScales + Columns::skewed(2 * S::kColumns), 16);
   static constexpr int kScaleRounds = (kScales + 127) / 128, kZeroRounds = (S::kDim + 127) / 128;
 
-  // Before the rings: a row of ones, one of zeros; quads of negative weights of values, of zeros, of keys; the tables
-  // of q; what each warp unpacks.
-  static constexpr int kZeros = 2 * S::kTokens, kMinus = 4 * S::kTokens, kKeyMinus = kMinus + 32;
+  // Before the rings: a row of ones, one of zeros; a quad of negative weights of values and one of ones, with seven
+  // quads of zeros before and after each (sum_pairs); a quad of negative weights of keys; the tables of q; what each
+  // warp unpacks.
+  static constexpr int kZeros = 2 * S::kTokens, kMinus = 4 * S::kTokens + 7 * 16, kOnes = kMinus + 8 * 16;
+  static constexpr int kKeyMinus = kOnes + 8 * 16;
   static constexpr int kConstants = kKeyMinus + 16;
   static constexpr bool kQueryInRegisters = Columns::kCount <= 16 && tiles == 1 && !S::kFitted;
   static constexpr int kChannelQuads = (S::kDim + 31) / 32;
@@ -224,7 +226,7 @@ class TensorAttention {
   static constexpr int kTokenPairs = S::kTokens / 8, kKeyTiles = S::kTokens / 16;
   // Words of a key that are multiplied at once. Where out leaves few registers, q' of one at a time must do.
   static constexpr int kWordsAtOnce = tiles == 2 && S::kValueDim > 128 ? 1 : KeyWords::kCount;
-  static constexpr bool kAllGroups = S::kGroups * tiles <= 2;  // keep p' of all groups, not of one at a time
+  static constexpr bool kAllGroups = S::kGroups * tiles <= 2;      // keep p' of all groups, not of one at a time
   static constexpr bool kSubtracted = kCompensated || S::kFitted;  // sum p' is needed beside sum p * zero
   static constexpr float kKeyMean = code_mask(S::kKeyBits) / 2.0f, kValueMean = code_mask(S::kValueBits) / 2.0f;
   using A4 = uint32_t[4];
@@ -433,7 +435,8 @@ class TensorAttention {
 #pragma unroll
         for (int i = 0; i < 2 * L::kZeroRounds; ++i) {
           const int c = min(i / 2 * 128 + 4 * lane + i % 2 * 2, S::kDim - 2);
-          mean_offset[i] = ptx::pack_f16(kByteZero - code_mean(columns_of(c)), kByteZero - code_mean(columns_of(c + 1)));
+          mean_offset[i] =
+              ptx::pack_f16(kByteZero - code_mean(columns_of(c)), kByteZero - code_mean(columns_of(c + 1)));
         }
       }
     }
@@ -460,12 +463,11 @@ class TensorAttention {
     uint32_t* const constants = reinterpret_cast<uint32_t*>(shared);
     for (int i = threadIdx.x; i < L::kConstants / 4; i += kThreads) {
       constexpr int b = S::kValueBits;
-      const int quad = i - L::kMinus / 4;
       const int n = i % 4 == 1 ? 2 : i % 4 == 2 ? 1 : i % 4;
-      constants[i] = i < L::kZeros / 4       ? Operand<__half>::kOnes
-                     : i >= L::kKeyMinus / 4 ? negative_weight<S::kKeyBits>(n)
-                     : quad >= 0 && quad < 4 ? negative_weight<b>(n)
-                                             : 0u;
+      constants[i] = i < L::kZeros / 4 || i / 4 == L::kOnes / 16 ? Operand<__half>::kOnes
+                     : i / 4 == L::kKeyMinus / 16                ? negative_weight<S::kKeyBits>(n)
+                     : i / 4 == L::kMinus / 16                   ? negative_weight<b>(n)
+                                                                 : 0u;
     }
     if constexpr (!S::kFitted) {
       row_offset = (g == S::kGroups ? 0 : L::kZeros) + t * 4 * kTokenPairs;
@@ -517,8 +519,10 @@ class TensorAttention {
     bool poison = false;
     if constexpr (S::kFitted) poison = unpack_parameters(unpacked, stage + L::kKeyParams);
     scores(stage, unpacked, s, constant);
-    if (!a.plain) mask_scores(s, constant, page * S::kTokens);
-    if (poison) spare_hidden_scales(unpacked + 2 * S::kDim, s);
+    if (!a.plain || poison) {
+      if (!a.plain) mask_scores(s, constant, page * S::kTokens);
+      if (poison) spare_hidden_scales(unpacked + 2 * S::kDim, s);
+    }
 
     uint32_t p[tiles][kTokenPairs];                                    // weights as B operands
     uint32_t scaled[tiles][kAllGroups ? S::kGroups : 1][kTokenPairs];  // p', or p times the largest scale
@@ -566,7 +570,7 @@ class TensorAttention {
     }
     if constexpr (S::kFitted) {
 #pragma unroll
-      for (int u = 0; u < tiles; ++u) sum_pairs(sums_even[u], sums_odd[u], g == S::kGroups ? 0 : L::kZeros, p[u]);
+      for (int u = 0; u < tiles; ++u) sum_pairs(sums_even[u], sums_odd[u], L::kOnes, S::kGroups, p[u]);
     } else {
       parameter_sums(p, s);
     }
@@ -654,10 +658,10 @@ class TensorAttention {
       const uint32_t low = ptx::select_bytes(four, 0x64646464u, 0x4140);
       const uint32_t high = ptx::select_bytes(four, 0x64646464u, 0x4342);
       *reinterpret_cast<uint2*>(to + L::kUnpackedZeros + 8 * word) = {ptx::sub_f16x2(low, zero),
-                                                                     ptx::sub_f16x2(high, zero)};
+                                                                      ptx::sub_f16x2(high, zero)};
       if constexpr (kCompensated) {
         *reinterpret_cast<uint2*>(to + L::kUnpackedMeans + 8 * word) = {ptx::sub_f16x2(low, mean_offset[2 * i]),
-                                                                       ptx::sub_f16x2(high, mean_offset[2 * i + 1])};
+                                                                        ptx::sub_f16x2(high, mean_offset[2 * i + 1])};
       }
     });
     __syncwarp();
@@ -690,12 +694,13 @@ class TensorAttention {
         A4 q, rounded, lost;
         read_query(q, L::kQuery, L::kQueryTable, u, quad);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) rounded[i] = ptx::mul_f16x2(q[i], scale[i]);
+        for (int i = 0; i < 4; ++i) {
+          rounded[i] = ptx::mul_f16x2(q[i], scale[i]);
+          if constexpr (kCompensated) lost[i] = ptx::mul_sub_f16x2(q[i], scale[i], rounded[i]);
+        }
         ptx::mma<__half>(even[u], zero, {rounded[0], rounded[2]});
         if (whole_quad(quad)) ptx::mma<__half>(odd[u], zero, {rounded[1], rounded[3]});
         if constexpr (kCompensated) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) lost[i] = ptx::mul_sub_f16x2(q[i], scale[i], rounded[i]);
           ptx::mma<__half>(even[u], mean, {lost[0], lost[2]});
           if (whole_quad(quad)) ptx::mma<__half>(odd[u], mean, {lost[1], lost[3]});
         }
@@ -713,6 +718,7 @@ class TensorAttention {
                               float (&s)[tiles][kKeyTiles][4], float (&constant)[tiles][2]) {
     constexpr bool kCompensatedHere = kCompensated && !S::kFitted;
     const unsigned char* const scale_row = S::kFitted ? unpacked + L::kColumnScales : stage + L::kKeyParams;
+    if constexpr (S::kFitted) channel_sums(unpacked, constant);
     A4 minus = {};
     if constexpr (kCompensatedHere) put(minus, read<uint4>(shared + L::kKeyMinus));
     uint32_t q[tiles][4 * Columns::kQuads];  // q' = q * scale * 2^-(b*i)
@@ -767,10 +773,7 @@ class TensorAttention {
 #pragma unroll
       for (int i = 0; i < kKeyTiles; ++i) code_scores(rows + 16 * i * L::kKeyWords, w, i, q, s);
     }
-    if constexpr (S::kFitted) {
-      channel_sums(unpacked, constant);
-      return;
-    }
+    if constexpr (S::kFitted) return;
 #pragma unroll
     for (int u = 0; u < tiles; ++u) {
 #pragma unroll
@@ -958,8 +961,8 @@ class TensorAttention {
     return true;
   }
 
-  // The same for the scales of fitted values, which are read again and again. (Without masks, too: p' that are NaN would
-  // spoil the sums of all rows.)
+  // The same for the scales of fitted values, which are read again and again. (Without masks, too: p' that are NaN
+  // would spoil the sums of all rows.)
   LOGQUANT_DEVICE void spare_hidden_scales(unsigned char* scales, const float (&s)[tiles][kKeyTiles][4]) {
 #pragma unroll
     for (int group = 0; group < S::kGroups; ++group) {
@@ -974,11 +977,11 @@ class TensorAttention {
     __syncwarp();
   }
 
-  // even[r] + odd[2 + r] of lanes with a quad of weights at `weights` (L::kMinus, or ones, not zeros): += sum of
-  // weights times pairs.
-  LOGQUANT_DEVICE void sum_pairs(float (&even)[4], float (&odd)[4], int weights, const uint32_t* pairs) const {
+  // Adds the sum of weights (L::kMinus or kOnes) times pairs to even[r] + odd[2 + r] of the lanes g = row: they read
+  // the weights, and others zeros beside them.
+  LOGQUANT_DEVICE void sum_pairs(float (&even)[4], float (&odd)[4], int weights, int row, const uint32_t* pairs) const {
     A4 operand;
-    put(operand, read<uint4>(shared + weights));
+    put(operand, read<uint4>(shared + 16 * g + (weights - 16 * row)));
 #pragma unroll
     for (int n = 0; n < kTokenPairs; n += 4) {
       ptx::mma<__half>(even, operand, {pairs[n], pairs[n + 1]});
@@ -989,9 +992,9 @@ class TensorAttention {
   // Minus sum p' * 2^(b*i), into the row of the group's scales (fitted: of the group): the compensation of p', or what
   // the mean of the codes, which fitted values are stored without, has added.
   LOGQUANT_DEVICE void subtract_rounded(int u, int group, const uint32_t* scaled) {
-    const bool mine = g == (L::kScalesApart || S::kFitted ? group : S::kGroups + 1 + group);
-    sum_pairs(L::kScalesApart ? means_even[u] : sums_even[u], L::kScalesApart ? means_odd[u] : sums_odd[u],
-              L::kMinus + (mine ? 0 : 16), scaled);
+    const int row = L::kScalesApart || S::kFitted ? group : S::kGroups + 1 + group;
+    sum_pairs(L::kScalesApart ? means_even[u] : sums_even[u], L::kScalesApart ? means_odd[u] : sums_odd[u], L::kMinus,
+              row, scaled);
   }
 
   // The m-tile j of O: word(f, h) is the f-th word of this lane's channel in the tile's half h.

@@ -102,7 +102,9 @@ LOGQUANT_DEVICE uint32_t sub_f16x2(uint32_t a, uint32_t b) {
 // a * b - c
 LOGQUANT_DEVICE uint32_t mul_sub_f16x2(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;
-  asm("{\n .reg .b32 minus;\n neg.f16x2 minus, %3;\n fma.rn.f16x2 %0, %1, %2, minus;\n}" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  asm("{\n .reg .b32 minus;\n neg.f16x2 minus, %3;\n fma.rn.f16x2 %0, %1, %2, minus;\n}"
+      : "=r"(d)
+      : "r"(a), "r"(b), "r"(c));
   return d;
 }
 LOGQUANT_DEVICE uint32_t max_nan_f16x2(uint32_t a, uint32_t b) {
@@ -139,10 +141,9 @@ LOGQUANT_DEVICE T keep(T x) {
 LOGQUANT_DEVICE unsigned char* keep_shared(unsigned char* p) {
   return static_cast<unsigned char*>(__cvta_shared_to_generic(keep(shared_address(p))));
 }
-// The byte i of the result is the one of {a, b}, numbered 0 to 3 and 4 to 7, that bits 4i to 4i + 3 of the selector say.
-LOGQUANT_DEVICE uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
-  return __byte_perm(a, b, selector);
-}
+// The byte i of the result is the one of {a, b}, numbered 0 to 3 and 4 to 7, that bits 4i to 4i + 3 of the selector
+// say.
+LOGQUANT_DEVICE uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 // a & b | c in one instruction.
 LOGQUANT_DEVICE uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;
