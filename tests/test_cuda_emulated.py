@@ -118,7 +118,7 @@ machines = st.builds(
 
 
 @given(
-    fmt=formats(fitted=False) | st.sampled_from(TENSOR_FORMATS),
+    fmt=formats() | st.sampled_from(TENSOR_FORMATS),
     dtype=dtypes,
     seed=seeds,
     pages=st.integers(0, 4),

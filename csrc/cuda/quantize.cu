@@ -38,7 +38,11 @@ __global__ void __launch_bounds__(kQuantizeThreads, 4)
     const int16_t* const map = args.key_map.data == nullptr ? nullptr
                                                             : args.key_map.data + batch * args.key_map.batch_stride +
                                                                   head * args.key_map.head_stride;
-    quantize_keys(f, source(args.k, k_aligned), map, page, shared);
+    const float* const weights = args.key_weights.data == nullptr
+                                     ? nullptr
+                                     : args.key_weights.data + batch * args.key_weights.batch_stride +
+                                           head * args.key_weights.head_stride + p * f.page_tokens;
+    quantize_keys(f, source(args.k, k_aligned), map, weights, page, shared);
   } else {
     quantize_values(f, source(args.v, v_aligned), page, shared);
   }
