@@ -68,7 +68,9 @@ def page_loop(code: list[Instruction]) -> list[Instruction]:
         body = [x.opcode for x in code[first:last]]
         if any(op.startswith("LDGSTS") for op in body):
             return False
-        return any(op.startswith(("SHFL", "CALL", "MUFU.RCP", "MUFU.TANH", "LDG", "FSET.", "LDS.U8", "BAR.")) for op in body)
+        return any(
+            op.startswith(("SHFL", "CALL", "MUFU.RCP", "MUFU.TANH", "LDG", "FSET.", "LDS.U8", "BAR.")) for op in body
+        )
 
     path: list[Instruction] = []
     i = at[low]

@@ -265,7 +265,8 @@ FITTED_GROUPS = LogQuantConfig().page_format(256)  # more than the kernel keeps 
 
 @pytest.mark.parametrize(
     ("fmt", "queries"),
-    [(PageFormat(128), 2), (PageFormat(128), 40), (FITTED, 2), (FITTED, 4), (FITTED_GROUPS, 2)],
+    [(PageFormat(128), 2), (PageFormat(128), 40), (FITTED, 2), (FITTED, 4), (FITTED_GROUPS, 2)]
+    + [(fmt, 3) for fmt in (PageFormat(192), PageFormat(256), FITTED_GROUPS)],  # of two warps
     ids=lambda x: name_of(x) if isinstance(x, PageFormat) else str(x),
 )
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

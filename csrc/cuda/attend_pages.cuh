@@ -104,7 +104,7 @@ template <class S, bool compensated, int tiles>
 struct Layout {
   // A team has a ring of pages, and works on one page at a time: a warp, or, where the output of 16 rows would not fit
   // in its registers, the two warps of a block. Each of a pair takes 8 rows of S and half of the channels of O.
-  static constexpr bool kPaired = tiles == 2 && S::kValueDim > 128;
+  static constexpr bool kPaired = tiles == 2 && S::kValueDim > (compensated || S::kFitted ? 128 : 192);
   static constexpr int kWarps = kPaired ? 2 : 4, kThreads = 32 * kWarps;
   static constexpr int kTeams = kPaired ? 1 : kWarps, kTeamThreads = kThreads / kTeams;
   static constexpr int kScoreTiles = kPaired ? 1 : tiles;  // of S, of a warp
@@ -150,9 +150,13 @@ struct Layout {
   static constexpr int kTable = Columns::kQuads * 512, kQueryTable = S::kFitted ? kChannelQuads * 512 : kTable;
   static constexpr int kQuery = kConstants, kScaledQuery = kQuery + (kQueryInRegisters ? 0 : tiles * kQueryTable);
   static constexpr int kUnpacked = kScaledQuery + (kQueryInRegisters ? 0 : tiles * kTable);
-  static constexpr int kExchange = kUnpacked + (S::kFitted ? kTeams * kUnpackedBytes : 0);
-  static constexpr int kExchangedFactors = kExchange + (kPaired ? 2 * 16 * S::kTokens : 0);  // 8 rows of p, in fp16
-  static constexpr int kRings = kExchangedFactors + (kPaired ? 64 : 0);
+  // Pairs: p' of each warp's rows for the other's groups, how far references moved, and at the end sum p * zero.
+  static constexpr bool kWholeGroups = S::kGroups % 2 == 0;
+  static constexpr int kOwnGroups = kPaired && kWholeGroups ? S::kGroups / 2 : S::kGroups;
+  static constexpr int kPassed = kUnpacked + (S::kFitted ? kTeams * kUnpackedBytes : 0);
+  static constexpr int kPassedFactors = kPassed + (kPaired ? 2 * 16 * S::kTokens * kOwnGroups : 0);
+  static constexpr int kPassedZeros = kPassedFactors + (kPaired ? 4 * 16 : 0);
+  static constexpr int kRings = kPassedZeros + (kPaired ? 4 * 16 * S::kGroups : 0);
   static constexpr int kRingBytes = kRings + kTeams * kStages * kStage;
   static constexpr int kMergeBytes = kTeams * 8 * tiles * (S::kValueDim + 2) * 4;
   static constexpr int kBytes = kRingBytes > kMergeBytes ? kRingBytes : kMergeBytes;
@@ -165,8 +169,6 @@ struct Layout {
   static constexpr int kWideBlocks = kWide ? S::kValueDim / 32 : 0, kTiles = S::kValueDim / 16;
 
   // Of a pair, each warp takes half of the groups, or else every other 32 channels of every group.
-  static constexpr bool kWholeGroups = S::kGroups % 2 == 0;
-  static constexpr int kOwnGroups = kPaired && kWholeGroups ? S::kGroups / 2 : S::kGroups;
   static constexpr int kOwnTiles = kPaired ? kTiles / 2 : kTiles;
   static constexpr int kOwnWideBlocks = kPaired ? kWideBlocks / 2 : kWideBlocks;
   static constexpr int kTilesOfGroup = kOwnTiles / kOwnGroups;
@@ -569,7 +571,7 @@ class TensorAttention {
       if (poison) spare_hidden_scales(unpacked + 2 * S::kDim, s);
     }
 
-    uint32_t p[tiles][kTokenPairs];                                          // weights as B operands
+    uint32_t p[kScoreTiles][kTokenPairs];                                    // weights as B operands
     uint32_t scaled[kScoreTiles][kAllGroups ? S::kGroups : 1][kTokenPairs];  // p', or p times the largest scale
     uint32_t scales[kAllGroups ? S::kGroups : 1][kTokenPairs];
     const unsigned char* const value_scales =
@@ -617,42 +619,57 @@ class TensorAttention {
       move_reference(s, constant, max_of<sizeof scales / 4>(&scales[0][0]), factors);
       weigh();
     }
-    if constexpr (L::kPaired) {
-      if (exchange(p[0], p[1], moves)) exchange_factors(factors[0]);
-    }
     if constexpr (S::kFitted) {
 #pragma unroll
-      for (int u = 0; u < tiles; ++u) sum_pairs(sums_even[u], sums_odd[u], L::kOnes, S::kGroups, p[u]);
+      for (int u = 0; u < kScoreTiles; ++u) sum_pairs(sums_even[u], sums_odd[u], L::kOnes, S::kGroups, p[u]);
     } else {
       parameter_sums(p, s);
     }
     if constexpr (kSubtracted && kAllGroups) {
 #pragma unroll
-      for (int u = 0; u < tiles; ++u) {
+      for (int u = 0; u < kScoreTiles; ++u) {
 #pragma unroll
         for (int group = 0; group < S::kGroups; ++group) subtract_rounded(u, group, scaled[u][group]);
       }
+    }
+    const auto weigh_group = [&](uint32_t (&to)[kTokenPairs], int u, int group) __attribute__((always_inline)) {
+      uint32_t group_scales[kTokenPairs];
+      read_token_pairs(group_scales, value_scales, group);
+#pragma unroll
+      for (int i = 0; i < kTokenPairs; ++i) {
+        const uint32_t y = plain_weight(i) ? p[u][i] : ptx::mul_f16x2(p[u][i], inverse_weight<S::kValueBits>(i));
+        to[i] = ptx::mul_f16x2(y, group_scales[i]);
+      }
+      if constexpr (kSubtracted) subtract_rounded(u, group, to);
+    };
+    // p' of a pair: each warp keeps what it needs of its rows, and passes the other what that needs.
+    uint32_t kept[L::kPaired ? L::kOwnGroups : 1][kTokenPairs];
+    if constexpr (L::kPaired) {
+#pragma unroll
+      for (int n = 0; n < L::kOwnGroups; ++n) {
+        weigh_group(kept[n], 0, n + half * L::kNextGroups);
+        uint32_t passed[kTokenPairs];
+        if constexpr (L::kWholeGroups) weigh_group(passed, 0, n + (1 - half) * L::kNextGroups);
+        pass(n, L::kWholeGroups ? passed : kept[n]);
+      }
+      if (any_in_team(moves)) exchange_factors(factors[0]);
     }
 
     // Values. Groups follow each other, so p' of one at a time is enough.
 #pragma unroll
     for (int n = 0; n < L::kOwnGroups; ++n) {
-      const int group = n + half * L::kNextGroups;
       uint32_t own[tiles][kTokenPairs] = {};
-      if constexpr (!kAllGroups) {
-        uint32_t group_scales[kTokenPairs];
-        read_token_pairs(group_scales, value_scales, group);
+      if constexpr (L::kPaired) {
+        take_passed(own[1], n);
+      } else if constexpr (!kAllGroups) {
 #pragma unroll
-        for (int u = 0; u < tiles; ++u) {
-#pragma unroll
-          for (int i = 0; i < kTokenPairs; ++i) {
-            const uint32_t y = plain_weight(i) ? p[u][i] : ptx::mul_f16x2(p[u][i], inverse_weight<S::kValueBits>(i));
-            own[u][i] = ptx::mul_f16x2(y, group_scales[i]);
-          }
-          if constexpr (kSubtracted) subtract_rounded(u, group, own[u]);
-        }
+        for (int u = 0; u < tiles; ++u) weigh_group(own[u], u, n);
       }
-      const auto operand = [&](int u, int i) { return kAllGroups ? scaled[u][kAllGroups ? n : 0][i] : own[u][i]; };
+      const auto operand = [&](int u, int i) {
+        return kAllGroups             ? scaled[L::kPaired ? 0 : u][kAllGroups ? n : 0][i]
+               : L::kPaired && u == 0 ? kept[L::kPaired ? n : 0][i]
+                                      : own[u][i];
+      };
 #pragma unroll
       for (int j = n * L::kTilesOfGroup; j < (n + 1) * L::kTilesOfGroup; ++j) {
         const bool wide = j / 2 < L::kOwnWideBlocks;
@@ -928,41 +945,41 @@ class TensorAttention {
         const float moved = fmaxf(fmaxf(top[u][r], score), kLowest);
         factors[u][r] = ptx::exp2(top[u][r] - moved);
         top[u][r] = moved;
+        sums_even[u][r] *= factors[u][r];
+        sums_odd[u][2 + r] *= factors[u][r];
+        if constexpr (L::kScalesApart) means_even[u][r] *= factors[u][r], means_odd[u][2 + r] *= factors[u][r];
         rescale(u, r, factors[u][r]);
       }
     }
   }
   LOGQUANT_DEVICE void rescale(int u, int r, float factor) {
-    sums_even[u][r] *= factor;
-    sums_odd[u][2 + r] *= factor;
-    if constexpr (L::kScalesApart) means_even[u][r] *= factor, means_odd[u][2 + r] *= factor;
 #pragma unroll
     for (int j = u * L::kOwnTiles; j < (u + 1) * L::kOwnTiles; ++j) out[j][r] *= factor, out[j][2 + r] *= factor;
   }
 
-  // What a warp of a pair has of its eight rows, for the other. Whether `flag` is true of either.
-  LOGQUANT_DEVICE bool exchange(const uint32_t (&own)[kTokenPairs], uint32_t (&other)[kTokenPairs], bool flag) {
-    uint4* const box = reinterpret_cast<uint4*>(shared + L::kExchange) + lane;
+  // p' of the n-th group of the other warp of a pair, for this warp's rows.
+  LOGQUANT_DEVICE uint4* box(int n, int from) const {
+    return reinterpret_cast<uint4*>(shared + L::kPassed) + (from * L::kOwnGroups + n) * (kTokenPairs / 4 * 32) + lane;
+  }
+  LOGQUANT_DEVICE void pass(int n, const uint32_t (&p)[kTokenPairs]) const {
 #pragma unroll
-    for (int n = 0; n < kTokenPairs; n += 4) {
-      box[(half * kTokenPairs / 4 + n / 4) * 32] = {own[n], own[n + 1], own[n + 2], own[n + 3]};
-    }
-    const bool any = any_in_team(flag);
+    for (int i = 0; i < kTokenPairs; i += 4) box(n, half)[i / 4 * 32] = {p[i], p[i + 1], p[i + 2], p[i + 3]};
+  }
+  LOGQUANT_DEVICE void take_passed(uint32_t (&p)[kTokenPairs], int n) const {
 #pragma unroll
-    for (int n = 0; n < kTokenPairs; n += 4) put(other + n, box[((1 - half) * kTokenPairs / 4 + n / 4) * 32]);
-    return any;
+    for (int i = 0; i < kTokenPairs; i += 4) put(p + i, box(n, 1 - half)[i / 4 * 32]);
   }
   // Where a reference has moved.
   LOGQUANT_DEVICE void exchange_factors(const float (&own)[2]) {
-    float* const box = reinterpret_cast<float*>(shared + L::kExchangedFactors) + 2 * t;
-    if (g == 0) box[8 * half] = own[0], box[8 * half + 1] = own[1];
+    float* const factors = reinterpret_cast<float*>(shared + L::kPassedFactors) + 2 * t;
+    if (g == 0) factors[8 * half] = own[0], factors[8 * half + 1] = own[1];
     sync_team();
 #pragma unroll
-    for (int r = 0; r < 2; ++r) rescale(1, r, box[8 * (1 - half) + r]);
+    for (int r = 0; r < 2; ++r) rescale(1, r, factors[8 * (1 - half) + r]);
   }
 
   // sum p * zero and sum p (and, for the compensation, sum p * scale).
-  LOGQUANT_DEVICE void parameter_sums(const uint32_t (&p)[tiles][kTokenPairs],
+  LOGQUANT_DEVICE void parameter_sums(const uint32_t (&p)[kScoreTiles][kTokenPairs],
                                       const float (&s)[kScoreTiles][kKeyTiles][4]) {
     const unsigned char* const row = shared + (row_offset + (stage_at & row_in_stage));
     A4 words[kTokenPairs / 4];
@@ -972,7 +989,7 @@ class TensorAttention {
 #pragma unroll
     for (int n = 0; n < kTokenPairs; n += 4) {
 #pragma unroll
-      for (int u = 0; u < tiles; ++u) {
+      for (int u = 0; u < kScoreTiles; ++u) {
         const B2 even = {p[u][n], p[u][n + 2]}, odd = {p[u][n + 1], p[u][n + 3]};
         ptx::mma<__half>(sums_even[u], words[n / 4], even);
         ptx::mma<__half>(sums_odd[u], words[n / 4], odd);
@@ -999,7 +1016,8 @@ class TensorAttention {
     }
     return any;
   }
-  LOGQUANT_DEVICE void seen_tokens(const float (&s)[kScoreTiles][kKeyTiles][4], uint32_t (&seen)[tiles][kTokenPairs]) {
+  LOGQUANT_DEVICE void seen_tokens(const float (&s)[kScoreTiles][kKeyTiles][4],
+                                   uint32_t (&seen)[kScoreTiles][kTokenPairs]) {
 #pragma unroll
     for (int u = 0; u < kScoreTiles; ++u) {
 #pragma unroll
@@ -1009,11 +1027,10 @@ class TensorAttention {
             ptx::movmatrix_trans(ptx::pack_f16(x[0] == -INFINITY ? 0.0f : 1.0f, x[1] == -INFINITY ? 0.0f : 1.0f));
       }
     }
-    if constexpr (L::kPaired) exchange(seen[0], seen[1], false);
   }
-  LOGQUANT_DEVICE void spoil_sums(const A4& nans, int n, const uint32_t (&seen)[tiles][kTokenPairs]) {
+  LOGQUANT_DEVICE void spoil_sums(const A4& nans, int n, const uint32_t (&seen)[kScoreTiles][kTokenPairs]) {
 #pragma unroll
-    for (int u = 0; u < tiles; ++u) {
+    for (int u = 0; u < kScoreTiles; ++u) {
       float count_even[4] = {}, count_odd[4] = {};
       ptx::mma<__half>(count_even, nans, {seen[u][n], seen[u][n + 2]});
       ptx::mma<__half>(count_odd, nans, {seen[u][n + 1], seen[u][n + 3]});
@@ -1028,8 +1045,8 @@ class TensorAttention {
     bool any = false;
 #pragma unroll
     for (int n = 0; n < kTokenPairs / 4; ++n) any = take_nans(words[n], nans[n]) || any;
-    if (!any_in_team(any)) return;
-    uint32_t seen[tiles][kTokenPairs];
+    if (!__any_sync(ptx::kFullMask, any)) return;
+    uint32_t seen[kScoreTiles][kTokenPairs];
     seen_tokens(s, seen);
 #pragma unroll
     for (int n = 0; n < kTokenPairs / 4; ++n) spoil_sums(nans[n], 4 * n, seen);
@@ -1037,7 +1054,7 @@ class TensorAttention {
   // Fitted values have no zeros: their poisoned scales are NaNs, also where there are no masks, for p' that are NaN
   // would spoil the sums of all rows and groups.
   LOGQUANT_DEVICE void spare_hidden_scales(unsigned char* scales, const float (&s)[kScoreTiles][kKeyTiles][4]) {
-    uint32_t seen[tiles][kTokenPairs];
+    uint32_t seen[kScoreTiles][kTokenPairs];
     seen_tokens(s, seen);
     const auto each_quad = [&](const auto& f) __attribute__((always_inline)) {
 #pragma unroll
@@ -1107,17 +1124,16 @@ class TensorAttention {
   }
 
   LOGQUANT_DEVICE void finish_pages() {
+    float* const passed = reinterpret_cast<float*>(shared + L::kPassedZeros);  // [group][row]
 #pragma unroll
-    for (int u = 0; u < tiles; ++u) {
+    for (int u = 0; u < kScoreTiles; ++u) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float total = sums_even[u][r] + sums_odd[u][2 + r];
         const float apart = means_even[u][r] + means_odd[u][2 + r];
-        const float weights = __shfl_sync(ptx::kFullMask, total, 4 * S::kGroups + t);
-        if (u < kScoreTiles) sum[u][r] = weights;
+        sum[u][r] = __shfl_sync(ptx::kFullMask, total, 4 * S::kGroups + t);
 #pragma unroll
-        for (int n = 0; n < L::kOwnGroups; ++n) {
-          const int group = n + half * L::kNextGroups;
+        for (int group = 0; group < S::kGroups; ++group) {
           float zeros = __shfl_sync(ptx::kFullMask, total, 4 * group + t);
           if constexpr (S::kFitted) {
             zeros *= kValueMean;
@@ -1126,15 +1142,33 @@ class TensorAttention {
                                                : __shfl_sync(ptx::kFullMask, total, 4 * (S::kGroups + 1 + group) + t);
             zeros = fmaf(kValueMean, mean, zeros);
           }
-#pragma unroll
-          for (int j = n * L::kTilesOfGroup; j < (n + 1) * L::kTilesOfGroup; ++j) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              float& x = out[u * L::kOwnTiles + j][2 * h + r];
-              x = fmaf(x, kUnit, zeros) * (S::kFitted ? 1.0f / kScaleUnit : 1.0f);
-            }
+          if constexpr (L::kPaired) {
+            if (g == 0) passed[16 * group + 8 * half + 2 * t + r] = zeros;
+          } else {
+            finish_group(u, group, r, zeros);
           }
         }
+      }
+    }
+    if constexpr (L::kPaired) {
+      sync_team();
+#pragma unroll
+      for (int i = 0; i < 2 * L::kOwnGroups; ++i) {
+        const int u = i % 2, n = i / 2;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          finish_group(u, n, r, passed[16 * (n + half * L::kNextGroups) + 8 * (u ^ half) + 2 * t + r]);
+        }
+      }
+    }
+  }
+  LOGQUANT_DEVICE void finish_group(int u, int n, int r, float zeros) {
+#pragma unroll
+    for (int j = n * L::kTilesOfGroup; j < (n + 1) * L::kTilesOfGroup; ++j) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float& x = out[u * L::kOwnTiles + j][2 * h + r];
+        x = fmaf(x, kUnit, zeros) * (S::kFitted ? 1.0f / kScaleUnit : 1.0f);
       }
     }
   }
@@ -1427,7 +1461,8 @@ class TensorAttention {
   float sum[kScoreTiles][2];  // of weights relative to it
   float code_factor[kScoreTiles][2], constant_factor[kScoreTiles][2];
   float out[tiles * L::kOwnTiles][4];  // by tile of rows (a pair: its own first), then of channels
-  float sums_even[tiles][4] = {}, sums_odd[tiles][4] = {}, means_even[tiles][4] = {}, means_odd[tiles][4] = {};
+  float sums_even[kScoreTiles][4] = {}, sums_odd[kScoreTiles][4] = {};
+  float means_even[kScoreTiles][4] = {}, means_odd[kScoreTiles][4] = {};
   uint32_t query_pairs[L::kQueryInRegisters ? 4 * Columns::kQuads : 1];
   uint32_t scaled_pairs[L::kQueryInRegisters ? 4 * Columns::kQuads : 1];
   int gather[kGathers];
