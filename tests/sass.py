@@ -54,7 +54,8 @@ def page_loop(code: list[Instruction]) -> list[Instruction]:
 
     The loop is the shortest backward branch whose body holds most HMMA. Of its forward branches, those around rare
     blocks are taken: what moves the reference exponent (SHFL), masks scores (calls, reciprocals, loads), spares hidden
-    NaNs (FSET) or looks a page up in a table (a load). Convergence branches: BRA.CONV is taken, BRA.DIV is not.
+    NaNs (FSET), looks for poisoned scales (LDS.U8), looks a page up in a table (a load), or what two warps rarely
+    exchange (BAR). Convergence branches: BRA.CONV is taken, BRA.DIV is not.
     """
     at = {x.address: i for i, x in enumerate(code)}
     loops = [(x.target, x.address) for x in code if x.target is not None and x.target < x.address]
@@ -67,7 +68,9 @@ def page_loop(code: list[Instruction]) -> list[Instruction]:
         body = [x.opcode for x in code[first:last]]
         if any(op.startswith("LDGSTS") for op in body):
             return False
-        return any(op.startswith(("SHFL", "CALL", "MUFU.RCP", "MUFU.TANH", "LDG", "FSET.")) for op in body)
+        return any(
+            op.startswith(("SHFL", "CALL", "MUFU.RCP", "MUFU.TANH", "LDG", "FSET.", "LDS.U8", "BAR.")) for op in body
+        )
 
     path: list[Instruction] = []
     i = at[low]

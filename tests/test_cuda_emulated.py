@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from logquant import reference
+from logquant import LogQuantConfig, reference
 from logquant.reference import PageFormat
 from tests import emulated
 from tests.strategies import dtypes, formats, key_weights, seeds, tokens
@@ -21,10 +21,10 @@ if emulated.cuda_include() is None:
     pytest.skip("needs CUDA's headers", allow_module_level=True)
 
 HALVES = (torch.float16, torch.bfloat16)
+TENSOR_DIMS = (64, 80, 96, 112, 128, 192, 256)
 # Those with tensor-core kernels: csrc/cuda/attend_d*.cu.
 TENSOR_FORMATS = [
-    *(PageFormat(dim) for dim in (64, 80, 96, 112, 128, 192, 256)),
-    *(PageFormat(dim, key_columns=dim * 5 // 4) for dim in (64, 128, 256)),
+    *(config.page_format(dim) for config in (LogQuantConfig.paper(), LogQuantConfig()) for dim in TENSOR_DIMS),
     PageFormat(128, key_bits=4, value_bits=4),
 ]
 MACHINES = [
@@ -267,23 +267,47 @@ def test_prefill_skips_what_is_hidden_by_causality():
     assert products(128) * 5 < products(64 * 20)
 
 
-@pytest.mark.parametrize("queries", [2, 40])
+FITTED = LogQuantConfig().page_format(128)
+FITTED_GROUPS = LogQuantConfig().page_format(256)  # more than the kernel keeps the weights of at once
+
+
+@pytest.mark.parametrize(
+    ("fmt", "queries"),
+    [(PageFormat(128), 2), (PageFormat(128), 40), (FITTED, 2), (FITTED, 4), (FITTED, 40), (FITTED_GROUPS, 2)]
+    + [(fmt, 3) for fmt in (PageFormat(192), PageFormat(256), FITTED_GROUPS)],  # of two warps
+    ids=lambda x: name_of(x) if isinstance(x, PageFormat) else str(x),
+)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("place", [3, 70, 330])
-@pytest.mark.parametrize("param_bits", [16, 8])
-def test_a_hidden_nan_stays_hidden(dtype, place, queries, param_bits):
-    fmt = PageFormat(128, key_param_bits=param_bits, value_param_bits=param_bits)
+def test_a_hidden_nan_stays_hidden(fmt, dtype, place, queries):
     problem = problem_of(fmt, dtype, queries=queries)
-    v = torch.randn(1, 2, 370, 128).to(dtype)
+    k, v = torch.randn(1, 2, 320, fmt.head_dim).to(dtype), torch.randn(1, 2, 370, fmt.value_dim).to(dtype)
     v[0, 0, place, 5] = torch.nan
-    problem.pages = reference.quantize(torch.randn(1, 2, 320, 128).to(dtype), v[:, :, :320], fmt)
+    problem.pages = reference.quantize(k, v[:, :, :320], fmt, key_map=problem.key_map)
     problem.window_v = v[:, :, 320:]
     mask = torch.ones(1, 1, queries, 370, dtype=torch.bool)
     mask[0, 0, 0, place] = False
-    out, lse = run(problem, mask=mask)
-    want, _ = problem.call(reference.attend, problem.q, mask=mask)
-    assert torch.equal(out.isnan(), want.isnan())
-    assert lse.isfinite().all()
+    for options in ({"mask": mask}, {}):
+        out, lse = run(problem, **options)
+        want, _ = problem.call(reference.attend, problem.q, **options)
+        assert want.isnan().any()
+        assert torch.equal(out.isnan(), want.isnan())
+        assert lse.isfinite().all()
+
+
+@pytest.mark.parametrize("fmt", [PageFormat(128), FITTED], ids=name_of)
+def test_a_nan_in_a_key_is_seen_by_those_who_see_its_page(fmt):
+    problem = problem_of(fmt, torch.float16, queries=2)
+    k, v = (torch.randn(1, 2, 320, 128).half() for _ in range(2))
+    k[0, 0, 70, 5] = torch.nan
+    problem.pages = reference.quantize(k, v, fmt, key_map=problem.key_map)
+    mask = torch.ones(1, 1, 2, 370, dtype=torch.bool)
+    mask[0, 0, 0, 64:128] = False
+    for options in ({"mask": mask}, {}):
+        out, _ = run(problem, **options)
+        want, _ = problem.call(reference.attend, problem.q, **options)
+        assert want.isnan().any()
+        assert torch.equal(out.isnan(), want.isnan())
 
 
 @pytest.mark.parametrize("queries", [1, 40])
@@ -300,10 +324,10 @@ def test_rotated_values_may_be_larger_than_values(queries):
 @pytest.mark.parametrize("settings", [{"mma_block": 8}, {"mma_block": 16, "mma_guard_bits": 2}], ids=str)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("sharpness", [1.0, 8.0])
-@pytest.mark.parametrize("queries", [1, 40])
-def test_attend_with_tensor_cores_that_truncate(settings, dtype, sharpness, queries):
+@pytest.mark.parametrize(("fmt", "queries"), [(PageFormat(128), 1), (PageFormat(128), 40), (FITTED, 1)])
+def test_attend_with_tensor_cores_that_truncate(settings, dtype, sharpness, fmt, queries):
     """Keys have outlier channels, up to eight times the others (tests/strategies.py); sharp softmaxes, too."""
-    problem = problem_of(PageFormat(128), dtype, packed=256, exact=20, heads=1, sharpness=sharpness, queries=queries)
+    problem = problem_of(fmt, dtype, packed=256, exact=20, heads=1, sharpness=sharpness, queries=queries)
     with emulated.machine(**settings):
         check(problem)
 

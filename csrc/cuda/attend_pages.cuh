@@ -42,19 +42,24 @@
 
 namespace logquant::cuda {
 
-template <int D, int DV, int C, int KeyBits, int ValueBits, int G, int GV>
+template <int D, int DV, int C, int KeyBits, int ValueBits, int G, int GV, int ParamBits = 16>
 struct Shape {
   static constexpr int kDim = D, kValueDim = DV, kColumns = C, kKeyBits = KeyBits, kValueBits = ValueBits, kTokens = G;
   static constexpr int kGroup = GV, kGroups = DV / GV;
-  static constexpr bool kMapped = C != D;
-  static constexpr PageFormat kFormat{D, DV, G, KeyBits, ValueBits, C, GV};
-  static_assert(format_error(kFormat) == nullptr && kGroups <= 4);
+  static constexpr PageFormat kFormat{D, DV, G, KeyBits, ValueBits, C, GV, ParamBits, ParamBits};
+  // 8-bit parameters and a column map: one does not come without the other here.
+  static constexpr bool kFitted = ParamBits == 8;
+  static_assert(format_error(kFormat) == nullptr && kGroups <= 4 && kFitted == (C != D));
 };
 
 namespace tensor {
 
-inline constexpr int kWarps = 4, kThreads = 32 * kWarps, kStages = 2;
+inline constexpr int kStages = 2;
 inline constexpr float kUnit = LOGQUANT_NORMAL_CODES ? 1.0f : 16777216.0f;  // 1 / what a code of 1 is as an operand
+
+// 8-bit scales are unpacked into fp16, times this: of eight consecutive ones, which is all that their fractions can be,
+// the rounding errors are then 2.5 times smaller than those of any eight; and fewer are subnormal.
+inline constexpr float kScaleShift = 3.0f + 127.0f / 1024.0f, kScaleUnit = 8.7181585f;  // 2^kScaleShift
 
 constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
 // The smallest multiple of 16 from x on that is `remainder` modulo 128: for rows that must fall on different banks.
@@ -97,11 +102,17 @@ struct Words {
 // One page in shared memory, and what a block keeps beside the ring.
 template <class S, bool compensated, int tiles>
 struct Layout {
+  // A team has a ring of pages, and works on one page at a time: a warp, or, where the output of 16 rows would not fit
+  // in its registers, the two warps of a block. Each of a pair takes 8 rows of S and half of the channels of O.
+  static constexpr bool kPaired = tiles == 2 && S::kValueDim > (compensated || S::kFitted ? 128 : 192);
+  static constexpr int kWarps = kPaired ? 2 : 4, kThreads = 32 * kWarps;
+  static constexpr int kTeams = kPaired ? 1 : kWarps, kTeamThreads = kThreads / kTeams;
+  static constexpr int kScoreTiles = kPaired ? 1 : tiles;  // of S, of a warp
+
   static constexpr int kKeyWords = S::kColumns * S::kKeyBits / 32, kValueRows = S::kTokens * S::kValueBits / 32;
   using KeyWords = Words<kKeyWords, S::kKeyBits>;
   using ValueWords = Words<kValueRows, S::kValueBits>;
   using Columns = Pairs<S::kColumns / 8, S::kKeyBits>;
-  using Channels = Pairs<S::kDim / 8, S::kKeyBits>;
   static_assert(KeyWords::kPairs == Columns::kCount);
 
   static constexpr int kKeyBlock = S::kTokens / 4 * kKeyWords * 4;
@@ -111,31 +122,63 @@ struct Layout {
   static constexpr int kValueBlock = kValueRows / kValueBlocks * S::kValueDim * 4;
   static constexpr int kValuePitch = pitch(kValueBlock, 32);
   static constexpr int kKeyParams = 4 * kKeyPitch;
-  static constexpr int kKeyZeros = Channels::skewed(2 * S::kDim);
-  static constexpr int kValues = kKeyParams + Channels::skewed(4 * S::kDim);
+  // Fitted: the scales of keys and of values, a byte each, and the zeros of keys.
+  static constexpr int kScales = S::kDim + S::kGroups * S::kTokens;
+  static constexpr int kKeyZeros = S::kFitted ? kScales : Columns::skewed(2 * S::kDim);
+  static constexpr int kValues = kKeyParams + (S::kFitted ? kScales + S::kDim : Columns::skewed(4 * S::kDim));
   static constexpr int kValueParams = kValues + kValueBlocks * kValuePitch;
-  static constexpr int kStage = kValueParams + 4 * S::kGroups * S::kTokens;
+  static constexpr int kStage = kValueParams + (S::kFitted ? 0 : 4 * S::kGroups * S::kTokens);
 
-  // Before the rings: a row of ones, one of zeros; quads of negative weights of values, of zeros, of keys; the tables
-  // of q; scales by column, one row a warp.
-  static constexpr int kZeros = 2 * S::kTokens, kMinus = 4 * S::kTokens, kKeyMinus = kMinus + 32;
+  // Fitted parameters of a team's page as fp16: the scales of keys and of values, zeros, zeros with the mean of the
+  // codes, and scales by column.
+  static constexpr int kUnpackedZeros = 2 * kScales, kUnpackedMeans = kUnpackedZeros + 2 * S::kDim;
+  static constexpr int kColumnScales = kUnpackedMeans + (compensated ? 2 * S::kDim : 0);
+  static constexpr int kUnpackedBytes = round_up(kColumnScales + Columns::skewed(2 * S::kColumns), 16);
+  static constexpr int kUnpackedAtOnce = 4 * kTeamThreads;
+  static constexpr int kScaleRounds = (kScales + kUnpackedAtOnce - 1) / kUnpackedAtOnce;
+  static constexpr int kZeroRounds = (S::kDim + kUnpackedAtOnce - 1) / kUnpackedAtOnce;
+
+  // Before the rings: a row of ones, one of zeros; a quad of negative weights of values and one of ones, with seven
+  // quads of zeros before and after each (sum_pairs); a quad of negative weights of keys; the tables of q; what each
+  // team unpacks; what a pair exchanges.
+  static constexpr int kZeros = 2 * S::kTokens, kMinus = 4 * S::kTokens + 7 * 16, kOnes = kMinus + 8 * 16;
+  static constexpr int kKeyMinus = kOnes + 8 * 16;
   static constexpr int kConstants = kKeyMinus + 16;
-  static constexpr bool kQueryInRegisters = Columns::kCount <= 16 && tiles == 1 && !S::kMapped;
-  static constexpr int kTable = Columns::kQuads * 512, kZeroTable = Channels::kQuads * 512;
-  static constexpr int kQuery = kConstants, kScaledQuery = kQuery + (kQueryInRegisters ? 0 : tiles * kTable);
-  static constexpr int kZeroQuery = kScaledQuery + (kQueryInRegisters ? 0 : tiles * kTable);
-  static constexpr int kColumnScales = kZeroQuery + (S::kMapped ? tiles * kZeroTable : 0);
-  static constexpr int kRings = kColumnScales + (S::kMapped ? kWarps * Columns::skewed(2 * S::kColumns) : 0);
-  static constexpr int kRingBytes = kRings + kWarps * kStages * kStage;
-  static constexpr int kMergeBytes = kWarps * 8 * tiles * (S::kValueDim + 2) * 4;
+  static constexpr bool kQueryInRegisters = Columns::kCount <= 16 && tiles == 1 && !S::kFitted;
+  static constexpr int kChannelQuads = (S::kDim + 31) / 32;
+  // Of fitted formats, q by channel and q' by column; of plain ones, where they are the same, both by column.
+  static constexpr int kTable = Columns::kQuads * 512, kQueryTable = S::kFitted ? kChannelQuads * 512 : kTable;
+  static constexpr int kQuery = kConstants, kScaledQuery = kQuery + (kQueryInRegisters ? 0 : tiles * kQueryTable);
+  static constexpr int kUnpacked = kScaledQuery + (kQueryInRegisters ? 0 : tiles * kTable);
+  // Pairs: p' of each warp's rows for the other's groups, how far references moved, and at the end sum p * zero.
+  static constexpr bool kWholeGroups = S::kGroups % 2 == 0;
+  static constexpr int kOwnGroups = kPaired && kWholeGroups ? S::kGroups / 2 : S::kGroups;
+  static constexpr int kPassed = kUnpacked + (S::kFitted ? kTeams * kUnpackedBytes : 0);
+  static constexpr int kPassedFactors = kPassed + (kPaired ? 2 * 16 * S::kTokens * kOwnGroups : 0);
+  static constexpr int kPassedZeros = kPassedFactors + (kPaired ? 4 * 16 : 0);
+  static constexpr int kRings = kPassedZeros + (kPaired ? 4 * 16 * S::kGroups : 0);
+  static constexpr int kRingBytes = kRings + kTeams * kStages * kStage;
+  static constexpr int kMergeBytes = kTeams * 8 * tiles * (S::kValueDim + 2) * 4;
   static constexpr int kBytes = kRingBytes > kMergeBytes ? kRingBytes : kMergeBytes;
 
   // Rows of the small product of parameters and p: zeros of each group, ones, and scales of each group; the last in a
   // product of their own where nine rows would be needed.
-  static constexpr bool kScalesApart = compensated && 2 * S::kGroups + 1 > 8;
+  static constexpr bool kScalesApart = compensated && !S::kFitted && 2 * S::kGroups + 1 > 8;
   // Value channels of an m-tile: 32 at a time where a group has them.
   static constexpr bool kWide = S::kGroup % 32 == 0 || S::kGroups == 1;
   static constexpr int kWideBlocks = kWide ? S::kValueDim / 32 : 0, kTiles = S::kValueDim / 16;
+
+  // Of a pair, each warp takes half of the groups, or else every other 32 channels of every group.
+  static constexpr int kOwnTiles = kPaired ? kTiles / 2 : kTiles;
+  static constexpr int kOwnWideBlocks = kPaired ? kWideBlocks / 2 : kWideBlocks;
+  static constexpr int kTilesOfGroup = kOwnTiles / kOwnGroups;
+  // What the second warp adds to the numbers of groups and tiles of the first.
+  static constexpr int kNextGroups = kPaired && kWholeGroups ? S::kGroups / 2 : 0;
+  static constexpr int kNextTiles = !kPaired ? 0 : kWholeGroups ? kTiles / 2 : 2;
+  static LOGQUANT_DEVICE constexpr int first_warps_tile(int j) {
+    return kPaired && !kWholeGroups ? j / 2 * 4 + j % 2 : j;
+  }
+  static_assert(!kPaired || (kWide && kTilesOfGroup % 2 == 0));
   static_assert(kRings % 16 == 0 && kStage % 16 == 0);
 };
 
@@ -171,6 +214,20 @@ LOGQUANT_DEVICE constexpr uint32_t negative_weight(int i) {
   return weight<bits>(i) | 0x80008000u;
 }
 
+// Four scale bytes as fp16, times kScaleUnit; kPoisonScale as a number, too.
+LOGQUANT_DEVICE uint2 unpack_scales(uint32_t bytes) {
+  float scale[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    // As the second byte of a float's bits, a byte e makes 2^15 + e.
+    const float x = __uint_as_float(ptx::select_bytes(bytes, 0x47000000u, 0x7404u | i << 4));
+    scale[i] = ptx::exp2(fmaf(x, 0.125f, -4096.0f + (kScaleExponent - 127) + kScaleShift));
+  }
+  return {ptx::pack_f16(scale[0], scale[1]), ptx::pack_f16(scale[2], scale[3])};
+}
+// Whether a byte is kPoisonScale: then some bit 0x80808080 is set.
+LOGQUANT_DEVICE uint32_t poisoned(uint32_t bytes) { return bytes & (~bytes - 0x01010101u); }
+
 template <int n>
 LOGQUANT_DEVICE uint32_t max_of(const uint32_t* v) {
   if constexpr (n == 1) {
@@ -193,11 +250,10 @@ class TensorAttention {
   using KeyWords = typename L::KeyWords;
   using ValueWords = typename L::ValueWords;
   using Columns = typename L::Columns;
-  using Channels = typename L::Channels;
   static constexpr int kTokenPairs = S::kTokens / 8, kKeyTiles = S::kTokens / 16;
-  // Words of a key that are multiplied at once. Where out leaves few registers, q' of one at a time must do.
-  static constexpr int kWordsAtOnce = tiles == 2 && S::kValueDim > 128 ? 1 : KeyWords::kCount;
-  static constexpr bool kAllGroups = S::kGroups * tiles <= 2;  // keep p' of all groups, not of one at a time
+  static constexpr int kScoreTiles = L::kScoreTiles;
+  static constexpr bool kAllGroups = S::kGroups * tiles <= 2;      // keep p' of all groups, not of one at a time
+  static constexpr bool kSubtracted = kCompensated || S::kFitted;  // sum p' is needed beside sum p * zero
   static constexpr float kKeyMean = code_mask(S::kKeyBits) / 2.0f, kValueMean = code_mask(S::kValueBits) / 2.0f;
   using A4 = uint32_t[4];
   using B2 = uint32_t[2];
@@ -207,6 +263,8 @@ class TensorAttention {
       : a(args),
         shared(ptx::keep_shared(shared_memory)),
         warp(threadIdx.x / 32),
+        half(L::kPaired ? warp : 0),
+        team(L::kPaired ? 0 : warp),
         lane(ptx::keep(static_cast<int>(threadIdx.x % 32))),
         g(lane / 4),
         t(lane % 4),
@@ -218,14 +276,14 @@ class TensorAttention {
   LOGQUANT_DEVICE void run() {
     const int split = blockIdx.x;
 #pragma unroll
-    for (int u = 0; u < tiles; ++u) {
+    for (int u = 0; u < kScoreTiles; ++u) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) top[u][r] = -INFINITY, sum[u][r] = 0.0f;
+    }
 #pragma unroll
-      for (int j = 0; j < L::kTiles; ++j) {
+    for (int j = 0; j < tiles * L::kOwnTiles; ++j) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) out[u][j][i] = 0.0f;
-      }
+      for (int i = 0; i < 4; ++i) out[j][i] = 0.0f;
     }
     const bool pages = split < a.page_splits;
     if (pages) {
@@ -237,6 +295,22 @@ class TensorAttention {
   }
 
  private:
+  // The first of the rows whose scores this warp computes.
+  LOGQUANT_DEVICE int first_score_row() const { return first_row + 8 * half; }
+
+  // Which thread of its team this is.
+  LOGQUANT_DEVICE int member() const { return L::kPaired ? static_cast<int>(threadIdx.x) : lane; }
+  LOGQUANT_DEVICE static void sync_team() {
+    if constexpr (L::kPaired) {
+      __syncthreads();
+    } else {
+      __syncwarp();
+    }
+  }
+  LOGQUANT_DEVICE static bool any_in_team(bool x) {
+    return L::kPaired ? __syncthreads_or(x) != 0 : __any_sync(ptx::kFullMask, x) != 0;
+  }
+
   LOGQUANT_DEVICE const T* query(int row) const {
     return static_cast<const T*>(a.q.data) + query_offset(a, row_of(a, batch, kv_head, row));
   }
@@ -245,7 +319,7 @@ class TensorAttention {
   // Where the next page of this warp lies: a step from the last, or in the table.
   LOGQUANT_DEVICE void seek(int page) {
     if (a.page_table != nullptr) {
-      source = reinterpret_cast<const unsigned char*>(page_at(a, batch, kv_head, page)) + 16 * lane;
+      source = reinterpret_cast<const unsigned char*>(page_at(a, batch, kv_head, page)) + 16 * member();
     } else {
       source += source_step;
     }
@@ -254,14 +328,16 @@ class TensorAttention {
   // `bytes` of the page from `first` on, in blocks that get `to_pitch` each in shared memory.
   template <int bytes, int block, int to_pitch>
   LOGQUANT_DEVICE void copy(unsigned char* to, int first) const {
-    constexpr int kAtOnce = 512 % block == 0 ? 512 : block;              // whole blocks, so that offsets are constants
-    const int own = 16 * lane / block * (to_pitch - block) + 16 * lane;  // of `to`; `source` has it already
+    constexpr int kStep = 16 * L::kTeamThreads,
+                  kAtOnce = kStep % block == 0 ? kStep : block;  // whole blocks: constants
+    const int first_byte = 16 * member();
+    const int own = first_byte / block * (to_pitch - block) + first_byte;  // of `to`; `source` has it already
 #pragma unroll
     for (int start = 0; start < bytes; start += kAtOnce) {
       const int end = start + kAtOnce < bytes ? start + kAtOnce : bytes, target = start / block * to_pitch;
 #pragma unroll
-      for (int i = start; i < end; i += 512) {
-        if (i + 512 <= end || i + 16 * lane < end) {
+      for (int i = start; i < end; i += kStep) {
+        if (i + kStep <= end || i + first_byte < end) {
           ptx::cp_async16(to + target + i - start + own, source + first + i);
         }
       }
@@ -270,18 +346,24 @@ class TensorAttention {
 
   LOGQUANT_DEVICE void fetch(unsigned char* stage) const {
     constexpr PageFormat f = S::kFormat;
-    constexpr int kSkew = Channels::kSkew ? Channels::kSkew : 4 * S::kDim;
+    constexpr int kAny = 16 * L::kTeamThreads;
     copy<4 * L::kKeyBlock, L::kKeyBlock, L::kKeyPitch>(stage, 0);
-    copy<4 * S::kDim, kSkew, kSkew + 16>(stage + L::kKeyParams, 4 * f.key_params());
     copy<L::kValueBlocks * L::kValueBlock, L::kValueBlock, L::kValuePitch>(stage + L::kValues, 4 * f.value_codes());
-    copy<4 * S::kGroups * S::kTokens, 512, 512>(stage + L::kValueParams, 4 * f.value_params());
+    if constexpr (S::kFitted) {
+      copy<S::kDim, kAny, kAny>(stage + L::kKeyParams, 4 * f.key_params());
+      copy<S::kGroups * S::kTokens, kAny, kAny>(stage + L::kKeyParams + S::kDim, 4 * f.value_params());
+      copy<S::kDim, kAny, kAny>(stage + L::kKeyParams + L::kKeyZeros, 4 * f.key_params() + f.key_zeros());
+    } else {
+      constexpr int kSkew = Columns::kSkew ? Columns::kSkew : 4 * S::kDim;
+      copy<4 * S::kDim, kSkew, kSkew + 16>(stage + L::kKeyParams, 4 * f.key_params());
+      copy<4 * S::kGroups * S::kTokens, kAny, kAny>(stage + L::kValueParams, 4 * f.value_params());
+    }
   }
 
   // Four pairs of a row of 16-bit elements from pair n on; zeros past the last.
-  template <class P>
   LOGQUANT_DEVICE void read_quad(uint32_t (&to)[4], const unsigned char* row, int n) const {
-    const unsigned char* const p = row + P::skewed(P::offset(t, n));
-    if (n + 4 <= P::kCount) {
+    const unsigned char* const p = row + Columns::skewed(Columns::offset(t, n));
+    if (n + 4 <= Columns::kCount) {
       put(to, read<uint4>(p));
     } else {
       const uint2 two = read<uint2>(p);
@@ -291,37 +373,73 @@ class TensorAttention {
     }
   }
 
+  // Quads of fitted channels: a lane has 4 consecutive pairs of 32 channels; of the last 16, two, first and third.
+  static LOGQUANT_DEVICE constexpr bool whole_quad(int quad) { return 32 * quad + 32 <= S::kDim; }
+  LOGQUANT_DEVICE int quad_channel(int quad, int i) const {
+    return 32 * quad + (whole_quad(quad) ? 8 * t + 2 * i : 4 * t + i);
+  }
+  LOGQUANT_DEVICE void read_channels(uint32_t (&to)[4], const unsigned char* row, int quad) const {
+    if (whole_quad(quad)) {
+      put(to, read<uint4>(row + 2 * quad_channel(quad, 0)));
+    } else {
+      const uint2 two = read<uint2>(row + 2 * quad_channel(quad, 0));
+      to[0] = two.x;
+      to[2] = two.y;
+      to[1] = to[3] = 0;
+    }
+  }
+
+  LOGQUANT_DEVICE const int16_t* key_map() const {
+    return a.key_map.data + batch * a.key_map.batch_stride + kv_head * a.key_map.head_stride;
+  }
+
+  // Columns of a channel: its digits are marked, a byte each, where parameters will be unpacked.
+  LOGQUANT_DEVICE void mark_digits() {
+    for (int c = threadIdx.x; c < S::kDim; c += L::kThreads) reinterpret_cast<uint32_t*>(shared + L::kUnpacked)[c] = 0;
+    __syncthreads();
+    for (int j = threadIdx.x; j < S::kColumns; j += L::kThreads) {
+      const int entry = key_map()[j];
+      shared[L::kUnpacked + 4 * channel_of(entry, S::kDim) + column_digit(entry)] = 1;
+    }
+    __syncthreads();
+  }
+  LOGQUANT_DEVICE int columns_of(int channel) const {
+    return static_cast<int>(read<uint32_t>(shared + L::kUnpacked + 4 * channel) * 0x01010101u >> 24);
+  }
+  static LOGQUANT_DEVICE float power_of_two(int x) { return __uint_as_float(static_cast<uint32_t>(127 + x) << 23); }
+  static constexpr float kByteZero = 1152.0f;  // a zero byte, its sign flipped, as the low byte of 1024, less this
+
   // q of 8 rows a tile as B operands, scaled by a power of two a row into fp16's best range.
   LOGQUANT_DEVICE void load_query() {
-    const int16_t* const map =
-        S::kMapped ? a.key_map.data + batch * a.key_map.batch_stride + kv_head * a.key_map.head_stride : nullptr;
     const float sign = a.scale > 0.0f ? 1.0f : a.scale < 0.0f ? -1.0f : 0.0f;
     const float size = a.scale != 0.0f ? fabsf(a.scale) * kLog2e : 1.0f;
 #pragma unroll
-    for (int u = 0; u < tiles; ++u) {
-      const int row = first_row + 8 * u + g;
+    for (int u = 0; u < kScoreTiles; ++u) {
+      const int row = first_score_row() + 8 * u + g;
       const T* const q = query(min(row, row_total - 1));
       const float use = row < row_total ? 1.0f : 0.0f;
       float most = 0.0f;
-      for (int n = 0; n < Channels::kCount; ++n) {
-        const int c = Channels::element(t, n);
+      for (int c = 2 * t; c < S::kDim; c += 8) {
         most = fmaxf(most, fmaxf(fabsf(Element<T>::wide(q[c])), fabsf(Element<T>::wide(q[c + 1]))) * use);
       }
       most = fmaxf(most, __shfl_xor_sync(ptx::kFullMask, most, 1));
       most = fmaxf(most, __shfl_xor_sync(ptx::kFullMask, most, 2));
       int exponent = most > 0.0f ? static_cast<int>(__float_as_uint(most) >> 23) - 127 : 0;
       exponent = min(max(exponent, -120), 120);
-      const float down = __uint_as_float(static_cast<uint32_t>(127 - exponent) << 23) * sign;
-      const float up = __uint_as_float(static_cast<uint32_t>(127 + exponent) << 23) * size;
+      const float down = power_of_two(-exponent) * sign;
+      const float up = power_of_two(exponent) * size * (S::kFitted ? 1.0f / kScaleUnit : 1.0f);
       const auto pair = [&](int c, int d, float x, float y) {
         return row < row_total ? ptx::pack_f16(Element<T>::wide(q[c]) * (down * x), Element<T>::wide(q[d]) * (down * y))
                                : 0u;
       };
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        constant_factor[u][r] = __shfl_sync(ptx::kFullMask, up, (2 * t + r) * 4);
-        code_factor[u][r] = constant_factor[u][r] * kUnit;
+        code_factor[u][r] = __shfl_sync(ptx::kFullMask, up, (2 * t + r) * 4);
+        constant_factor[u][r] = code_factor[u][r] * (S::kFitted ? kZeroUnit : 1.0f);
+        code_factor[u][r] *= kUnit;
       }
+      uint32_t* const table = reinterpret_cast<uint32_t*>(shared + L::kQuery + (u + half) * L::kQueryTable);
+      uint32_t* const scaled = reinterpret_cast<uint32_t*>(shared + L::kScaledQuery + (u + half) * L::kTable);
       if constexpr (L::kQueryInRegisters) {
 #pragma unroll
         for (int n = 0; n < 4 * Columns::kQuads; ++n) {
@@ -329,42 +447,55 @@ class TensorAttention {
           query_pairs[n] = n < Columns::kCount ? pair(c, c + 1, 1.0f, 1.0f) : 0u;
           scaled_pairs[n] = ptx::mul_f16x2(query_pairs[n], inverse_weight<S::kKeyBits>(n));
         }
-      } else if (warp == 0) {
-        uint32_t* const table = reinterpret_cast<uint32_t*>(shared + L::kQuery + u * L::kTable);
-        uint32_t* const scaled = reinterpret_cast<uint32_t*>(shared + L::kScaledQuery + u * L::kTable);
+      } else if (team == 0) {
         for (int n = 0; n < 4 * Columns::kQuads; ++n) {
           uint32_t x = 0;
           if (n < Columns::kCount) {
-            int c = Columns::element(t, n), d = c + 1;
-            float digit_c = 1.0f, digit_d = 1.0f;
-            if constexpr (S::kMapped) {
-              const int first = map[c], second = map[d];
-              c = channel_of(first, S::kDim);
-              d = channel_of(second, S::kDim);
-              digit_c = static_cast<float>(1u << S::kKeyBits * column_digit(first));
-              digit_d = static_cast<float>(1u << S::kKeyBits * column_digit(second));
+            const int j = Columns::element(t, n);
+            if constexpr (S::kFitted) {
+              const int first = key_map()[j], second = key_map()[j + 1];
+              const int c = channel_of(first, S::kDim), d = channel_of(second, S::kDim);
+              x = pair(c, d, digit_weight(column_digit(first), columns_of(c)),
+                       digit_weight(column_digit(second), columns_of(d)));
+            } else {
+              x = pair(j, j + 1, 1.0f, 1.0f);
             }
-            x = pair(c, d, digit_c, digit_d);
           }
-          table[(n / 4 * 32 + lane) * 4 + even_odd(n)] = x;
+          if constexpr (!S::kFitted) table[(n / 4 * 32 + lane) * 4 + even_odd(n)] = x;
           scaled[(n / 4 * 32 + lane) * 4 + n % 4] = ptx::mul_f16x2(x, inverse_weight<S::kKeyBits>(n));
         }
-        if constexpr (S::kMapped) {
-          uint32_t* const zeros = reinterpret_cast<uint32_t*>(shared + L::kZeroQuery + u * L::kZeroTable);
-          for (int n = 0; n < 4 * Channels::kQuads; ++n) {
-            const int c = Channels::element(t, n);
-            zeros[(n / 4 * 32 + lane) * 4 + even_odd(n)] = n < Channels::kCount ? pair(c, c + 1, 1.0f, 1.0f) : 0u;
+        if constexpr (S::kFitted) {
+          for (int n = 0; n < 4 * L::kChannelQuads; ++n) {
+            const bool used = whole_quad(n / 4) || n % 2 == 0;
+            const int c = quad_channel(n / 4, n % 4);
+            table[(n / 4 * 32 + lane) * 4 + n % 4] = used ? pair(c, c + 1, 1.0f, 1.0f) : 0u;
           }
         }
       }
     }
-    if constexpr (S::kMapped) {  // where the scale of each of this lane's columns lies in a page's parameters
+    if constexpr (S::kFitted) {
 #pragma unroll
-      for (int i = 0; i < kGathers; ++i) {
-        const int j = i * 32 + lane;
-        gather[i] = Channels::skewed(2 * channel_of(map[min(j, S::kColumns - 1)], S::kDim));
+      for (int i = 0; i < kGathers; ++i) {  // where the scale of each of this lane's columns is
+        gather[i] = 2 * channel_of(key_map()[min(i * L::kTeamThreads + member(), S::kColumns - 1)], S::kDim);
+      }
+      if constexpr (kCompensated) {
+#pragma unroll
+        for (int i = 0; i < 2 * L::kZeroRounds; ++i) {
+          const int c = min(i / 2 * L::kUnpackedAtOnce + 4 * member() + i % 2 * 2, S::kDim - 2);
+          mean_offset[i] =
+              ptx::pack_f16(kByteZero - code_mean(columns_of(c)), kByteZero - code_mean(columns_of(c + 1)));
+        }
       }
     }
+  }
+
+  // What digit `digit` of a channel with `columns` columns weighs, in units of the scale, and the mean of the codes of
+  // such a channel, in those of zeros.
+  static LOGQUANT_DEVICE float digit_weight(int digit, int columns) {
+    return power_of_two(S::kKeyBits * (digit - columns) + 2);
+  }
+  static LOGQUANT_DEVICE float code_mean(int columns) {
+    return 2.0f / kZeroUnit * (1.0f - power_of_two(-S::kKeyBits * columns));
   }
 
   // Where pair n of q stands in its quad in shared memory: the even pairs, an operand of the products with parameters,
@@ -372,47 +503,50 @@ class TensorAttention {
   static LOGQUANT_DEVICE constexpr int even_odd(int n) { return n % 4 / 2 + n % 2 * 2; }
 
   LOGQUANT_DEVICE void read_query(uint32_t (&to)[4], int table, int bytes, int u, int quad) const {
-    put(to, read<uint4>(shared + table + u * bytes + (quad * 32 + lane) * 16));
+    put(to, read<uint4>(shared + table + (u + half) * bytes + (quad * 32 + lane) * 16));
   }
 
   LOGQUANT_DEVICE void page_part(int split) {
     uint32_t* const constants = reinterpret_cast<uint32_t*>(shared);
-    for (int i = threadIdx.x; i < L::kConstants / 4; i += kThreads) {
+    for (int i = threadIdx.x; i < L::kConstants / 4; i += L::kThreads) {
       constexpr int b = S::kValueBits;
-      const int quad = i - L::kMinus / 4;
       const int n = i % 4 == 1 ? 2 : i % 4 == 2 ? 1 : i % 4;
-      constants[i] = i < L::kZeros / 4       ? Operand<__half>::kOnes
-                     : i >= L::kKeyMinus / 4 ? negative_weight<S::kKeyBits>(n)
-                     : quad >= 0 && quad < 4 ? negative_weight<b>(n)
-                                             : 0u;
+      constants[i] = i < L::kZeros / 4 || i / 4 == L::kOnes / 16 ? Operand<__half>::kOnes
+                     : i / 4 == L::kKeyMinus / 16                ? negative_weight<S::kKeyBits>(n)
+                     : i / 4 == L::kMinus / 16                   ? negative_weight<b>(n)
+                                                                 : 0u;
     }
-    row_offset = (g == S::kGroups ? 0 : L::kZeros) + t * 4 * kTokenPairs;
-    row_in_stage = 0;
-    if (g < S::kGroups) {
-      row_in_stage = ~0u;
-      row_offset = L::kValueParams + 2 * (S::kGroups + g) * S::kTokens + t * 4 * kTokenPairs;
-    } else if (kCompensated && !L::kScalesApart && g > S::kGroups && g <= 2 * S::kGroups) {
-      row_in_stage = ~0u;
-      row_offset = L::kValueParams + 2 * (g - S::kGroups - 1) * S::kTokens + t * 4 * kTokenPairs;
+    if constexpr (!S::kFitted) {
+      row_offset = (g == S::kGroups ? 0 : L::kZeros) + t * 4 * kTokenPairs;
+      row_in_stage = 0;
+      if (g < S::kGroups) {
+        row_in_stage = ~0u;
+        row_offset = L::kValueParams + 2 * (S::kGroups + g) * S::kTokens + t * 4 * kTokenPairs;
+      } else if (kCompensated && !L::kScalesApart && g > S::kGroups && g <= 2 * S::kGroups) {
+        row_in_stage = ~0u;
+        row_offset = L::kValueParams + 2 * (g - S::kGroups - 1) * S::kTokens + t * 4 * kTokenPairs;
+      }
+      row_in_stage = ptx::keep(row_in_stage);
+      row_offset = ptx::keep(row_offset);
     }
-    row_in_stage = ptx::keep(row_in_stage);
-    row_offset = ptx::keep(row_offset);
-    stage_at = L::kRings + warp * kStages * L::kStage;
+    stage_at = L::kRings + team * kStages * L::kStage;
+    unpacked_at = ptx::keep(L::kUnpacked + team * L::kUnpackedBytes);
     const uint32_t both_stages = ptx::keep(2 * stage_at + L::kStage);
-    const int pages = used(a, batch, 0), step = a.page_splits * kWarps;
-    const int first = split * kWarps + warp;
+    const int pages = used(a, batch, 0), step = a.page_splits * L::kTeams;
+    const int first = split * L::kTeams + team;
     source_step = ptx::keep(step * a.pages.page_stride * 4);
     if (first < pages) {
-      source = reinterpret_cast<const unsigned char*>(page_at(a, batch, kv_head, first)) + 16 * lane;
+      source = reinterpret_cast<const unsigned char*>(page_at(a, batch, kv_head, first)) + 16 * member();
       fetch(shared + stage_at);
     }
     ptx::cp_async_commit();
+    if constexpr (S::kFitted) mark_digits();
     load_query();
     __syncthreads();  // constants and tables
 
     for (int page = first; page < pages; page += step) {
       ptx::cp_async_wait<0>();
-      __syncwarp();  // the page is there for all lanes, and all lanes are done with the other stage
+      sync_team();  // the page is there for all, and all are done with the other stage
       if (page + step < pages) {
         seek(page + step);
         fetch(shared + (both_stages - stage_at));
@@ -426,15 +560,22 @@ class TensorAttention {
   }
 
   LOGQUANT_DEVICE void attend_page(const unsigned char* stage, int page) {
-    float constant[tiles][2];
-    float s[tiles][kKeyTiles][4];
-    scores(stage, s, constant);
-    if (!a.plain) mask_scores(s, constant, page * S::kTokens);
+    float constant[kScoreTiles][2];
+    float s[kScoreTiles][kKeyTiles][4];
+    unsigned char* const unpacked = shared + unpacked_at;
+    bool poison = false;
+    if constexpr (S::kFitted) poison = unpack_parameters(unpacked, stage + L::kKeyParams);
+    scores(stage, unpacked, s, constant);
+    if (!a.plain || poison) {
+      if (!a.plain) mask_scores(s, constant, page * S::kTokens);
+      if (poison) spare_hidden_scales(unpacked + 2 * S::kDim, s);
+    }
 
-    uint32_t p[tiles][kTokenPairs];                                    // weights as B operands
-    uint32_t scaled[tiles][kAllGroups ? S::kGroups : 1][kTokenPairs];  // p', or p times the largest scale
+    uint32_t p[kScoreTiles][kTokenPairs];                                    // weights as B operands
+    uint32_t scaled[kScoreTiles][kAllGroups ? S::kGroups : 1][kTokenPairs];  // p', or p times the largest scale
     uint32_t scales[kAllGroups ? S::kGroups : 1][kTokenPairs];
-    const unsigned char* const value_scales = stage + L::kValueParams + t * 4 * kTokenPairs;
+    const unsigned char* const value_scales =
+        (S::kFitted ? unpacked + 2 * S::kDim : stage + L::kValueParams) + t * 4 * kTokenPairs;
     if constexpr (kAllGroups) {
 #pragma unroll
       for (int group = 0; group < S::kGroups; ++group) read_token_pairs(scales[group], value_scales, group);
@@ -450,7 +591,7 @@ class TensorAttention {
     }
     const auto weigh = [&]() __attribute__((always_inline)) {
 #pragma unroll
-      for (int u = 0; u < tiles; ++u) {
+      for (int u = 0; u < kScoreTiles; ++u) {
         const float low = fmaf(constant[u][0], constant_factor[u][0], -top[u][0]);
         const float high = fmaf(constant[u][1], constant_factor[u][1], -top[u][1]);
 #pragma unroll
@@ -470,44 +611,71 @@ class TensorAttention {
     // p' >= 2^15, infinite or NaN anywhere (an infinite p ends up there too): the first page, then almost never.
     constexpr int kScaled = sizeof scaled / 4;
     const bool far = ((max_of<kScaled>(&scaled[0][0][0]) + 0x08000800u) & 0x80008000u) != 0;
-    if (__any_sync(ptx::kFullMask, far)) {
-      move_reference(s, constant, max_of<sizeof scales / 4>(&scales[0][0]));
+    const bool moves = __any_sync(ptx::kFullMask, far) != 0;
+    float factors[kScoreTiles][2];
+#pragma unroll
+    for (int u = 0; u < kScoreTiles; ++u) factors[u][0] = factors[u][1] = 1.0f;
+    if (moves) {
+      move_reference(s, constant, max_of<sizeof scales / 4>(&scales[0][0]), factors);
       weigh();
     }
-    parameter_sums(p, s);
-    if constexpr (kCompensated && kAllGroups) {
+    if constexpr (S::kFitted) {
 #pragma unroll
-      for (int u = 0; u < tiles; ++u) {
+      for (int u = 0; u < kScoreTiles; ++u) sum_pairs(sums_even[u], sums_odd[u], L::kOnes, S::kGroups, p[u]);
+    } else {
+      parameter_sums(p, s);
+    }
+    if constexpr (kSubtracted && kAllGroups) {
+#pragma unroll
+      for (int u = 0; u < kScoreTiles; ++u) {
 #pragma unroll
         for (int group = 0; group < S::kGroups; ++group) subtract_rounded(u, group, scaled[u][group]);
       }
     }
+    const auto weigh_group = [&](uint32_t (&to)[kTokenPairs], int u, int group) __attribute__((always_inline)) {
+      uint32_t group_scales[kTokenPairs];
+      read_token_pairs(group_scales, value_scales, group);
+#pragma unroll
+      for (int i = 0; i < kTokenPairs; ++i) {
+        const uint32_t y = plain_weight(i) ? p[u][i] : ptx::mul_f16x2(p[u][i], inverse_weight<S::kValueBits>(i));
+        to[i] = ptx::mul_f16x2(y, group_scales[i]);
+      }
+      if constexpr (kSubtracted) subtract_rounded(u, group, to);
+    };
+    // p' of a pair: each warp keeps what it needs of its rows, and passes the other what that needs.
+    uint32_t kept[L::kPaired ? L::kOwnGroups : 1][kTokenPairs];
+    if constexpr (L::kPaired) {
+#pragma unroll
+      for (int n = 0; n < L::kOwnGroups; ++n) {
+        weigh_group(kept[n], 0, n + half * L::kNextGroups);
+        uint32_t passed[kTokenPairs];
+        if constexpr (L::kWholeGroups) weigh_group(passed, 0, n + (1 - half) * L::kNextGroups);
+        pass(n, L::kWholeGroups ? passed : kept[n]);
+      }
+      if (any_in_team(moves)) exchange_factors(factors[0]);
+    }
 
     // Values. Groups follow each other, so p' of one at a time is enough.
 #pragma unroll
-    for (int group = 0; group < S::kGroups; ++group) {
+    for (int n = 0; n < L::kOwnGroups; ++n) {
       uint32_t own[tiles][kTokenPairs] = {};
-      if constexpr (!kAllGroups) {
-        uint32_t group_scales[kTokenPairs];
-        read_token_pairs(group_scales, value_scales, group);
+      if constexpr (L::kPaired) {
+        take_passed(own[1], n);
+      } else if constexpr (!kAllGroups) {
 #pragma unroll
-        for (int u = 0; u < tiles; ++u) {
-#pragma unroll
-          for (int i = 0; i < kTokenPairs; ++i) {
-            const uint32_t y = plain_weight(i) ? p[u][i] : ptx::mul_f16x2(p[u][i], inverse_weight<S::kValueBits>(i));
-            own[u][i] = ptx::mul_f16x2(y, group_scales[i]);
-          }
-          if constexpr (kCompensated) subtract_rounded(u, group, own[u]);
-        }
+        for (int u = 0; u < tiles; ++u) weigh_group(own[u], u, n);
       }
-      const auto operand = [&](int u, int i) { return kAllGroups ? scaled[u][kAllGroups ? group : 0][i] : own[u][i]; };
-      constexpr int kTilesPerGroup = S::kGroup / 16;
+      const auto operand = [&](int u, int i) {
+        return kAllGroups             ? scaled[L::kPaired ? 0 : u][kAllGroups ? n : 0][i]
+               : L::kPaired && u == 0 ? kept[L::kPaired ? n : 0][i]
+                                      : own[u][i];
+      };
 #pragma unroll
-      for (int j = group * kTilesPerGroup; j < (group + 1) * kTilesPerGroup; ++j) {
-        if (L::kWide && j % 2 && j / 2 < L::kWideBlocks) continue;  // done with its neighbour
-        const bool wide = j / 2 < L::kWideBlocks;
-        const unsigned char* const words =
-            stage + L::kValues + (L::kValueBlocks == 4 ? t : t / 2) * L::kValuePitch + 64 * j + (wide ? 16 : 8) * g;
+      for (int j = n * L::kTilesOfGroup; j < (n + 1) * L::kTilesOfGroup; ++j) {
+        const bool wide = j / 2 < L::kOwnWideBlocks;
+        if (wide && j % 2) continue;  // done with its neighbour
+        const unsigned char* const words = stage + L::kValues + (L::kValueBlocks == 4 ? t : t / 2) * L::kValuePitch +
+                                           64 * (L::first_warps_tile(j) + half * L::kNextTiles) + (wide ? 16 : 8) * g;
         if (wide) {
           uint4 held[ValueWords::kCount];
 #pragma unroll
@@ -531,29 +699,104 @@ class TensorAttention {
     for (int i = 0; i < kTokenPairs; i += 4) put(to + i, read<uint4>(rows + row * 2 * S::kTokens + 4 * i));
   }
 
-  // S, and for each row of q the part of the score that all tokens share.
-  LOGQUANT_DEVICE void scores(const unsigned char* stage, float (&s)[tiles][kKeyTiles][4],
-                              float (&constant)[tiles][2]) {
-    const unsigned char* scale_row = stage + L::kKeyParams;
-    if constexpr (S::kMapped) {
-      unsigned char* const by_column = shared + L::kColumnScales + warp * Columns::skewed(2 * S::kColumns);
+  // Fitted parameters of a page as fp16. Returns whether a scale is poisoned: it is a NaN then.
+  LOGQUANT_DEVICE bool unpack_parameters(unsigned char* to, const unsigned char* bytes) {
+    constexpr int kAtOnce = L::kUnpackedAtOnce;
+    // All that is read first, then all that is written: the compiler must keep the order of the two.
+    uint32_t scales[L::kScaleRounds], zeros[L::kZeroRounds], poison = 0;
+    const auto each = [&](int count, const auto& f) __attribute__((always_inline)) {
 #pragma unroll
-      for (int i = 0; i < kGathers; ++i) {
-        const int j = i * 32 + lane;
-        const uint16_t scale = read<uint16_t>(scale_row + gather[i]);
-        if (i * 32 + 32 <= S::kColumns || j < S::kColumns) {
-          *reinterpret_cast<uint16_t*>(by_column + Columns::skewed(2 * j)) = scale;
+      for (int i = 0; i < (count + kAtOnce - 1) / kAtOnce; ++i) {
+        if (kAtOnce * i + kAtOnce <= count || kAtOnce * i + 4 * member() < count) f(i, L::kTeamThreads * i + member());
+      }
+    };
+    each(L::kScales, [&](int i, int word) { scales[i] = read<uint32_t>(bytes + 4 * word); });
+    each(S::kDim, [&](int i, int word) { zeros[i] = read<uint32_t>(bytes + L::kKeyZeros + 4 * word); });
+    each(L::kScales, [&](int i, int word) {
+      *reinterpret_cast<uint2*>(to + 8 * word) = unpack_scales(scales[i]);
+      poison |= poisoned(scales[i]);
+    });
+    const bool any = any_in_team((poison & 0x80808080u) != 0);
+    if (any) {
+#pragma unroll 1
+      for (int c = 4 * member(); c < L::kScales; c += c % 4 == 3 ? kAtOnce - 3 : 1) {
+        if (bytes[c] == kPoisonScale) reinterpret_cast<uint16_t*>(to)[c] = kPoison;
+      }
+    }
+    each(S::kDim, [&](int i, int word) {
+      const uint32_t four = zeros[i] ^ 0x80808080u, zero = ptx::pack_f16(kByteZero, kByteZero);
+      const uint32_t low = ptx::select_bytes(four, 0x64646464u, 0x4140);
+      const uint32_t high = ptx::select_bytes(four, 0x64646464u, 0x4342);
+      *reinterpret_cast<uint2*>(to + L::kUnpackedZeros + 8 * word) = {ptx::sub_f16x2(low, zero),
+                                                                      ptx::sub_f16x2(high, zero)};
+      if constexpr (kCompensated) {
+        *reinterpret_cast<uint2*>(to + L::kUnpackedMeans + 8 * word) = {ptx::sub_f16x2(low, mean_offset[2 * i]),
+                                                                        ptx::sub_f16x2(high, mean_offset[2 * i + 1])};
+      }
+    });
+    sync_team();
+    uint16_t by_column[kGathers];
+#pragma unroll
+    for (int i = 0; i < kGathers; ++i) by_column[i] = read<uint16_t>(to + gather[i]);
+#pragma unroll
+    for (int i = 0; i < kGathers; ++i) {
+      const int first = i * L::kTeamThreads;
+      if (first + L::kTeamThreads <= S::kColumns || first + member() < S::kColumns) {
+        // 32 columns never cross a skew.
+        const int at = L::kPaired ? Columns::skewed(2 * (first + member())) : Columns::skewed(2 * first) + 2 * lane;
+        *reinterpret_cast<uint16_t*>(to + L::kColumnScales + at) = by_column[i];
+      }
+    }
+    sync_team();
+    return any;
+  }
+
+  // For each row of q the part of the score that all tokens share: with q' = q * scale rounded, as codes see it,
+  // sum q' * zero, and what rounding took from sum q * scale * (zero + mean of the codes).
+  LOGQUANT_DEVICE void channel_sums(const unsigned char* unpacked, float (&constant)[kScoreTiles][2]) const {
+    float even[kScoreTiles][4] = {}, odd[kScoreTiles][4] = {};
+#pragma unroll
+    for (int quad = 0; quad < L::kChannelQuads; ++quad) {
+      A4 scale, zero, mean;
+      read_channels(scale, unpacked, quad);
+      read_channels(zero, unpacked + L::kUnpackedZeros, quad);
+      if constexpr (kCompensated) read_channels(mean, unpacked + L::kUnpackedMeans, quad);
+#pragma unroll
+      for (int u = 0; u < kScoreTiles; ++u) {
+        A4 q, rounded, lost;
+        read_query(q, L::kQuery, L::kQueryTable, u, quad);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          rounded[i] = ptx::mul_f16x2(q[i], scale[i]);
+          if constexpr (kCompensated) lost[i] = ptx::mul_sub_f16x2(q[i], scale[i], rounded[i]);
+        }
+        ptx::mma<__half>(even[u], zero, {rounded[0], rounded[2]});
+        if (whole_quad(quad)) ptx::mma<__half>(odd[u], zero, {rounded[1], rounded[3]});
+        if constexpr (kCompensated) {
+          ptx::mma<__half>(even[u], mean, {lost[0], lost[2]});
+          if (whole_quad(quad)) ptx::mma<__half>(odd[u], mean, {lost[1], lost[3]});
         }
       }
-      __syncwarp();
-      scale_row = by_column;
     }
-    A4 minus = {};
-    if constexpr (kCompensated) put(minus, read<uint4>(shared + L::kKeyMinus));
-    uint32_t q[tiles][4 * Columns::kQuads];  // q' = q * scale * 2^-(b*i)
-    float zero_even[tiles][4], zero_odd[tiles][4], mean_even[tiles][4], mean_odd[tiles][4];
 #pragma unroll
-    for (int u = 0; u < tiles; ++u) {
+    for (int u = 0; u < kScoreTiles; ++u) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) constant[u][r] = even[u][r] + odd[u][2 + r];
+    }
+  }
+
+  // S, and for each row of q the part of the score that all tokens share.
+  LOGQUANT_DEVICE void scores(const unsigned char* stage, const unsigned char* unpacked,
+                              float (&s)[kScoreTiles][kKeyTiles][4], float (&constant)[kScoreTiles][2]) {
+    constexpr bool kCompensatedHere = kCompensated && !S::kFitted;
+    const unsigned char* const scale_row = S::kFitted ? unpacked + L::kColumnScales : stage + L::kKeyParams;
+    if constexpr (S::kFitted) channel_sums(unpacked, constant);
+    A4 minus = {};
+    if constexpr (kCompensatedHere) put(minus, read<uint4>(shared + L::kKeyMinus));
+    uint32_t q[kScoreTiles][4 * Columns::kQuads];  // q' = q * scale * 2^-(b*i)
+    float zero_even[kScoreTiles][4], zero_odd[kScoreTiles][4], mean_even[kScoreTiles][4], mean_odd[kScoreTiles][4];
+#pragma unroll
+    for (int u = 0; u < kScoreTiles; ++u) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) zero_even[u][i] = zero_odd[u][i] = mean_even[u][i] = mean_odd[u][i] = 0.0f;
 #pragma unroll
@@ -564,61 +807,42 @@ class TensorAttention {
     }
     const unsigned char* const rows = stage + (g / 2) * L::kKeyPitch + g % 2 * 4 * L::kKeyWords;
 #pragma unroll
-    for (int w = 0; w < KeyWords::kCount; w += kWordsAtOnce) {
+    for (int quad = 0; quad < Columns::kQuads; ++quad) {
+      A4 scale, zero;
+      read_quad(scale, scale_row, 4 * quad);
+      if constexpr (!S::kFitted) read_quad(zero, stage + L::kKeyParams + L::kKeyZeros, 4 * quad);
 #pragma unroll
-      for (int quad = (KeyWords::pairs_before(w) + 3) / 4; quad < (KeyWords::pairs_before(w + kWordsAtOnce) + 3) / 4;
-           ++quad) {
-        A4 scale, zero;
-        read_quad<Columns>(scale, scale_row, 4 * quad);
-        if constexpr (!S::kMapped) read_quad<Channels>(zero, stage + L::kKeyParams + L::kKeyZeros, 4 * quad);
+      for (int u = 0; u < kScoreTiles; ++u) {
+        A4 original = {}, reduced = {};
+        if constexpr (L::kQueryInRegisters) {
 #pragma unroll
-        for (int u = 0; u < tiles; ++u) {
-          A4 original = {}, reduced = {};
-          if constexpr (L::kQueryInRegisters) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-              original[i] = query_pairs[4 * quad + i], reduced[i] = scaled_pairs[4 * quad + i];
-          } else {
-            if (kCompensated || !S::kMapped) read_query(original, L::kQuery, L::kTable, u, quad);
-            read_query(reduced, L::kScaledQuery, L::kTable, u, quad);
-          }
-#pragma unroll
-          for (int i = 0; i < 4; ++i) q[u][4 * quad + i] = ptx::mul_f16x2(reduced[i], scale[i]);
-          constexpr bool kHeld = L::kQueryInRegisters;
-          const B2 even = {original[0], original[kHeld ? 2 : 1]}, odd = {original[kHeld ? 1 : 2], original[3]};
-          if constexpr (!S::kMapped) {
-            ptx::mma<__half>(zero_even[u], zero, even);
-            ptx::mma<__half>(zero_odd[u], zero, odd);
-          }
-          if constexpr (kCompensated) {
-            ptx::mma<__half>(mean_even[u], scale, even);
-            ptx::mma<__half>(mean_odd[u], scale, odd);
-            const B2 first = {q[u][4 * quad], q[u][4 * quad + 1]}, second = {q[u][4 * quad + 2], q[u][4 * quad + 3]};
-            ptx::mma<__half>(mean_even[u], minus, first);
-            if (4 * quad + 2 < Columns::kCount) ptx::mma<__half>(mean_odd[u], minus, second);
-          }
+          for (int i = 0; i < 4; ++i) original[i] = query_pairs[4 * quad + i], reduced[i] = scaled_pairs[4 * quad + i];
+        } else {
+          if (!S::kFitted) read_query(original, L::kQuery, L::kQueryTable, u, quad);
+          read_query(reduced, L::kScaledQuery, L::kTable, u, quad);
         }
-      }
 #pragma unroll
-      for (int i = 0; i < kKeyTiles; ++i) code_scores(rows + 16 * i * L::kKeyWords, w, i, q, s);
-    }
-    if constexpr (S::kMapped) {
-#pragma unroll
-      for (int quad = 0; quad < Channels::kQuads; ++quad) {
-        A4 zero;
-        read_quad<Channels>(zero, stage + L::kKeyParams + L::kKeyZeros, 4 * quad);
-#pragma unroll
-        for (int u = 0; u < tiles; ++u) {
-          A4 original;
-          read_query(original, L::kZeroQuery, L::kZeroTable, u, quad);
-          const B2 even = {original[0], original[1]}, odd = {original[2], original[3]};
+        for (int i = 0; i < 4; ++i) q[u][4 * quad + i] = ptx::mul_f16x2(reduced[i], scale[i]);
+        constexpr bool kHeld = L::kQueryInRegisters;
+        const B2 even = {original[0], original[kHeld ? 2 : 1]}, odd = {original[kHeld ? 1 : 2], original[3]};
+        if constexpr (!S::kFitted) {
           ptx::mma<__half>(zero_even[u], zero, even);
           ptx::mma<__half>(zero_odd[u], zero, odd);
         }
+        if constexpr (kCompensatedHere) {
+          ptx::mma<__half>(mean_even[u], scale, even);
+          ptx::mma<__half>(mean_odd[u], scale, odd);
+          const B2 first = {q[u][4 * quad], q[u][4 * quad + 1]}, second = {q[u][4 * quad + 2], q[u][4 * quad + 3]};
+          ptx::mma<__half>(mean_even[u], minus, first);
+          if (4 * quad + 2 < Columns::kCount) ptx::mma<__half>(mean_odd[u], minus, second);
+        }
       }
     }
 #pragma unroll
-    for (int u = 0; u < tiles; ++u) {
+    for (int i = 0; i < kKeyTiles; ++i) code_scores(rows + 16 * i * L::kKeyWords, i, q, s);
+    if constexpr (S::kFitted) return;
+#pragma unroll
+    for (int u = 0; u < kScoreTiles; ++u) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         constant[u][r] = zero_even[u][r] + zero_odd[u][2 + r];
@@ -628,42 +852,29 @@ class TensorAttention {
     }
   }
 
-  // The m-tile i of S: products of q' with kWordsAtOnce words of each key from word `from` on.
-  LOGQUANT_DEVICE void code_scores(const unsigned char* tile, int from, int i,
-                                   const uint32_t (&q)[tiles][4 * Columns::kQuads],
-                                   float (&s)[tiles][kKeyTiles][4]) const {
-    uint32_t words[2][kWordsAtOnce];
+  // The m-tile i of S.
+  LOGQUANT_DEVICE void code_scores(const unsigned char* tile, int i,
+                                   const uint32_t (&q)[kScoreTiles][4 * Columns::kQuads],
+                                   float (&s)[kScoreTiles][kKeyTiles][4]) const {
+    uint32_t words[2][KeyWords::kCount];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if constexpr (kWordsAtOnce == 1) {
-        words[h][0] = read_key_word(tile + 8 * h * L::kKeyWords, from);
-      } else {
-        read_key_words(words[h], tile + 8 * h * L::kKeyWords);
-      }
-    }
+    for (int h = 0; h < 2; ++h) read_key_words(words[h], tile + 8 * h * L::kKeyWords);
 #pragma unroll
-    for (int w = 0; w < kWordsAtOnce; ++w) {
+    for (int w = 0; w < KeyWords::kCount; ++w) {
       const uint32_t x = words[0][w], y = words[1][w], x8 = x >> 8, y8 = y >> 8;
       constexpr int b = S::kKeyBits;
-      const int first = KeyWords::pairs_before(from + w), end = KeyWords::pairs_before(from + w + 1);
+      const int first = KeyWords::pairs_before(w), end = KeyWords::pairs_before(w + 1);
 #pragma unroll
       for (int n = 0; n < end - first; n += 2) {
         const A4 codes = {code_pair<b>(x, x8, n), code_pair<b>(y, y8, n), code_pair<b>(x, x8, n + 1),
                           code_pair<b>(y, y8, n + 1)};
 #pragma unroll
-        for (int u = 0; u < tiles; ++u) {
+        for (int u = 0; u < kScoreTiles; ++u) {
           const B2 rows_of_q = {q[u][first + n], q[u][first + n + 1]};
           ptx::mma<__half>(s[u][i], codes, rows_of_q);
         }
       }
     }
-  }
-
-  LOGQUANT_DEVICE uint32_t read_key_word(const unsigned char* row, int w) const {
-    constexpr int whole = KeyWords::kWhole;
-    if (w < whole) return read<uint32_t>(row + t * 4 * whole + 4 * w);
-    if (KeyWords::kHalf && w == whole) return read<uint32_t>(row + 4 * (4 * whole + t / 2)) >> 8 * (t % 2);
-    return read<uint32_t>(row + 4 * (L::kKeyWords - 1)) >> 4 * t;
   }
 
   LOGQUANT_DEVICE void read_key_words(uint32_t (&to)[KeyWords::kCount], const unsigned char* row) const {
@@ -683,17 +894,18 @@ class TensorAttention {
 #pragma unroll
       for (int w = 0; w < whole; ++w) to[w] = read<uint32_t>(own + 4 * w);
     }
-#pragma unroll
-    for (int w = whole; w < KeyWords::kCount; ++w) to[w] = read_key_word(row, w);
+    if constexpr (KeyWords::kHalf) to[whole] = read<uint32_t>(row + 4 * (4 * whole + t / 2)) >> 8 * (t % 2);
+    if constexpr (KeyWords::kQuarter) to[KeyWords::kCount - 1] = read<uint32_t>(row + 4 * (L::kKeyWords - 1)) >> 4 * t;
   }
 
   // Puts into S what gives the masked score by the plain formula, and -inf where a row does not see a slot.
-  LOGQUANT_DEVICE void mask_scores(float (&s)[tiles][kKeyTiles][4], const float (&constant)[tiles][2], int first) {
+  LOGQUANT_DEVICE void mask_scores(float (&s)[kScoreTiles][kKeyTiles][4], const float (&constant)[kScoreTiles][2],
+                                   int first) {
 #pragma unroll
-    for (int u = 0; u < tiles; ++u) {
+    for (int u = 0; u < kScoreTiles; ++u) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int row = first_row + 8 * u + 2 * t + r;
+        const int row = first_score_row() + 8 * u + 2 * t + r;
         if (row >= row_total) continue;
         const Row where = row_of(a, batch, kv_head, row);
         const float shared_part = constant[u][r] * constant_factor[u][r];
@@ -713,14 +925,14 @@ class TensorAttention {
   }
 
   // Moves the reference to where this page's largest weight, with its scale, is 2^8.
-  LOGQUANT_DEVICE void move_reference(const float (&s)[tiles][kKeyTiles][4], float (&constant)[tiles][2],
-                                      uint32_t largest_scales) {
+  LOGQUANT_DEVICE void move_reference(const float (&s)[kScoreTiles][kKeyTiles][4], float (&constant)[kScoreTiles][2],
+                                      uint32_t largest_scales, float (&factors)[kScoreTiles][2]) {
     float scale = fmaxf(Operand<__half>::low(largest_scales), Operand<__half>::high(largest_scales));
     scale = fmaxf(scale, __shfl_xor_sync(ptx::kFullMask, scale, 1));
     scale = fmaxf(scale, __shfl_xor_sync(ptx::kFullMask, scale, 2));
     const float margin = static_cast<float>(max(static_cast<int>(__float_as_uint(scale) >> 23) - 126, 0)) - 8.0f;
 #pragma unroll
-    for (int u = 0; u < tiles; ++u) {
+    for (int u = 0; u < kScoreTiles; ++u) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float most = s[u][0][r];
@@ -730,31 +942,54 @@ class TensorAttention {
         // A page that a row does not see must not leave the NaN of its keys behind.
         if (most == -INFINITY) constant[u][r] = 0.0f;
         const float score = fmaf(most, code_factor[u][r], constant[u][r] * constant_factor[u][r]) + margin;
-        const float moved = fmaxf(fmaxf(top[u][r], score), kLowest), factor = ptx::exp2(top[u][r] - moved);
+        const float moved = fmaxf(fmaxf(top[u][r], score), kLowest);
+        factors[u][r] = ptx::exp2(top[u][r] - moved);
         top[u][r] = moved;
-        sums_even[u][r] *= factor;
-        sums_odd[u][2 + r] *= factor;
-        if constexpr (L::kScalesApart) means_even[u][r] *= factor, means_odd[u][2 + r] *= factor;
-#pragma unroll
-        for (int j = 0; j < L::kTiles; ++j) out[u][j][r] *= factor, out[u][j][2 + r] *= factor;
+        sums_even[u][r] *= factors[u][r];
+        sums_odd[u][2 + r] *= factors[u][r];
+        if constexpr (L::kScalesApart) means_even[u][r] *= factors[u][r], means_odd[u][2 + r] *= factors[u][r];
+        rescale(u, r, factors[u][r]);
       }
     }
   }
+  LOGQUANT_DEVICE void rescale(int u, int r, float factor) {
+#pragma unroll
+    for (int j = u * L::kOwnTiles; j < (u + 1) * L::kOwnTiles; ++j) out[j][r] *= factor, out[j][2 + r] *= factor;
+  }
+
+  // p' of the n-th group of the other warp of a pair, for this warp's rows.
+  LOGQUANT_DEVICE uint4* box(int n, int from) const {
+    return reinterpret_cast<uint4*>(shared + L::kPassed) + (from * L::kOwnGroups + n) * (kTokenPairs / 4 * 32) + lane;
+  }
+  LOGQUANT_DEVICE void pass(int n, const uint32_t (&p)[kTokenPairs]) const {
+#pragma unroll
+    for (int i = 0; i < kTokenPairs; i += 4) box(n, half)[i / 4 * 32] = {p[i], p[i + 1], p[i + 2], p[i + 3]};
+  }
+  LOGQUANT_DEVICE void take_passed(uint32_t (&p)[kTokenPairs], int n) const {
+#pragma unroll
+    for (int i = 0; i < kTokenPairs; i += 4) put(p + i, box(n, 1 - half)[i / 4 * 32]);
+  }
+  // Where a reference has moved.
+  LOGQUANT_DEVICE void exchange_factors(const float (&own)[2]) {
+    float* const factors = reinterpret_cast<float*>(shared + L::kPassedFactors) + 2 * t;
+    if (g == 0) factors[8 * half] = own[0], factors[8 * half + 1] = own[1];
+    sync_team();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) rescale(1, r, factors[8 * (1 - half) + r]);
+  }
 
   // sum p * zero and sum p (and, for the compensation, sum p * scale).
-  LOGQUANT_DEVICE void parameter_sums(const uint32_t (&p)[tiles][kTokenPairs], const float (&s)[tiles][kKeyTiles][4]) {
+  LOGQUANT_DEVICE void parameter_sums(const uint32_t (&p)[kScoreTiles][kTokenPairs],
+                                      const float (&s)[kScoreTiles][kKeyTiles][4]) {
     const unsigned char* const row = shared + (row_offset + (stage_at & row_in_stage));
     A4 words[kTokenPairs / 4];
 #pragma unroll
     for (int n = 0; n < kTokenPairs; n += 4) put(words[n / 4], read<uint4>(row + 4 * n));
-    if (!a.plain) {
-#pragma unroll
-      for (int n = 0; n < kTokenPairs; n += 4) spare_hidden(words[n / 4], n, s);
-    }
+    if (!a.plain) spare_hidden_zeros(words, s);
 #pragma unroll
     for (int n = 0; n < kTokenPairs; n += 4) {
 #pragma unroll
-      for (int u = 0; u < tiles; ++u) {
+      for (int u = 0; u < kScoreTiles; ++u) {
         const B2 even = {p[u][n], p[u][n + 2]}, odd = {p[u][n + 1], p[u][n + 3]};
         ptx::mma<__half>(sums_even[u], words[n / 4], even);
         ptx::mma<__half>(sums_odd[u], words[n / 4], odd);
@@ -768,49 +1003,101 @@ class TensorAttention {
     }
   }
 
-  // A NaN zero times a weight of 0 would be a NaN for rows that do not see the token: takes NaNs out of the operand and
-  // puts one into the sum of each row that does see one.
-  LOGQUANT_DEVICE void spare_hidden(A4& words, int n, const float (&s)[tiles][kKeyTiles][4]) {
-    A4 bad;
+  // A NaN times a weight of 0 would be a NaN for rows that do not see the token. So NaNs are taken out of the operands,
+  // and rows that do see one get a NaN into the sum of its group.
+  LOGQUANT_DEVICE static bool take_nans(A4& words, A4& nans) {  // nans: 1 where one was
     bool any = false;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t low = (words[i] & 0x7C00u) == 0x7C00u ? 0xFFFFu : 0u;
-      const uint32_t high = (words[i] & 0x7C000000u) == 0x7C000000u ? 0xFFFF0000u : 0u;
-      bad[i] = (low | high) & 0x3C003C00u;
-      words[i] &= ~(low | high);
-      any = any || bad[i] != 0;
+      const uint32_t mask = not_finite<__half>(words[i]);
+      nans[i] = mask & Operand<__half>::kOnes;
+      words[i] &= ~mask;
+      any = any || mask != 0;
     }
-    if (!__any_sync(ptx::kFullMask, any)) return;
+    return any;
+  }
+  LOGQUANT_DEVICE void seen_tokens(const float (&s)[kScoreTiles][kKeyTiles][4],
+                                   uint32_t (&seen)[kScoreTiles][kTokenPairs]) {
 #pragma unroll
-    for (int u = 0; u < tiles; ++u) {
-      uint32_t seen[4];
+    for (int u = 0; u < kScoreTiles; ++u) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* const x = s[u][(n + i) / 2] + 2 * (i % 2);
-        seen[i] = ptx::movmatrix_trans(ptx::pack_f16(x[0] == -INFINITY ? 0.0f : 1.0f, x[1] == -INFINITY ? 0.0f : 1.0f));
+      for (int i = 0; i < kTokenPairs; ++i) {
+        const float* const x = s[u][i / 2] + 2 * (i % 2);
+        seen[u][i] =
+            ptx::movmatrix_trans(ptx::pack_f16(x[0] == -INFINITY ? 0.0f : 1.0f, x[1] == -INFINITY ? 0.0f : 1.0f));
       }
+    }
+  }
+  LOGQUANT_DEVICE void spoil_sums(const A4& nans, int n, const uint32_t (&seen)[kScoreTiles][kTokenPairs]) {
+#pragma unroll
+    for (int u = 0; u < kScoreTiles; ++u) {
       float count_even[4] = {}, count_odd[4] = {};
-      ptx::mma<__half>(count_even, bad, {seen[0], seen[2]});
-      ptx::mma<__half>(count_odd, bad, {seen[1], seen[3]});
+      ptx::mma<__half>(count_even, nans, {seen[u][n], seen[u][n + 2]});
+      ptx::mma<__half>(count_odd, nans, {seen[u][n + 1], seen[u][n + 3]});
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         if (count_even[r] + count_odd[2 + r] > 0.0f) sums_even[u][r] = NAN;
       }
     }
   }
+  LOGQUANT_DEVICE void spare_hidden_zeros(A4 (&words)[kTokenPairs / 4], const float (&s)[kScoreTiles][kKeyTiles][4]) {
+    A4 nans[kTokenPairs / 4];
+    bool any = false;
+#pragma unroll
+    for (int n = 0; n < kTokenPairs / 4; ++n) any = take_nans(words[n], nans[n]) || any;
+    if (!__any_sync(ptx::kFullMask, any)) return;
+    uint32_t seen[kScoreTiles][kTokenPairs];
+    seen_tokens(s, seen);
+#pragma unroll
+    for (int n = 0; n < kTokenPairs / 4; ++n) spoil_sums(nans[n], 4 * n, seen);
+  }
+  // Fitted values have no zeros: their poisoned scales are NaNs, also where there are no masks, for p' that are NaN
+  // would spoil the sums of all rows and groups.
+  LOGQUANT_DEVICE void spare_hidden_scales(unsigned char* scales, const float (&s)[kScoreTiles][kKeyTiles][4]) {
+    uint32_t seen[kScoreTiles][kTokenPairs];
+    seen_tokens(s, seen);
+    const auto each_quad = [&](const auto& f) __attribute__((always_inline)) {
+#pragma unroll
+      for (int i = 0; i < S::kGroups * kTokenPairs; i += 4) {
+        const int group = i / kTokenPairs, n = i % kTokenPairs;
+        uint4* const quad = reinterpret_cast<uint4*>(scales + 2 * group * S::kTokens + 4 * (t * kTokenPairs + n));
+        A4 words, nans;
+        put(words, *quad);
+        take_nans(words, nans);
+        f(quad, words, nans, group, n);
+      }
+    };
+    each_quad([&](uint4*, const A4&, A4& nans, int group, int n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) nans[i] = g == group ? nans[i] : 0;
+      spoil_sums(nans, n, seen);
+    });
+    sync_team();
+    if (g == 0 && half == 0) {
+      each_quad(
+          [](uint4* quad, const A4& words, const A4&, int, int) { *quad = {words[0], words[1], words[2], words[3]}; });
+    }
+    sync_team();
+  }
 
-  // Compensation of p': minus sum p' * 2^(b*i), into the row of the group's scales.
-  LOGQUANT_DEVICE void subtract_rounded(int u, int group, const uint32_t* scaled) {
-    const bool mine = g == (L::kScalesApart ? group : S::kGroups + 1 + group);
-    A4 minus;
-    put(minus, read<uint4>(shared + L::kMinus + (mine ? 0 : 16)));
+  // Adds the sum of weights (L::kMinus or kOnes) times pairs to even[r] + odd[2 + r] of the lanes g = row: they read
+  // the weights, and others zeros beside them.
+  LOGQUANT_DEVICE void sum_pairs(float (&even)[4], float (&odd)[4], int weights, int row, const uint32_t* pairs) const {
+    A4 operand;
+    put(operand, read<uint4>(shared + 16 * g + (weights - 16 * row)));
 #pragma unroll
     for (int n = 0; n < kTokenPairs; n += 4) {
-      const B2 first = {scaled[n], scaled[n + 1]}, second = {scaled[n + 2], scaled[n + 3]};
-      ptx::mma<__half>(L::kScalesApart ? means_even[u] : sums_even[u], minus, first);
-      ptx::mma<__half>(L::kScalesApart ? means_odd[u] : sums_odd[u], minus, second);
+      ptx::mma<__half>(even, operand, {pairs[n], pairs[n + 1]});
+      ptx::mma<__half>(odd, operand, {pairs[n + 2], pairs[n + 3]});
     }
+  }
+
+  // Minus sum p' * 2^(b*i), into the row of the group's scales (fitted: of the group): the compensation of p', or what
+  // the mean of the codes, which fitted values are stored without, has added.
+  LOGQUANT_DEVICE void subtract_rounded(int u, int group, const uint32_t* scaled) {
+    const int row = L::kScalesApart || S::kFitted ? group : S::kGroups + 1 + group;
+    sum_pairs(L::kScalesApart ? means_even[u] : sums_even[u], L::kScalesApart ? means_odd[u] : sums_odd[u], L::kMinus,
+              row, scaled);
   }
 
   // The m-tile j of O: word(f, h) is the f-th word of this lane's channel in the tile's half h.
@@ -830,15 +1117,16 @@ class TensorAttention {
 #pragma unroll
         for (int u = 0; u < tiles; ++u) {
           const B2 weights = {operand(u, f * kPairs + n), operand(u, f * kPairs + n + 1)};
-          ptx::mma<__half>(out[u][j], codes, weights);
+          ptx::mma<__half>(out[u * L::kOwnTiles + j], codes, weights);
         }
       }
     }
   }
 
   LOGQUANT_DEVICE void finish_pages() {
+    float* const passed = reinterpret_cast<float*>(shared + L::kPassedZeros);  // [group][row]
 #pragma unroll
-    for (int u = 0; u < tiles; ++u) {
+    for (int u = 0; u < kScoreTiles; ++u) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float total = sums_even[u][r] + sums_odd[u][2 + r];
@@ -847,24 +1135,47 @@ class TensorAttention {
 #pragma unroll
         for (int group = 0; group < S::kGroups; ++group) {
           float zeros = __shfl_sync(ptx::kFullMask, total, 4 * group + t);
-          if constexpr (kCompensated) {
+          if constexpr (S::kFitted) {
+            zeros *= kValueMean;
+          } else if constexpr (kCompensated) {
             const float mean = L::kScalesApart ? __shfl_sync(ptx::kFullMask, apart, 4 * group + t)
                                                : __shfl_sync(ptx::kFullMask, total, 4 * (S::kGroups + 1 + group) + t);
             zeros = fmaf(kValueMean, mean, zeros);
           }
-#pragma unroll
-          for (int j = group * (S::kGroup / 16); j < (group + 1) * (S::kGroup / 16); ++j) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) out[u][j][2 * h + r] = fmaf(out[u][j][2 * h + r], kUnit, zeros);
+          if constexpr (L::kPaired) {
+            if (g == 0) passed[16 * group + 8 * half + 2 * t + r] = zeros;
+          } else {
+            finish_group(u, group, r, zeros);
           }
         }
+      }
+    }
+    if constexpr (L::kPaired) {
+      sync_team();
+#pragma unroll
+      for (int i = 0; i < 2 * L::kOwnGroups; ++i) {
+        const int u = i % 2, n = i / 2;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          finish_group(u, n, r, passed[16 * (n + half * L::kNextGroups) + 8 * (u ^ half) + 2 * t + r]);
+        }
+      }
+    }
+  }
+  LOGQUANT_DEVICE void finish_group(int u, int n, int r, float zeros) {
+#pragma unroll
+    for (int j = n * L::kTilesOfGroup; j < (n + 1) * L::kTilesOfGroup; ++j) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float& x = out[u * L::kOwnTiles + j][2 * h + r];
+        x = fmaf(x, kUnit, zeros) * (S::kFitted ? 1.0f / kScaleUnit : 1.0f);
       }
     }
   }
 
   // --------------------------------------------------------------------------------------------------------- window
   // Exact tokens, 16 at a time and warp, straight from global memory. A lane takes 8 of every 32 channels, then 4 of
-  // the last 16: the same order of k for q and keys.
+  // the last 16: the same order of k for q and keys. Of a pair, each warp does its eight rows alone.
   template <int dim>
   struct WindowRow {
     static constexpr int kWords = dim / 8;
@@ -885,7 +1196,7 @@ class TensorAttention {
 
   // Channels that are read at once. Where q would take too many registers, it is read again (from L1) for each 16
   // tokens, and keys and values come in parts.
-  static constexpr bool kKeepQuery = S::kDim * tiles <= 128;
+  static constexpr bool kKeepQuery = S::kDim * kScoreTiles <= 128;
   template <int dim>
   static constexpr int kChunk = kKeepQuery ? dim : 64;
 
@@ -898,12 +1209,12 @@ class TensorAttention {
   }
 
   LOGQUANT_DEVICE void window_part(int split) {
-    WindowRow<kKeepQuery ? S::kDim : 16> q[tiles];
-    float totals[tiles][4];
+    WindowRow<kKeepQuery ? S::kDim : 16> q[kScoreTiles];
+    float totals[kScoreTiles][4];
 #pragma unroll
-    for (int u = 0; u < tiles; ++u) {
+    for (int u = 0; u < kScoreTiles; ++u) {
       if constexpr (kKeepQuery) {
-        const int row = first_row + 8 * u + g;
+        const int row = first_score_row() + 8 * u + g;
         q[u].load(query(min(row, row_total - 1)), t, row < row_total);
       }
 #pragma unroll
@@ -915,8 +1226,8 @@ class TensorAttention {
         static_cast<const T*>(a.window_k.data) + batch * a.window_k.batch_stride + kv_head * a.window_k.head_stride;
     const T* const values =
         static_cast<const T*>(a.window_v.data) + batch * a.window_v.batch_stride + kv_head * a.window_v.head_stride;
-    for (int base = (split * kWarps + warp) * 16; base < tokens; base += a.window_splits * kWarps * 16) {
-      float scores[tiles][4] = {};
+    for (int base = (split * L::kTeams + team) * 16; base < tokens; base += a.window_splits * L::kTeams * 16) {
+      float scores[kScoreTiles][4] = {};
       for_chunks<S::kDim>([&]<int first, int count>() __attribute__((always_inline)) {
         WindowRow<count> k[2];
 #pragma unroll
@@ -925,10 +1236,10 @@ class TensorAttention {
           k[h].load(keys + token * a.window_k.token_stride + first, t, token < tokens);
         }
 #pragma unroll
-        for (int u = 0; u < tiles; ++u) {
+        for (int u = 0; u < kScoreTiles; ++u) {
           WindowRow<kKeepQuery ? 16 : count> part;
           if constexpr (!kKeepQuery) {
-            const int row = first_row + 8 * u + g;
+            const int row = first_score_row() + 8 * u + g;
             part.load(query(min(row, row_total - 1)) + first, t, row < row_total);
           }
           const uint32_t* const own = kKeepQuery ? q[u].words : part.words;
@@ -940,14 +1251,14 @@ class TensorAttention {
           }
         }
       });
-      B2 p[tiles];
-      B2 seen[tiles];
+      B2 p[kScoreTiles];
+      B2 seen[kScoreTiles];
 #pragma unroll
-      for (int u = 0; u < tiles; ++u) {
+      for (int u = 0; u < kScoreTiles; ++u) {
         float (&s)[4] = scores[u];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int token = base + g + 8 * (i / 2), row = first_row + 8 * u + 2 * t + i % 2;
+          const int token = base + g + 8 * (i / 2), row = first_score_row() + 8 * u + 2 * t + i % 2;
           s[i] *= a.scale * kLog2e;
           if (!a.plain && token < tokens && row < row_total) {
             s[i] = seen_score(a, row_of(a, batch, kv_head, row), first_slot + token, s[i]);
@@ -965,7 +1276,8 @@ class TensorAttention {
           top[u][r] = moved;
           totals[u][r] *= factor;
 #pragma unroll
-          for (int j = 0; j < L::kTiles; ++j) out[u][j][r] *= factor, out[u][j][2 + r] *= factor;
+          for (int j = 0; j < L::kTiles; ++j)
+            out[u * L::kTiles + j][r] *= factor, out[u * L::kTiles + j][2 + r] *= factor;
           s[r] = ptx::exp2(s[r] - moved);
           s[2 + r] = ptx::exp2(s[2 + r] - moved);
         }
@@ -988,12 +1300,12 @@ class TensorAttention {
           const A4 operand = {ptx::movmatrix_trans(v[0].words[2 * j]), ptx::movmatrix_trans(v[0].words[2 * j + 1]),
                               ptx::movmatrix_trans(v[1].words[2 * j]), ptx::movmatrix_trans(v[1].words[2 * j + 1])};
 #pragma unroll
-          for (int u = 0; u < tiles; ++u) ptx::mma<T>(out[u][first / 16 + j], operand, p[u]);
+          for (int u = 0; u < kScoreTiles; ++u) ptx::mma<T>(out[u * L::kTiles + first / 16 + j], operand, p[u]);
         }
       });
     }
 #pragma unroll
-    for (int u = 0; u < tiles; ++u) {
+    for (int u = 0; u < kScoreTiles; ++u) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) sum[u][r] = totals[u][r];
     }
@@ -1001,7 +1313,7 @@ class TensorAttention {
 
   // As spare_hidden, for values of the window that are not finite.
   template <int first_tile, int count>
-  LOGQUANT_DEVICE void spare_hidden_values(WindowRow<count> (&v)[2], const B2 (&seen_tokens)[tiles]) {
+  LOGQUANT_DEVICE void spare_hidden_values(WindowRow<count> (&v)[2], const B2 (&seen_tokens)[kScoreTiles]) {
     bool any = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -1011,9 +1323,9 @@ class TensorAttention {
       }
     }
     if (!__any_sync(ptx::kFullMask, any)) return;
-    B2 seen[tiles];
+    B2 seen[kScoreTiles];
 #pragma unroll
-    for (int u = 0; u < tiles; ++u) {
+    for (int u = 0; u < kScoreTiles; ++u) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) seen[u][h] = ptx::movmatrix_trans(seen_tokens[u][h]);
     }
@@ -1028,12 +1340,12 @@ class TensorAttention {
         bad[i] = ptx::movmatrix_trans(mask & Operand<T>::kOnes);
       }
 #pragma unroll
-      for (int u = 0; u < tiles; ++u) {
+      for (int u = 0; u < kScoreTiles; ++u) {
         float spoiled[4] = {};
         ptx::mma<T>(spoiled, bad, seen[u]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          if (spoiled[i] > 0.0f) out[u][first_tile + j][i] = NAN;
+          if (spoiled[i] > 0.0f) out[u * L::kTiles + first_tile + j][i] = NAN;
         }
       }
     }
@@ -1043,48 +1355,89 @@ class TensorAttention {
   // The warps' parts into one, and that to global memory.
   LOGQUANT_DEVICE void merge(int split, bool pages) {
     constexpr int kRows = 8 * tiles, kDim = S::kValueDim;
-    float* const parts = reinterpret_cast<float*>(shared);  // [warp][row][channel]
-    float* const sums = parts + kWarps * kRows * kDim;      // [warp][row][2]
+    float* const parts = reinterpret_cast<float*>(shared);  // [team][row][channel]
+    float* const sums = parts + L::kTeams * kRows * kDim;   // [team][row][2]
     __syncthreads();
-#pragma unroll
-    for (int u = 0; u < tiles; ++u) {
+    const auto put_tile = [&](const float (&x)[4], int row, int low_channel, int high_channel) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int row = warp * kRows + 8 * u + 2 * t + r;
+        parts[(row + r) * kDim + low_channel] = x[r];
+        parts[(row + r) * kDim + high_channel] = x[2 + r];
+      }
+    };
+    const int own_row = team * kRows + 2 * t;
+#pragma unroll
+    for (int u = 0; u < kScoreTiles; ++u) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = own_row + 8 * (u + half) + r;
         if (g == 0) sums[2 * row] = top[u][r], sums[2 * row + 1] = sum[u][r];
+      }
+    }
 #pragma unroll
-        for (int j = 0; j < L::kTiles; ++j) {
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            parts[row * kDim + (pages ? page_channel(j, h) : window_channel(j, h))] = out[u][j][2 * h + r];
-          }
-        }
+    for (int i = 0; i < tiles * L::kOwnTiles; ++i) {
+      if (pages) {  // of a pair, the other's rows come second
+        const int u = i / L::kOwnTiles ^ half, j = L::first_warps_tile(i % L::kOwnTiles) + half * L::kNextTiles;
+        put_tile(out[i], own_row + 8 * u, page_channel(j, 0), page_channel(j, 1));
+      } else {
+        const int u = i / L::kTiles + half, j = i % L::kTiles;
+        put_tile(out[i], own_row + 8 * u, window_channel(j, 0), window_channel(j, 1));
       }
     }
     __syncthreads();
-    for (int row = 0; row < min(kRows, row_total - first_row); ++row) {
+    // A warp takes 64 channels of a row at a time, a lane two that are 32 apart.
+    constexpr int kBlocks64 = (kDim + 63) / 64;
+    for (int i = warp; i < min(kRows, row_total - first_row) * kBlocks64; i += L::kWarps) {
+      const int row = i / kBlocks64, block = i % kBlocks64;
       float reference = -INFINITY, total = 0.0f;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) reference = fmaxf(reference, sums[2 * (w * kRows + row)]);
+      for (int w = 0; w < L::kTeams; ++w) reference = fmaxf(reference, sums[2 * (w * kRows + row)]);
       const float finite = reference == -INFINITY ? 0.0f : reference;
-      float factor[kWarps];
+      float x[2] = {};
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        factor[w] = ptx::exp2(sums[2 * (w * kRows + row)] - finite);
-        total += factor[w] * sums[2 * (w * kRows + row) + 1];
+      for (int w = 0; w < L::kTeams; ++w) {
+        const float factor = ptx::exp2(sums[2 * (w * kRows + row)] - finite);
+        total += factor * sums[2 * (w * kRows + row) + 1];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int c = 64 * block + 32 * h + lane;
+          if (c < kDim) x[h] += factor * parts[(w * kRows + row) * kDim + c];
+        }
       }
+      if (S::kFitted && pages) rotate(x);
       const int64_t at = partial_index(a, batch, kv_head, split, first_row + row);
-      for (int c = threadIdx.x; c < kDim; c += kThreads) {
-        float x = 0.0f;
 #pragma unroll
-        for (int w = 0; w < kWarps; ++w) x += factor[w] * parts[(w * kRows + row) * kDim + c];
-        a.partial_out[at * kDim + c] = x;
+      for (int h = 0; h < 2; ++h) {
+        const int c = 64 * block + 32 * h + lane;
+        if (c < kDim) a.partial_out[at * kDim + c] = x[h];
       }
-      if (threadIdx.x == 0) {
+      if (block == 0 && lane == 0) {
         a.partial_sums[2 * at] = reference;
         a.partial_sums[2 * at + 1] = total;
       }
     }
+  }
+
+  // Undoes the rotation of fitted values, of 64 channels.
+  LOGQUANT_DEVICE void rotate(float (&x)[2]) const {
+    constexpr int kBlock = S::kFormat.hadamard_block();
+#pragma unroll
+    for (int step = 1; step < (kBlock < 32 ? kBlock : 32); step *= 2) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float other = __shfl_xor_sync(ptx::kFullMask, x[h], step);
+        x[h] = other + (lane & step ? -x[h] : x[h]);
+      }
+    }
+    if constexpr (kBlock == 64) {
+      const float low = x[0] + x[1];
+      x[1] = x[0] - x[1];
+      x[0] = low;
+    }
+    constexpr float kFactor = kBlock == 64 ? 0.125f : kBlock == 32 ? 0.17677669529663687f : 0.25f;
+    static_assert(!S::kFitted || kBlock >= 16);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) x[h] *= kFactor;
   }
 
   LOGQUANT_DEVICE int page_channel(int j, int h) const {
@@ -1095,25 +1448,29 @@ class TensorAttention {
                                      : 16 * j + 4 * (g / 2) + 2 * h + g % 2;
   }
 
-  static constexpr int kGathers = S::kMapped ? (S::kColumns + 31) / 32 : 1;
+  static constexpr int kGathers = S::kFitted ? (S::kColumns + L::kTeamThreads - 1) / L::kTeamThreads : 1;
 
   const AttendArgs& a;
   unsigned char* const shared;
-  const int warp, lane, g, t;
+  const int warp, half, team;  // half: which of a pair
+  const int lane, g, t;
   const int batch, kv_head;
   const int first_row, row_total;
   // Of rows 8 * tile + 2t and 2t + 1.
-  float top[tiles][2];  // the reference exponent
-  float sum[tiles][2];  // of weights relative to it
-  float code_factor[tiles][2], constant_factor[tiles][2];
-  float out[tiles][L::kTiles][4];
-  float sums_even[tiles][4] = {}, sums_odd[tiles][4] = {}, means_even[tiles][4] = {}, means_odd[tiles][4] = {};
+  float top[kScoreTiles][2];  // the reference exponent
+  float sum[kScoreTiles][2];  // of weights relative to it
+  float code_factor[kScoreTiles][2], constant_factor[kScoreTiles][2];
+  float out[tiles * L::kOwnTiles][4];  // by tile of rows (a pair: its own first), then of channels
+  float sums_even[kScoreTiles][4] = {}, sums_odd[kScoreTiles][4] = {};
+  float means_even[kScoreTiles][4] = {}, means_odd[kScoreTiles][4] = {};
   uint32_t query_pairs[L::kQueryInRegisters ? 4 * Columns::kQuads : 1];
   uint32_t scaled_pairs[L::kQueryInRegisters ? 4 * Columns::kQuads : 1];
   int gather[kGathers];
+  uint32_t mean_offset[2 * L::kZeroRounds];
   const unsigned char* source = nullptr;  // of the next page, this lane's 16 bytes
   int64_t source_step = 0;
   uint32_t stage_at = 0;  // of the page at hand, from `shared` on
+  uint32_t unpacked_at = 0;
   // Where this lane's row of the product of parameters and p lies: in the stage (all bits set), or in the constants.
   uint32_t row_in_stage = 0, row_offset = 0;
 };
@@ -1121,11 +1478,16 @@ class TensorAttention {
 // Blocks that shared memory and registers leave room for on an SM: 228 KB (163 KB on sm_80 hold fewer 4-bit pages
 // still).
 template <class T, class S, int tiles>
-inline constexpr int kBlocks =
-    S::kValueDim <= 128 && tiles == 1 && 3 * Layout<S, std::is_same_v<T, __half>, tiles>::kBytes <= 200 << 10 ? 3 : 2;
+using KernelLayout = Layout<S, std::is_same_v<T, __half>, tiles>;
 
 template <class T, class S, int tiles>
-__global__ void __launch_bounds__(kThreads, kBlocks<T, S, tiles>)
+inline constexpr int kBlocks =
+    KernelLayout<T, S, tiles>::kPaired                                                        ? 4
+    : S::kValueDim <= 128 && tiles == 1 && 3 * KernelLayout<T, S, tiles>::kBytes <= 200 << 10 ? 3
+                                                                                              : 2;
+
+template <class T, class S, int tiles>
+__global__ void __launch_bounds__(KernelLayout<T, S, tiles>::kThreads, kBlocks<T, S, tiles>)
     attend_pages(__grid_constant__ const AttendArgs args) {
   LOGQUANT_DYNAMIC_SHARED(shared);
   TensorAttention<T, S, tiles>(args, shared).run();
@@ -1133,19 +1495,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, S, tiles>)
 
 template <class T, class S, int tiles>
 cudaError_t launch_tiles(const AttendArgs& args, cudaStream_t stream) {
-  constexpr int kRows = 8 * tiles, kBytes = Layout<S, std::is_same_v<T, __half>, tiles>::kBytes;
+  using L = KernelLayout<T, S, tiles>;
+  constexpr int kRows = 8 * tiles;
   const dim3 grid(args.page_splits + args.window_splits, args.batch * args.kv_heads,
                   (row_count(args) + kRows - 1) / kRows);
-  return ptx::launch(&attend_pages<T, S, tiles>, grid, kThreads, kBytes, stream, args);
+  return ptx::launch(&attend_pages<T, S, tiles>, grid, L::kThreads, L::kBytes, stream, args);
 }
 
 template <class T, class S>
 cudaError_t launch(const AttendArgs& args, cudaStream_t stream) {
-  // Of larger heads, the output of 16 rows would not fit in the registers.
-  if constexpr (S::kValueDim <= (std::is_same_v<T, __half> ? 128 : 192)) {
-    if (row_count(args) > 8) return launch_tiles<T, S, 2>(args, stream);
-  }
-  return launch_tiles<T, S, 1>(args, stream);
+  return row_count(args) > 8 ? launch_tiles<T, S, 2>(args, stream) : launch_tiles<T, S, 1>(args, stream);
 }
 
 }  // namespace tensor

@@ -8,11 +8,17 @@ namespace logquant::cuda {
 #define LOGQUANT_TENSOR_FORMATS(X) X(attend_d128) X(attend_d64_c80)
 #else
 #define LOGQUANT_TENSOR_FORMATS(X) \
+  X(attend_d64)                    \
+  X(attend_d80)                    \
+  X(attend_d96)                    \
   X(attend_d112)                   \
   X(attend_d128)                   \
+  X(attend_d192)                   \
+  X(attend_d256)                   \
   X(attend_d128_b4)                \
-  X(attend_d128_c160)              \
-  X(attend_d192) X(attend_d256) X(attend_d256_c320) X(attend_d64) X(attend_d64_c80) X(attend_d80) X(attend_d96)
+  X(attend_d64_c80)                \
+  X(attend_d80_c96)                \
+  X(attend_d96_c112) X(attend_d112_c128) X(attend_d128_c160) X(attend_d192_c240) X(attend_d256_c320)
 #endif
 
 #define LOGQUANT_DECLARE(name) extern const TensorKernel name[2];

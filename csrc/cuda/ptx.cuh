@@ -99,6 +99,14 @@ LOGQUANT_DEVICE uint32_t sub_f16x2(uint32_t a, uint32_t b) {
   asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
 }
+// a * b - c
+LOGQUANT_DEVICE uint32_t mul_sub_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("{\n .reg .b32 minus;\n neg.f16x2 minus, %3;\n fma.rn.f16x2 %0, %1, %2, minus;\n}"
+      : "=r"(d)
+      : "r"(a), "r"(b), "r"(c));
+  return d;
+}
 LOGQUANT_DEVICE uint32_t max_nan_f16x2(uint32_t a, uint32_t b) {
   uint32_t d;
   asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
@@ -133,6 +141,9 @@ LOGQUANT_DEVICE T keep(T x) {
 LOGQUANT_DEVICE unsigned char* keep_shared(unsigned char* p) {
   return static_cast<unsigned char*>(__cvta_shared_to_generic(keep(shared_address(p))));
 }
+// The byte i of the result is the one of {a, b}, numbered 0 to 3 and 4 to 7, that bits 4i to 4i + 3 of the selector
+// say.
+LOGQUANT_DEVICE uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 // a & b | c in one instruction.
 LOGQUANT_DEVICE uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;
@@ -334,6 +345,10 @@ inline uint32_t mul_f16x2(uint32_t a, uint32_t b) {
 inline uint32_t sub_f16x2(uint32_t a, uint32_t b) {
   return pack_f16(low_f16(a) - low_f16(b), high_f16(a) - high_f16(b));
 }
+inline uint32_t mul_sub_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+  const auto half = [](float x, float y, float z) { return static_cast<float>(double{x} * y - z); };
+  return pack_f16(half(low_f16(a), low_f16(b), low_f16(c)), half(high_f16(a), high_f16(b), high_f16(c)));
+}
 inline uint32_t max_nan_f16x2(uint32_t a, uint32_t b) {
   const auto max_nan = [](float x, float y) { return x != x || y != y ? NAN : std::max(x, y); };
   return pack_f16(max_nan(low_f16(a), low_f16(b)), max_nan(high_f16(a), high_f16(b)));
@@ -344,6 +359,12 @@ T keep(T x) {
   return x;
 }
 inline unsigned char* keep_shared(unsigned char* p) { return p; }
+inline uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t both = uint64_t{b} << 32 | a;
+  uint32_t d = 0;
+  for (int i = 0; i < 4; ++i) d |= static_cast<uint32_t>(both >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
+  return d;
+}
 inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
 
 template <class... Parameters>
