@@ -70,7 +70,7 @@ def test_a_passkey_lies_where_it_should(tokenizer):
 
 
 def test_passkeys_are_scored_as_decoding_would_find_them(model, tokenizer):
-    """Of a model with random weights: the key is what the full cache makes likeliest, for one text; no other is found."""
+    """A model with random weights finds nothing, at a price that is the same whichever way it is added up."""
     (scores,) = passkey(model, tokenizer, parse_caches("full"), length=200, texts=2, depths=(0.5,), digits=1)
     assert scores.found == {0.5: [False, False]} and min(scores.nll[0.5]) > 0
     written = scores.as_dict()
@@ -83,8 +83,6 @@ def test_a_real_model_recalls_what_its_cache_holds(smollm2, smollm2_tokenizer):
     """And does not recall what it has forgotten: nothing but the cache tells it."""
     specs = [parse_cache(name) for name in ("full", "logquant", "streaming:recent=100")]
     full, ours, forgetful = passkey(smollm2, smollm2_tokenizer, specs, length=500, texts=2, depths=(0.4, 1.0))
-    assert (
-        full.found[0.4] == full.found[1.0] == ours.found[0.4] == ours.found[1.0] == forgetful.found[1.0] == [True] * 2
-    )
-    assert forgetful.found[0.4] == [False] * 2
-    assert min(forgetful.nll[0.4]) > 1 > max(ours.nll[0.4])
+    assert full.found[0.4] == ours.found[0.4] == [True] * 2 and forgetful.found[0.4] == [False] * 2
+    # The key at the end is within every window.
+    assert min(forgetful.nll[0.4]) > 1 > max(full.nll[0.4] + ours.nll[0.4] + forgetful.nll[1.0])
