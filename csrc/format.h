@@ -32,8 +32,10 @@
 
 #if defined(__CUDACC__)
 #define LOGQUANT_HOST_DEVICE __host__ __device__
+#define LOGQUANT_TABLE static __constant__ constexpr  // device code sees no other array of constants
 #else
 #define LOGQUANT_HOST_DEVICE
+#define LOGQUANT_TABLE inline constexpr
 #endif
 
 namespace logquant {
@@ -49,13 +51,17 @@ inline constexpr float kParamMax = 65504.0f;
 inline constexpr uint16_t kPoison = 0x7E00;
 // Largest block of channels that are rotated together.
 inline constexpr int kMaxHadamard = 64;
+// block^-1/2, of blocks of 16, 32 and 64.
+LOGQUANT_HOST_DEVICE constexpr float hadamard_factor(int block) {
+  return block == 64 ? 0.125f : block == 16 ? 0.25f : 0.17677669529663687f;
+}
 
 // Scale bytes. The tables hold fraction bits of floats: of 2^(i/8), and of 2^((i + 1/2)/8).
 inline constexpr int kScaleExponent = 107;  // of scale byte 0, biased: 2^-20
 inline constexpr int kScaleMax = 254;
 inline constexpr int kPoisonScale = 255;
-inline constexpr int32_t kScaleEighths[8] = {0, 759234, 1587184, 2490071, 3474675, 4548394, 5719293, 6996167};
-inline constexpr int32_t kScaleMiddles[8] = {371395, 1164243, 2028850, 2971711, 3999908, 5121164, 6343903, 7677309};
+LOGQUANT_TABLE int32_t kScaleEighths[8] = {0, 759234, 1587184, 2490071, 3474675, 4548394, 5719293, 6996167};
+LOGQUANT_TABLE int32_t kScaleMiddles[8] = {371395, 1164243, 2028850, 2971711, 3999908, 5121164, 6343903, 7677309};
 // The float that a scale byte up to kScaleMax stands for, as bits.
 LOGQUANT_HOST_DEVICE constexpr uint32_t scale_bits(uint32_t byte) {
   return ((byte >> 3) + kScaleExponent) << 23 | static_cast<uint32_t>(kScaleEighths[byte & 7]);
@@ -91,6 +97,11 @@ struct PageFormat {
   int value_group = 0;  // Gv
   int key_param_bits = 16;
   int value_param_bits = 16;
+
+  // Digit `digit` of a channel with `columns` columns weighs 2^digit_exponent stored scales.
+  LOGQUANT_HOST_DEVICE constexpr int digit_exponent(int digit, int columns) const {
+    return key_bits * digit - (key_param_bits == 16 ? 0 : key_bits * columns - 2);
+  }
 
   LOGQUANT_HOST_DEVICE constexpr int key_code_words() const { return key_columns * key_bits / kWordBits; }
   LOGQUANT_HOST_DEVICE constexpr int value_code_rows() const { return page_tokens * value_bits / kWordBits; }

@@ -21,13 +21,6 @@ void check_launch(cudaError_t error, const char* name) {
   LOGQUANT_CHECK(error == cudaSuccess, name, " failed on the GPU: ", cudaGetErrorString(error));
 }
 
-// Until the CUDA kernels know 8-bit parameters; logquant/ops.py then runs in plain torch.
-void check_supported(const PageFormat& f) {
-  LOGQUANT_CHECK(f.key_param_bits == 16 && f.value_param_bits == 16,
-                 "format parameter bits must be 16 on a GPU so far, got ", f.key_param_bits, " and ",
-                 f.value_param_bits);
-}
-
 // The device of a tensor as the current one, and torch's stream on it.
 class Launch {
  public:
@@ -50,7 +43,6 @@ Tensor quantize(const Tensor& k, const Tensor& v, const Fields& format, const Op
                 const OptionalTensor& key_map, const OptionalTensor& key_weights) {
   const Launch launch(k);
   const QuantizeCall call = quantize_call(k, v, format, index, key_map, key_weights);
-  check_supported(call.args.format);
   if (call.pages.numel() == 0) return call.pages;
   cuda::QuantizeArgs args{call.args, call.tokens};
   check_launch(cuda::quantize(args, launch.stream()), "quantize");
@@ -61,7 +53,6 @@ std::tuple<Tensor, Tensor> dequantize(const Tensor& pages, const Fields& format,
                                       const OptionalTensor& key_map) {
   const Launch launch(pages);
   const DequantizeCall call = dequantize_call(pages, format, dtype, key_map);
-  check_supported(call.args.format);
   if (call.k.numel() > 0) check_launch(cuda::dequantize(call.args, launch.stream()), "dequantize");
   return {call.k, call.v};
 }
@@ -72,7 +63,6 @@ void evict(Tensor window_k, Tensor window_v, Tensor pages, const Fields& format,
   const Launch launch(window_k);
   const EvictCall call =
       evict_call(window_k, window_v, pages, format, page, tokens, start, step, count, key_map, key_weights);
-  check_supported(call.args.format);
   if (window_k.numel() > 0) check_launch(cuda::evict(call.args, launch.stream()), "evict_");
 }
 
@@ -84,7 +74,6 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& pages, const Te
   const Launch launch(q);
   const AttendCall call = attend_call(q, pages, window_k, window_v, format, scale, softcap, key_map, positions, mask,
                                       query_positions, sinks, page_table, lengths);
-  check_supported(call.args.format);
   if (call.lse.numel() == 0) return {call.out, call.lse};
   cuda::AttendArgs args{call.args, call.page_blocks};
   const int64_t floats = cuda::plan(args, multiprocessors(q.get_device_index()));

@@ -1,8 +1,10 @@
-"""The command line: ``logquant generate``, ``plan``, ``eval``, ``bench attend|generate|memory`` and ``info``."""
+"""The command line: ``logquant generate``, ``plan``, ``eval``, ``bench ...``, ``report`` and ``info``."""
 
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,12 +92,13 @@ def load_model(model: str | None, dtype: Dtype) -> tuple[Any, Any]:
         return models.load(model, dtype=dtype.torch)
 
 
-def write_json(file: Path | None, arguments: dict[str, Any], **result: Any) -> None:
-    """Write a result with what produced it: the arguments and the machine."""
+def write_json(file: Path | None, kind: str, arguments: dict[str, Any], **result: Any) -> None:
+    """Write a result with what produced it: the command, its arguments and the machine."""
     if file is None:
         return
     with errors_of("--json"):
-        content = {"arguments": arguments, "machine": machine.describe(), **result}
+        command = shlex.join(["logquant", *sys.argv[1:]])
+        content = {"kind": kind, "command": command, "arguments": arguments, "machine": machine.describe(), **result}
         file.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
 
@@ -181,7 +184,7 @@ def generate(
         "full_precision_bytes": getattr(kv_cache, "full_precision_nbytes", cache_nbytes(kv_cache)),
     }
     typer.echo(_summary(result), err=True)
-    write_json(json_file, arguments, **result)
+    write_json(json_file, "text", arguments, **result)
 
 
 def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
@@ -254,7 +257,7 @@ def info(json_file: Json = None) -> None:
     error = facts["extension_error"]
     table.add_row("compiled operators", "in use" if error is None else f"[bold red]off[/]: {error}")
     Console().print(table)
-    write_json(json_file, {})
+    write_json(json_file, "info", {})
 
 
 # ------------------------------------------------------------------------------------------------------------- plan
@@ -292,7 +295,7 @@ def plan_command(
     for each in plans:
         table.add_row(each.cache, megabytes(each.nbytes), f"{each.batch:,}", f"{each.longest:,}")
     Console().print(table)
-    write_json(json_file, arguments, results=[each.as_dict() for each in plans])
+    write_json(json_file, "plan", arguments, results=[each.as_dict() for each in plans])
 
 
 # ------------------------------------------------------------------------------------------------------------- eval
@@ -336,7 +339,7 @@ def evaluate(
         wanted = {Task(name.strip()) for name in tasks.split(",")}
     loaded, tokenizer = load_model(model, dtype)
     paths = [*(text or []), *(files or [])]
-    rows: dict[str, list[dict[str, Any]]] = {}
+    rows: list[dict[str, Any]] = [{"cache": spec.name} for spec in specs]
     if wanted & {Task.kl, Task.greedy}:
         with errors_of("--text"):
             ids = evaluation.read_tokens(tokenizer, paths, prefill + tokens + 1 if Task.kl in wanted else prefill)
@@ -352,8 +355,9 @@ def evaluate(
                 batch_size=batch_size,
                 on_progress=lambda done: bar.advance(task, done),
             )
-        rows["results"] = [each.as_dict() for each in scores]
-        Console().print(_kl_table(rows["results"]))
+        for row, each in zip(rows, scores, strict=True):
+            row.update(each.as_dict())
+        Console().print(_kl_table(rows))
     if Task.greedy in wanted:
         with progress() as bar:
             task = bar.add_task("greedy decoding", total=len(specs) * len(paths) * tokens)
@@ -365,8 +369,9 @@ def evaluate(
                 batch_size=batch_size,
                 on_progress=lambda done: bar.advance(task, done),
             )
-        rows["greedy"] = [each.as_dict() for each in agreements]
-        Console().print(_greedy_table(rows["greedy"]))
+        for row, agreement in zip(rows, agreements, strict=True):
+            row["greedy"] = agreement.as_dict()
+        Console().print(_greedy_table(rows))
     if Task.passkey in wanted:
         with progress() as bar, errors_of("--passkey-tokens"):
             task = bar.add_task("passkeys", total=len(specs) * passkey_texts * len(evaluation.DEPTHS))
@@ -378,9 +383,10 @@ def evaluate(
                 texts=passkey_texts,
                 on_progress=lambda done: bar.advance(task, done),
             )
-        rows["passkey"] = [each.as_dict() for each in recalls]
-        Console().print(_passkey_table(rows["passkey"]))
-    write_json(json_file, arguments, **rows)
+        for row, recall in zip(rows, recalls, strict=True):
+            row["passkey"] = recall.as_dict()
+        Console().print(_passkey_table(rows))
+    write_json(json_file, "eval", arguments, results=rows)
 
 
 def _result_table(*columns: str, title: str | None = None) -> Table:
@@ -409,18 +415,18 @@ def _kl_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _greedy_table(rows: list[dict[str, Any]]) -> Table:
-    table = _result_table("cache", "tokens written alike", "95 %", title=f"of {rows[0]['tokens']:,}")
-    for row in rows:
+    table = _result_table("cache", "tokens written alike", "95 %", title=f"of {rows[0]['greedy']['tokens']:,}")
+    for row in (row["greedy"] for row in rows):
         interval = "{:.0f}-{:.0f}".format(*row["agreement_interval"]) if row["agreement_interval"] else "-"
         table.add_row(row["cache"], f"{row['agreement']:.1f}", interval)
     return table
 
 
 def _passkey_table(rows: list[dict[str, Any]]) -> Table:
-    depths = rows[0]["found_by_depth"]
-    columns = [f"depth {depth:g}" for depth in depths]
-    table = _result_table("cache", "found", "nats/token", *columns, title=f"passkeys in {rows[0]['length']:,} tokens")
-    for row in rows:
+    first = rows[0]["passkey"]
+    columns = [f"depth {depth:g}" for depth in first["found_by_depth"]]
+    table = _result_table("cache", "found", "nats/token", *columns, title=f"passkeys in {first['length']:,} tokens")
+    for row in (row["passkey"] for row in rows):
         by_depth = [f"{found:.2f}" for found in row["found_by_depth"].values()]
         table.add_row(row["cache"], f"{row['found']:.2f}", f"{row['nll']:.3f}", *by_depth)
     return table
@@ -464,7 +470,9 @@ def attend(
         ]
     for result in results:
         Console().print(_attend_table(result, bandwidth))
-    write_json(json_file, arguments, read_bandwidth=bandwidth, results=[result.as_dict() for result in results])
+    write_json(
+        json_file, "attend", arguments, read_bandwidth=bandwidth, results=[result.as_dict() for result in results]
+    )
 
 
 def _attend_table(result: AttendResult, bandwidth: float) -> Table:
@@ -551,7 +559,7 @@ def bench_generate_command(
             megabytes(result.held),
         )
     Console().print(table)
-    write_json(json_file, arguments, results=[result.as_dict() for result in results])
+    write_json(json_file, "generate", arguments, results=[result.as_dict() for result in results])
 
 
 @bench.command()
@@ -585,4 +593,23 @@ def memory(
         peaks = megabytes(result.peak_rise), megabytes(result.live_peak_rise)
         table.add_row(result.cache, *peaks, megabytes(result.held), verdict)
     Console().print(table)
-    write_json(json_file, arguments, results=[result.as_dict() for result in results])
+    write_json(json_file, "memory", arguments, results=[result.as_dict() for result in results])
+
+
+# ----------------------------------------------------------------------------------------------------------- report
+@app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(help="What --json of eval, plan or bench has written.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page with the tables and plots of results."""
+    try:
+        from .report import render
+    except ImportError as error:
+        raise SystemExit(f"reports need more packages ({error}): pip install 'logquant[report]'") from error
+
+    with errors_of("results"):
+        page = render(results)
+    with errors_of("--output"):
+        output.write_text(page, encoding="utf-8")
+    typer.echo(f"{output}: {len(results)} results, {len(page) / 1e3:.0f} kB")

@@ -72,14 +72,8 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def _compiled(fmt: PageFormat, tensor: Tensor) -> bool:
+def _compiled() -> bool:
     if _backend == "reference":
-        return False
-    if tensor.is_cuda and (fmt.key_param_bits, fmt.value_param_bits) != (16, 16):
-        _warn_once(
-            "logquant has no CUDA kernels for 8-bit parameters yet and runs in plain torch, which is slow; "
-            "LogQuantConfig.paper() has kernels"
-        )
         return False
     if error := extension_error():
         _warn_once(f"logquant runs in plain torch, which is slow: {error}")
@@ -121,7 +115,7 @@ def quantize(
         RuntimeError: a wrong shape, dtype or index.
     """
     _check_devices(k, v=v, index=index, key_map=key_map, key_weights=key_weights)
-    if _compiled(fmt, k):
+    if _compiled():
         pages: Tensor = torch.ops.logquant.quantize(k, v, fmt.fields(), index, key_map, key_weights)
         return pages
     return reference.quantize(k, v, fmt, index=index, key_map=key_map, key_weights=key_weights)
@@ -146,7 +140,7 @@ def dequantize(
         RuntimeError: a wrong shape or dtype.
     """
     _check_devices(pages, key_map=key_map)
-    if _compiled(fmt, pages):
+    if _compiled():
         both: tuple[Tensor, Tensor] = torch.ops.logquant.dequantize(pages, fmt.fields(), dtype, key_map)
         return both
     return reference.dequantize(pages, fmt, dtype=dtype, key_map=key_map)
@@ -184,7 +178,7 @@ def evict_(
         RuntimeError: a wrong shape, dtype or slot; nothing has changed then.
     """
     _check_devices(window_k, window_v=window_v, pages=pages, key_map=key_map, key_weights=key_weights)
-    if _compiled(fmt, window_k):
+    if _compiled():
         torch.ops.logquant.evict_(
             window_k, window_v, pages, fmt.fields(), page, tokens, start, step, count, key_map, key_weights
         )
@@ -260,7 +254,7 @@ def attend(
         page_table=page_table,
         lengths=lengths,
     )
-    if _compiled(fmt, q):
+    if _compiled():
         out_and_lse: tuple[Tensor, Tensor] = torch.ops.logquant.attend(
             q,
             pages,

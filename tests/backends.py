@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from unittest import mock
 
 import torch
 
 from logquant import ops
-from logquant.reference import PageFormat
 from tests import emulated
 from tests.on_device import OnDevice
 
@@ -25,13 +23,6 @@ else:  # the tests of the compiled operators then fail with the reason, they do 
 EMULATED = ["emulated"] if emulated.cuda_include() else []
 CUDA = ["cuda"] if ops.has_cuda_kernels() and torch.cuda.is_available() else []
 BACKENDS = ["reference", *CPU_SETS, *EMULATED, *CUDA]
-
-
-def known_to(backend: str, fmt: PageFormat) -> PageFormat:
-    """The format, or the plain one of its sizes where a backend knows only that: CUDA has no 8-bit parameters yet."""
-    if backend.startswith(("emulated", "cuda")):
-        return dataclasses.replace(fmt, key_param_bits=16, value_param_bits=16)
-    return fmt
 
 
 @contextlib.contextmanager

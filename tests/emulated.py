@@ -138,8 +138,7 @@ def _float(x: float) -> int:
 
 
 def _format(fmt: PageFormat) -> list[int]:
-    assert (fmt.key_param_bits, fmt.value_param_bits) == (16, 16), "the kernels know only plain parameters yet"
-    return list(astuple(fmt)[:7])
+    return list(astuple(fmt))
 
 
 def _tokens(x: Tensor) -> list[int]:
@@ -154,7 +153,7 @@ def _broadcast(x: Tensor, dim: int) -> int:
     return 0 if x.shape[dim] == 1 else x.stride(dim)
 
 
-def _map(x: Tensor | None) -> list[int]:
+def _per_head(x: Tensor | None) -> list[int]:
     return [0, 0, 0] if x is None else [x.data_ptr(), _broadcast(x, 0), _broadcast(x, 1)]
 
 
@@ -179,16 +178,17 @@ def quantize(
     *,
     index: Tensor | None = None,
     key_map: Tensor | None = None,
-    key_weights: Tensor | None = None,  # nothing is fitted yet
+    key_weights: Tensor | None = None,
 ) -> Tensor:
     k, v = _dense(k), _dense(v)
+    key_weights = None if key_weights is None else _dense(key_weights)
     index = None if index is None else index.contiguous()
     batch, heads, tokens, _ = k.shape
     count = (tokens if index is None else index.shape[1]) // fmt.page_tokens
     pages = torch.empty(batch, heads, count, fmt.words, dtype=torch.int32)
-    numbers = [*_format(fmt), *_tokens(k), *_tokens(v), *_pages(pages), *_map(key_map), *_rows(index)]
+    numbers = [*_format(fmt), *_tokens(k), *_tokens(v), *_pages(pages), *_per_head(key_map), *_per_head(key_weights)]
     if pages.numel():
-        _call("quantize", [*numbers, batch, heads, count, tokens])
+        _call("quantize", [*numbers, *_rows(index), batch, heads, count, tokens])
     return pages
 
 
@@ -199,7 +199,7 @@ def dequantize(
     batch, heads, count, _ = pages.shape
     k = torch.empty(batch, heads, count * fmt.page_tokens, fmt.head_dim, dtype=dtype)
     v = torch.empty(batch, heads, count * fmt.page_tokens, fmt.value_dim, dtype=dtype)
-    numbers = [*_format(fmt), *_tokens(k), *_tokens(v), *_pages(pages), *_map(key_map), batch, heads, count]
+    numbers = [*_format(fmt), *_tokens(k), *_tokens(v), *_pages(pages), *_per_head(key_map), batch, heads, count]
     if pages.numel():
         _call("dequantize", numbers)
     return k, v
@@ -220,7 +220,9 @@ def evict_(
     key_weights: Tensor | None = None,
 ) -> None:
     target = pages[:, :, page:]
-    numbers = [*_format(fmt), *_tokens(window_k), *_tokens(window_v), *_pages(target), *_map(key_map)]
+    key_weights = None if key_weights is None else _dense(key_weights)
+    numbers = [*_format(fmt), *_tokens(window_k), *_tokens(window_v), *_pages(target), *_per_head(key_map)]
+    numbers += _per_head(key_weights)
     _call("evict", [*numbers, *window_k.shape[:2], tokens, start, step, count])
 
 
@@ -251,7 +253,7 @@ def _attend_numbers(
     page_view = _pages(pages) if page_table is None else [pages.data_ptr(), 0, pages.stride(1), pages.stride(0)]
     numbers = [*_format(fmt), q.shape[0], kv_heads, q.shape[1] // kv_heads, q.shape[2], page_count]
     numbers += [window_k.shape[2], pages.shape[0], *_tokens(q), *page_view, *_tokens(window_k), *_tokens(window_v)]
-    numbers += [*_map(key_map), _float(scale), _float(softcap)]
+    numbers += [*_per_head(key_map), _float(scale), _float(softcap)]
     for rows in (page_table, lengths, positions, query_positions):
         numbers += _rows(rows)
     numbers.append(MASK_KINDS.index(None if mask is None else mask.dtype))

@@ -14,7 +14,7 @@ from logquant import LogQuantConfig, ops, reference
 from logquant.reference import DTYPES, PageFormat
 from logquant.window import RULES, evicted_slots
 from tests import emulated
-from tests.backends import BACKENDS, CPU_SETS, known_to, on
+from tests.backends import BACKENDS, CPU_SETS, on
 from tests.on_device import OnDevice
 from tests.strategies import column_map, dtypes, formats, key_weights, seeds, tokens
 
@@ -35,7 +35,6 @@ def key_map_of(fmt: PageFormat, seed: int, batch: int, heads: int) -> Tensor | N
     fmt=formats(), dtype=dtypes, seed=seeds, batch=st.integers(1, 2), heads=st.integers(1, 3), pages=st.integers(1, 3)
 )
 def test_quantize_and_dequantize_bit_for_bit(backend, fmt, dtype, seed, batch, heads, pages):
-    fmt = known_to(backend, fmt)
     k, v = tokens(fmt, seed, batch=batch, heads=heads, count=pages * fmt.page_tokens, dtype=dtype)
     key_map = key_map_of(fmt, seed, batch, heads)
     weights = key_weights(seed, batch=batch, heads=heads, count=k.shape[2])
@@ -51,7 +50,6 @@ def test_quantize_and_dequantize_bit_for_bit(backend, fmt, dtype, seed, batch, h
 @backends
 @given(fmt=formats(), seed=seeds, rows=st.integers(1, 2))
 def test_quantize_takes_the_indexed_tokens(backend, fmt, seed, rows):
-    fmt = known_to(backend, fmt)
     k, v = tokens(fmt, seed, batch=2, heads=2, count=3 * fmt.page_tokens)
     random = torch.Generator().manual_seed(seed)
     index = torch.randint(0, k.shape[2], (rows, fmt.page_tokens), generator=random, dtype=torch.int32)
@@ -73,7 +71,6 @@ FITTED = PageFormat(64, key_columns=80, key_param_bits=8, value_param_bits=8)
 @pytest.mark.parametrize("fmt", [PageFormat(64), FITTED], ids=["plain", "fitted"])
 def test_quantize_extreme_values(backend, dtype, fmt):
     """Infinities, NaNs, signed zeros, subnormals, saturation: still bit for bit."""
-    fmt = known_to(backend, fmt)
     key_map = None if fmt.key_columns == 64 else column_map(fmt, 0, batch=1, heads=1)
     random = torch.Generator().manual_seed(0)
     k = torch.randn(1, 2, 256, 64, generator=random)
@@ -116,7 +113,6 @@ def test_quantize_reads_strided_tensors(backend):
     pages_per_window=st.integers(1, 2),
 )
 def test_evict_(backend, fmt, dtype, seed, rule, sinks, pages_per_window):
-    fmt = known_to(backend, fmt)
     window = pages_per_window * fmt.page_tokens
     full = sinks + 3 * window
     k, v = tokens(fmt, seed, batch=2, heads=2, count=full + 3, dtype=dtype)
@@ -236,7 +232,6 @@ class Problem:
     sharpness=st.sampled_from([1.0, 8.0]),
 )
 def test_attend(backend, fmt, dtype, seed, pages, exact, batch, heads, group, queries, sharpness):
-    fmt = known_to(backend, fmt)
     packed = pages * fmt.page_tokens
     if packed + exact == 0:
         exact = 1
@@ -294,7 +289,6 @@ def masks(kind: str, problem: Problem, seed: int) -> Tensor:
     with_positions=st.booleans(),
 )
 def test_attend_masks_look_tokens_up_by_position(backend, fmt, seed, kind, queries, with_positions):
-    fmt = known_to(backend, fmt)
     problem = Problem(fmt, packed=2 * fmt.page_tokens, exact=40, batch=2, queries=queries, seed=seed)
     order = torch.randperm(problem.slots, generator=torch.Generator().manual_seed(seed)).int()[None]
     problem.check(backend, mask=masks(kind, problem, seed), positions=order if with_positions else None)
@@ -303,7 +297,6 @@ def test_attend_masks_look_tokens_up_by_position(backend, fmt, seed, kind, queri
 @backends
 @given(fmt=formats(), seed=seeds, queries=st.integers(1, 16), rows=st.integers(1, 2))
 def test_attend_is_causal_by_position(backend, fmt, seed, queries, rows):
-    fmt = known_to(backend, fmt)
     problem = Problem(fmt, packed=2 * fmt.page_tokens, exact=30, batch=2, queries=queries, seed=seed)
     random = torch.Generator().manual_seed(seed)
     order = torch.stack([torch.randperm(problem.slots, generator=random) for _ in range(rows)]).int()

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from logquant import LogQuantCache
 from logquant.cache import LogQuantLayer
 from logquant.compat import as_argument
+from tests.tiny import PLAIN
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +159,7 @@ def test_prompt_lookup_gives_what_greedy_decoding_gives(smollm2, smollm2_tokeniz
 )
 def test_crop_and_continue_equals_a_fresh_run(smollm2, prompt, bits, count):
     """To a point that many evictions have passed: packed tokens bit for bit, and at 8 bits the tokens."""
-    cache, fresh = (LogQuantCache(smollm2.config, bits=bits) for _ in range(2))
+    cache, fresh = (LogQuantCache(smollm2.config, bits=bits, **PLAIN) for _ in range(2))
     with torch.no_grad():
         smollm2(prompt[:, :600], **as_argument(cache), logits_to_keep=1)
         cache.crop(-290)
@@ -171,13 +172,38 @@ def test_crop_and_continue_equals_a_fresh_run(smollm2, prompt, bits, count):
         assert (pages == want_pages).float().mean() > 0.97
     if bits == 8:
         assert torch.equal(*(greedy(smollm2, prompt[:, :311], c, count) for c in (cache, fresh)))
-    recent = LogQuantCache(smollm2.config, bits=bits)
+
+
+@pytest.mark.parametrize(
+    ("bits", "count"), [(2, 8), *(pytest.param(bits, 70, marks=pytest.mark.slow) for bits in (2, 8))]
+)
+@pytest.mark.parametrize("settings", [{}, PLAIN], ids=["default", "plain"])
+def test_crop_of_exact_tokens_and_continue_equals_a_fresh_run(smollm2, prompt, settings, bits, count):
+    """All that the cache holds, bit for bit, then and after more evictions; and the tokens."""
+    cache, fresh = (LogQuantCache(smollm2.config, bits=bits, **settings) for _ in range(2))
     with torch.no_grad():
-        smollm2(prompt[:, :300], **as_argument(recent), logits_to_keep=1)
-        recent.activate_past_recording()
-        smollm2(prompt[:, 400:440], **as_argument(recent), logits_to_keep=1)
-        recent.crop(-40)
-        other = LogQuantCache(smollm2.config, bits=bits)
-        smollm2(prompt[:, :300], **as_argument(other), logits_to_keep=1)
-    recent.layers[0].record_past = False
-    assert torch.equal(*(greedy(smollm2, prompt[:, :301], c, count) for c in (recent, other)))
+        for each in (cache, fresh):
+            smollm2(prompt[:, :300], **as_argument(each), logits_to_keep=1)
+        cache.activate_past_recording()
+        smollm2(prompt[:, 400:440], **as_argument(cache), logits_to_keep=1)
+        cache.crop(-40)
+    for layer in cache.layers:
+        layer.record_past = False
+    assert fresh.layers[0].rows.packed > 0 and same_contents(cache, fresh)
+    assert torch.equal(*(greedy(smollm2, prompt[:, :301], c, count) for c in (cache, fresh)))
+    assert same_contents(cache, fresh)
+
+
+def same_contents(cache: LogQuantCache, other: LogQuantCache) -> bool:
+    """Whether all layers hold the same pages, windows and column maps, bit for bit."""
+
+    def contents(layer):
+        rows = layer.rows
+        pages = layer.pages[:, :, : rows.packed // layer.format.page_tokens]
+        return pages, layer.window_k[:, :, : rows.exact], layer.window_v[:, :, : rows.exact], layer.key_map
+
+    return all(
+        (a is None and b is None) or torch.equal(a, b)
+        for one, two in zip(cache.layers, other.layers, strict=True)
+        for a, b in zip(contents(one), contents(two), strict=True)
+    )

@@ -3,14 +3,11 @@
 // Nothing here may be contracted or reordered: parameters and codes are bit for bit those of the reference.
 #pragma once
 
+#include "../candidates.h"
 #include "params.h"
 
 namespace logquant::cpu::LOGQUANT_ISA {
 namespace {
-
-constexpr float kShrinks[] = {0.9f, 0.8f, 0.7f, 0.6f, 0.5f};
-constexpr double kMoves[] = {0.15, 0.07, -0.07, -0.15, 0.15, 0.07, -0.07, -0.15};
-constexpr int kRefits = 2;
 
 // borders: kScaleMiddles for the nearest scale, kScaleEighths for the smallest that is not below.
 LOGQUANT_INLINE I32 scale_byte(F32 scale, const int32_t (&borders)[8]) {
@@ -60,7 +57,7 @@ LOGQUANT_INLINE KeyFit fit_keys(const float* x, const float* weights, int count,
   const auto offer = [&](F32 scale, F32 zero) __attribute__((noinline)) {
     // The scale is large enough for the zero to be stored.
     const I32 nearest = scale_byte(scale * lift, kScaleMiddles);
-    const I32 least = scale_byte(abs(zero) * static_cast<float>(8.0 / 127.0), kScaleEighths);
+    const I32 least = scale_byte(abs(zero) * kScaleOfZero, kScaleEighths);
     const I32 byte = select(nearest > least, nearest, least);
     const F32 top = byte_scale(byte), unit = top * kZeroUnit;
     const F32 bound = splat(static_cast<float>(kZeroMax));
@@ -86,12 +83,12 @@ LOGQUANT_INLINE KeyFit fit_keys(const float* x, const float* weights, int count,
     const F32 new_low = middle - half * part, new_high = middle + half * part;
     offer((new_high - new_low) / most, new_low);
   }
-  for (const double part : kMoves) {
+  for (const Move& move : kMoves) {
     F32 span = levels * best.scale;
-    const F32 new_low = best.zero + span * static_cast<float>(part);
+    const F32 new_low = best.zero + span * move.part;
     offer(((best.zero + span) - new_low) / most, new_low);
     span = levels * best.scale;
-    offer((span * static_cast<float>(1.0 - part)) / most, best.zero);
+    offer((span * move.rest) / most, best.zero);
   }
   for (int refit = 0; refit < kRefits; ++refit) {
     const F32 inverse = 1.0f / best.scale;
@@ -144,7 +141,7 @@ LOGQUANT_INLINE ValueFit fit_values(const float* x, int count, float levels) {
   };
 
   offer(high / middle);
-  offer((high * 1.07f) / middle);
+  offer((high * kStretch) / middle);
   for (const float part : kShrinks) offer((high * part) / middle);
   for (int refit = 0; refit < kRefits; ++refit) {
     const F32 inverse = 1.0f / best.scale;

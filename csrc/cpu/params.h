@@ -49,8 +49,7 @@ LOGQUANT_INLINE Params value_params_at(const PageFormat& f, const int32_t* page,
 
 // What digit `digit` of a channel with `columns` columns weighs, in units of the stored scale.
 LOGQUANT_INLINE float digit_weight(const PageFormat& f, int digit, int columns) {
-  const int exponent = f.key_bits * digit - (f.key_param_bits == 16 ? 0 : f.key_bits * columns - 2);
-  return bits_as<float>(static_cast<uint32_t>(127 + exponent) << 23);
+  return bits_as<float>(static_cast<uint32_t>(127 + f.digit_exponent(digit, columns)) << 23);
 }
 
 // counts[c]: columns of channel c.
@@ -87,7 +86,7 @@ LOGQUANT_INLINE void hadamard(float* x, int count, int block) {
       }
     }
   }
-  const float factor = block == 64 ? 0.125f : block == 16 ? 0.25f : 0.17677669529663687f;
+  const float factor = hadamard_factor(block);
   for (int i = 0; i < count; i += kLanes) store(x + i, load(x + i) * factor);
 }
 

@@ -107,7 +107,7 @@ void quantize_keys(const PageFormat& f, const PageSource& source, const int16_t*
     float* const valid_weights = arena.take<float>(tokens);
     for (int t = 0; t < tokens; ++t) {
       const float weight = weights == nullptr ? 1.0f : weights[t];
-      valid_weights[t] = weight >= 0x1p-10f && weight <= 0x1p10f ? weight : 1.0f;
+      valid_weights[t] = valid_weight(weight);
     }
     for (int c = 0; c < dim; c += kLanes) {
       I32 nonfinite = splat(0);

@@ -5,10 +5,12 @@
 //   1. threads are tokens: scores; the page's scales are folded into q, its zeros into one constant a row
 //   2. the tile's maximum moves the reference exponent
 //   3. threads are channels: out += weight * value, kept in shared memory between tiles
+// Pages may hold rotated values, the window does not: a part of the pages ends with its sums rotated back.
 // Grid (splits, batch * KV heads, row tiles), 128 threads. Memory: each page once, 16 bytes of partial sums a channel.
-// Budget: 128 registers; 4 * kRows * (2 D + Dv + 128 + 9) bytes of shared memory.
+// Budget: 128 registers; 4 * kRows * (2 D + Dv + 128 + 9) + 4 D bytes of shared memory.
 
 #include "attend.cuh"
+#include "params.cuh"
 
 namespace logquant::cuda {
 namespace {
@@ -18,7 +20,7 @@ constexpr int kWarps = kThreads / 32;
 
 template <int rows>
 int shared_bytes(const PageFormat& f) {
-  return 4 * rows * (2 * f.head_dim + f.value_dim + kThreads + kWarps + 5);
+  return 4 * rows * (2 * f.head_dim + f.value_dim + kThreads + 2 * kWarps + 1) + 4 * f.head_dim;
 }
 
 template <class T, int rows>
@@ -36,7 +38,11 @@ class GeneralAttention {
         weights(out + rows * args.format.value_dim),
         warp_max(weights + rows * kThreads),
         constants(warp_max + rows * kWarps),
-        rescale(constants + rows) {}
+        rescale(constants + rows * kWarps),
+        code_weights(rescale + rows),
+        map(args.key_map.data == nullptr
+                ? nullptr
+                : args.key_map.data + batch * args.key_map.batch_stride + kv_head * args.key_map.head_stride) {}
 
   LOGQUANT_DEVICE void run() {
     const int dim = a.format.head_dim;
@@ -49,6 +55,11 @@ class GeneralAttention {
       q[i] = x * a.scale * kLog2e;
     }
     for (int i = threadIdx.x; i < rows * a.format.value_dim; i += kThreads) out[i] = 0.0f;
+    for (int c = threadIdx.x; c < dim; c += kThreads) {
+      int columns = map == nullptr ? 1 : 0;
+      for (int j = 0; map != nullptr && j < a.format.key_columns; ++j) columns += channel_of(map[j], dim) == c;
+      code_weights[c] = digit_weight(a.format, 0, columns);
+    }
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
       top[r] = -INFINITY;
@@ -60,6 +71,7 @@ class GeneralAttention {
     if (split < a.page_splits) {
       const int pages = used(a, batch, 0);
       for (int p = split; p < pages; p += a.page_splits) page_tile(p);
+      rotate_back();
     } else {
       const int tokens = used(a, batch, 1);
       for (int t = (split - a.page_splits) * kThreads; t < tokens; t += a.window_splits * kThreads) {
@@ -74,25 +86,23 @@ class GeneralAttention {
     const PageFormat& f = a.format;
     const int dim = f.head_dim, self = threadIdx.x, bits = f.key_bits;
     const uint32_t* const page = page_at(a, batch, kv_head, p);
-    const uint16_t* const key_params = reinterpret_cast<const uint16_t*>(page + f.key_params());
-    for (int i = self; i < rows * dim; i += kThreads) scaled_q[i] = q[i] * half_to_float(key_params[i / rows]);
-    for (int r = self / 32; r < rows; r += kWarps) {
-      float zeros = 0.0f;
-      for (int c = self % 32; c < dim; c += 32) {
-        zeros += q[c * rows + r] * half_to_float(key_params[f.key_zeros() + c]);
+    float zeros[rows] = {};
+    for (int c = self; c < dim; c += kThreads) {
+      const Params p = key_params_at(f, page, c);
+      const float scale = p.scale * code_weights[c];
+#pragma unroll
+      for (int r = 0; r < rows; ++r) {
+        scaled_q[c * rows + r] = q[c * rows + r] * scale;
+        zeros[r] = fmaf(q[c * rows + r], p.zero, zeros[r]);
       }
-      for (int step = 16; step > 0; step /= 2) zeros += __shfl_xor_sync(ptx::kFullMask, zeros, step);
-      if (self % 32 == 0) constants[r] = zeros;
     }
+    sum_warps(zeros, constants);
     __syncthreads();
 
     float score[rows];
 #pragma unroll
-    for (int r = 0; r < rows; ++r) score[r] = constants[r];
+    for (int r = 0; r < rows; ++r) score[r] = total(constants, r);
     if (self < f.page_tokens) {
-      const int16_t* const map =
-          a.key_map.data == nullptr ? nullptr
-                                    : a.key_map.data + batch * a.key_map.batch_stride + kv_head * a.key_map.head_stride;
       const int elements = elements_per_word(bits);
       for (int w = 0; w < f.key_code_words(); ++w) {
         const uint32_t word = page[f.key_codes() + self * f.key_code_words() + w];
@@ -112,11 +122,9 @@ class GeneralAttention {
     }
     softmax(score, p * f.page_tokens, f.page_tokens);
 
-    const uint16_t* const value_params = reinterpret_cast<const uint16_t*>(page + f.value_params());
     const int value_elements = elements_per_word(f.value_bits);
     for (int c = self; c < f.value_dim; c += kThreads) {
-      const uint16_t* const scales = value_params + c / f.value_group * f.page_tokens;
-      const uint16_t* const zeros = scales + f.value_zeros();
+      const int group = c / f.value_group * f.page_tokens;
       float acc[rows];
       begin(acc, c);
       for (int row = 0; row < f.value_code_rows(); ++row) {
@@ -124,7 +132,8 @@ class GeneralAttention {
         for (int e = 0; e < value_elements; ++e) {
           const int t = row * value_elements + e;
           const float code = static_cast<float>(extract(word, f.value_bits, e));
-          add(acc, t, fmaf(half_to_float(scales[t]), code, half_to_float(zeros[t])));
+          const Params p = value_params_at(f, page, group + t);
+          add(acc, t, fmaf(p.scale, code, p.zero));
         }
       }
       end(acc, c);
@@ -211,15 +220,44 @@ class GeneralAttention {
     for (int r = 0; r < rows; ++r) out[c * rows + r] = acc[r];
   }
 
-  LOGQUANT_DEVICE void store(int split) {
-    const int self = threadIdx.x, dim = a.format.value_dim;
+  // Each warp's sums of x over its threads, and their total.
+  LOGQUANT_DEVICE void sum_warps(const float (&x)[rows], float* sums) {
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
-      float total = sum[r];
+      float sum_of_warp = x[r];
 #pragma unroll
-      for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(ptx::kFullMask, total, step);
-      if (self % 32 == 0) warp_max[r * kWarps + self / 32] = total;
+      for (int step = 16; step > 0; step /= 2) sum_of_warp += __shfl_xor_sync(ptx::kFullMask, sum_of_warp, step);
+      if (threadIdx.x % 32 == 0) sums[r * kWarps + threadIdx.x / 32] = sum_of_warp;
     }
+  }
+  LOGQUANT_DEVICE float total(const float* sums, int r) const {
+    float x = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) x += sums[r * kWarps + w];
+    return x;
+  }
+
+  LOGQUANT_DEVICE void rotate_back() {
+    const int block = a.format.hadamard_block();
+    const float factor = hadamard_factor(block);
+    for (int step = 1; step < block; step *= 2) {
+      __syncthreads();
+      for (int i = threadIdx.x; i < rows * a.format.value_dim / 2; i += kThreads) {
+        const int pair = i / rows, first = pair / step * 2 * step + pair % step;
+        float& low = out[first * rows + i % rows];
+        float& high = out[(first + step) * rows + i % rows];
+        const float sum_of_both = low + high;
+        high = low - high;
+        low = sum_of_both;
+      }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; block > 1 && i < rows * a.format.value_dim; i += kThreads) out[i] *= factor;
+  }
+
+  LOGQUANT_DEVICE void store(int split) {
+    const int self = threadIdx.x, dim = a.format.value_dim;
+    sum_warps(sum, warp_max);
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
@@ -228,11 +266,8 @@ class GeneralAttention {
       const int64_t at = partial_index(a, batch, kv_head, split, row);
       for (int c = self; c < dim; c += kThreads) a.partial_out[at * dim + c] = out[c * rows + r];
       if (self != 0) continue;
-      float total = 0.0f;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) total += warp_max[r * kWarps + w];
       a.partial_sums[2 * at] = top[r];
-      a.partial_sums[2 * at + 1] = total;
+      a.partial_sums[2 * at + 1] = total(warp_max, r);
     }
   }
 
@@ -240,7 +275,9 @@ class GeneralAttention {
   const int batch, kv_head;
   const int first_row, row_total;
   // Shared memory. q is times scale * log2(e); [channel or token][row] so that a thread reads all rows at once.
-  float *q, *scaled_q, *out, *weights, *warp_max, *constants, *rescale;
+  // code_weights: of a channel, 1 of its code in units of its stored scale.
+  float *q, *scaled_q, *out, *weights, *warp_max, *constants, *rescale, *code_weights;
+  const int16_t* const map;
   float top[rows];  // the largest score so far: the reference exponent, the same in all threads
   float sum[rows];  // of the weights of this thread's tokens
 };

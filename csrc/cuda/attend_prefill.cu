@@ -112,7 +112,7 @@ class Prefill {
       if (seen && packed) {
         const uint32_t* const words = staged ? stage : page_at(a, batch, kv_head, page);
         dequantize_keys(f, words, column_of, from, count, keys, L::kPitch, true, L::kThreads);
-        dequantize_values(f, words, from, count, values, L::kPitch, true, L::kThreads);
+        dequantize_values(f, words, from, count, 1, rotated_unit(), values, L::kPitch, true, L::kThreads);
       } else if (seen) {
         copy_rows(a.window_k, f.head_dim, from, count, aligned.k, keys);
         copy_rows(a.window_v, f.value_dim, from, count, aligned.v, values);
@@ -122,6 +122,9 @@ class Prefill {
       const bool spoiled = seen && __syncthreads_or(holds_not_finite()) != 0;
       if (packed && tile + 1 < end && (tile + 1) % page_tiles == 0 && page + 1 < pages) fetch(page + 1);
       if (seen) attend_tile(slot, count, spoiled);
+      // Pages hold rotated values and the window does not: once the split's pages are summed, the sums are rotated
+      // back.
+      if (packed && (tile + 1 == end || tile + 1 == pages * page_tiles)) rotate_back();
     }
     ptx::cp_async_wait<0>();
     if (gridDim.x == 1) {
@@ -272,6 +275,47 @@ class Prefill {
         }
         ptx::mma<T>(out[j], weights, {two[0], two[1]});
         ptx::mma<T>(out[j + 1], weights, {two[2], two[3]});
+      }
+    }
+  }
+
+  // Rotated values are up to eight times as large as values, and then too large for fp16: they are kept divided by 8.
+  LOGQUANT_DEVICE float rotated_unit() const { return a.format.hadamard_block() > 1 ? 0.125f : 1.0f; }
+
+  // Channel 8 j + 2 t + i % 2 is out[j][i]: blocks of `rotated` in this layout.
+  LOGQUANT_DEVICE void rotate_back() {
+    const int block = a.format.hadamard_block();
+    if (block == 1) return;
+    const float factor = hadamard_factor(block) / rotated_unit();
+#pragma unroll
+    for (int j = 0; j < kChannelTiles; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const float low = out[j][i], high = out[j][i + 1];
+        out[j][i] = (low + high) * factor;
+        out[j][i + 1] = (low - high) * factor;
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int step = 1; step < 4; step *= 2) {
+          const float other = __shfl_xor_sync(ptx::kFullMask, out[j][i], step);
+          out[j][i] = (t & step) != 0 ? other - out[j][i] : out[j][i] + other;
+        }
+      }
+    }
+#pragma unroll
+    for (int step = 1; step <= 4; step *= 2) {
+      if (8 * step >= block) continue;
+#pragma unroll
+      for (int j = 0; j < kChannelTiles; ++j) {
+        if ((j & step) != 0 || j + step >= kChannelTiles) continue;  // past the value's last block, all is 0
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float low = out[j][i], high = out[j + step][i];
+          out[j][i] = low + high;
+          out[j + step][i] = low - high;
+        }
       }
     }
   }

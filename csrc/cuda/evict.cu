@@ -52,13 +52,17 @@ __global__ void __launch_bounds__(kQuantizeThreads, 4)
   const int16_t* const map = args.key_map.data == nullptr ? nullptr
                                                           : args.key_map.data + batch * args.key_map.batch_stride +
                                                                 head * args.key_map.head_stride;
+  const float* const weights =
+      args.key_weights.data == nullptr
+          ? nullptr
+          : args.key_weights.data + batch * args.key_weights.batch_stride + head * args.key_weights.head_stride;
   uint32_t* page =
       reinterpret_cast<uint32_t*>(args.pages.data) + batch * args.pages.batch_stride + head * args.pages.head_stride;
   for (int64_t first = 0; first < args.count; first += f.page_tokens, page += args.pages.page_stride) {
     const PageSource<T, SteppedRows> source{
         window, x.token_stride, aligned, {args.start + args.step * first, args.step}};
     if (keys) {
-      quantize_keys(f, source, map, page, shared);
+      quantize_keys(f, source, map, weights == nullptr ? nullptr : weights + first, page, shared);
     } else {
       quantize_values(f, source, page, shared);
     }

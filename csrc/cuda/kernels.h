@@ -11,6 +11,7 @@ namespace logquant::cuda {
 
 using cpu::Dtype;
 using cpu::KeyMap;
+using cpu::KeyWeights;
 using cpu::MutablePages;
 using cpu::MutableTokens;
 using cpu::Pages;

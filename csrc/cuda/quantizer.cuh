@@ -1,11 +1,12 @@
 // Quantises the keys or the values of one page, a block of kQuantizeThreads threads at a time; for quantize and evict.
 //
 // Bit for bit the quantiser of logquant/reference.py: every operation is one correctly rounded fp32 operation (hence
-// the __f*_rn, which nvcc does not fuse). The source is read twice, range then codes; a page of a head (16 KB of keys
-// for 64 tokens of dim 128) stays in L1 in between.
+// the __f*_rn, which nvcc does not fuse). 16-bit parameters are minimum and maximum, 8-bit ones come from the search of
+// fit.cuh. The source is read twice, parameters then codes; a page of a head (16 KB of keys for 64 tokens of dim 128)
+// stays in L1 in between. Rotated values are read once and kept in shared memory.
 #pragma once
 
-#include "elements.cuh"
+#include "fit.cuh"
 
 namespace logquant::cuda {
 
@@ -21,10 +22,12 @@ struct PageSource {
 };
 
 struct Group {
-  float scale, inverse, zero;  // as stored: rounded to fp16
+  float scale, inverse, zero;  // as stored, of codes
 };
 
 LOGQUANT_DEVICE float saturate(float x) { return fminf(fmaxf(x, -kParamMax), kParamMax); }
+// For the search, which wants no infinities; that there was one is not lost.
+LOGQUANT_DEVICE float settled(float x) { return is_finite(x) ? saturate(x) : NAN; }
 
 // low is a NaN for a group with an element that is not finite. + 0.0f turns -0.0 into 0.0.
 LOGQUANT_DEVICE Group store_group(uint16_t* scale_at, uint16_t* zero_at, float low, float high, float levels) {
@@ -38,41 +41,48 @@ LOGQUANT_DEVICE Group store_group(uint16_t* scale_at, uint16_t* zero_at, float l
   return {s, __frcp_rn(s), half_to_float(zero)};
 }
 
+LOGQUANT_DEVICE Group group_of(const Fit& fit) {
+  return {fit.finite ? fit.scale.value : 0.0f, __frcp_rn(fit.scale.value), fit.zero.value};
+}
+
 LOGQUANT_DEVICE uint32_t code_of(float x, const Group& group, float levels) {
   if (!(group.scale > 0.0f)) return 0;
   return static_cast<uint32_t>(fminf(fmaxf(rintf(__fmul_rn(__fsub_rn(x, group.zero), group.inverse)), 0.0f), levels));
 }
 
-struct Range {
-  float low, high;
-  LOGQUANT_DEVICE void add(float x) {
-    low = is_finite(x) && low == low ? fminf(low, x) : NAN;
-    high = fmaxf(high, x);
-  }
-  LOGQUANT_DEVICE void add(const Range& other) {
-    low = low == low && other.low == other.low ? fminf(low, other.low) : NAN;
-    high = fmaxf(high, other.high);
-  }
-};
+inline constexpr int kQuantizeWarps = kQuantizeThreads / 32;
+// Four blocks of that much fit on an SM. Large groups leave room for fewer warps, and have fewer pieces of work.
+inline constexpr int kFitBytes = 40 << 10;
+
+// What a warp rotates, fits and packs at a time: one group of the tokens that share words, and their parameters.
+LOGQUANT_HOST_DEVICE constexpr int value_fit_bytes(const PageFormat& f) {
+  const int row = fit_pitch(f.value_group) * static_cast<int>(sizeof(float)) + static_cast<int>(sizeof(Group));
+  return elements_per_word(f.value_bits) * row;
+}
+LOGQUANT_HOST_DEVICE constexpr int value_fit_warps(const PageFormat& f) {
+  const int warps = kFitBytes / value_fit_bytes(f);
+  return warps < 1 ? 1 : warps > kQuantizeWarps ? kQuantizeWarps : warps;
+}
 
 // Shared memory of quantize_keys and quantize_values, in bytes.
 inline int quantizer_shared(const PageFormat& f) {
-  const int keys = 4 * kQuantizeThreads * static_cast<int>(sizeof(Range)) +
-                   f.head_dim * static_cast<int>(sizeof(Group) + 2 * sizeof(float));
-  const int values = f.value_groups() * f.page_tokens * static_cast<int>(sizeof(Group));
+  const int range = 4 * kQuantizeThreads * static_cast<int>(sizeof(Range));
+  const int key_fit =
+      static_cast<int>(sizeof(float)) * (f.page_tokens + kQuantizeWarps * kFitGroups * fit_pitch(f.page_tokens));
+  const int keys =
+      f.head_dim * static_cast<int>(sizeof(Group) + 2 * sizeof(float)) + (f.key_param_bits == 16 ? range : key_fit);
+  const int values = f.value_param_bits == 16 ? f.value_groups() * f.page_tokens * static_cast<int>(sizeof(Group))
+                                              : value_fit_warps(f) * value_fit_bytes(f);
   return keys > values ? keys : values;
 }
 
-// A thread first takes four channels of every n-th token, then a word of one token.
+// Minimum and maximum of a channel; of a channel without columns, the mean. A thread takes four channels of every n-th
+// token. columns, levels and groups: [head_dim].
 template <class T, class Rows>
-LOGQUANT_DEVICE void quantize_keys(const PageFormat& f, const PageSource<T, Rows>& source, const int16_t* map,
-                                   uint32_t* page, unsigned char* shared) {
+LOGQUANT_DEVICE void measure_keys(const PageFormat& f, const PageSource<T, Rows>& source, const int* columns,
+                                  const float* levels, Group* groups, uint32_t* page, unsigned char* shared) {
   Range* const partial = reinterpret_cast<Range*>(shared);  // [slice][head_dim]
-  Group* const groups = reinterpret_cast<Group*>(partial + 4 * kQuantizeThreads);
-  float* const levels = reinterpret_cast<float*>(groups + f.head_dim);
-  int* const columns = reinterpret_cast<int*>(levels + f.head_dim);
-  const int dim = f.head_dim, tokens = f.page_tokens, bits = f.key_bits, self = threadIdx.x;
-
+  const int dim = f.head_dim, tokens = f.page_tokens, self = threadIdx.x;
   const int quads = dim / 4, slices = kQuantizeThreads / quads;
   const int quad = self % quads, slice = self / quads;
   if (slice < slices) {
@@ -87,24 +97,14 @@ LOGQUANT_DEVICE void quantize_keys(const PageFormat& f, const PageSource<T, Rows
 #pragma unroll
     for (int i = 0; i < 4; ++i) partial[slice * dim + 4 * quad + i] = range[i];
   }
-  for (int c = self; c < dim; c += kQuantizeThreads) columns[c] = map == nullptr ? 1 : 0;
   __syncthreads();
-  if (map != nullptr) {
-    // One thread a channel counts its columns: no atomics, and the map is short.
-    for (int c = self; c < dim; c += kQuantizeThreads) {
-      int count = 0;
-      for (int j = 0; j < f.key_columns; ++j) count += channel_of(map[j], dim) == c;
-      columns[c] = count;
-    }
-  }
 
   uint16_t* const scales = reinterpret_cast<uint16_t*>(page + f.key_params());
   uint16_t* const zeros = scales + f.key_zeros();
   for (int c = self; c < dim; c += kQuantizeThreads) {
     Range range = partial[c];
     for (int s = 1; s < slices; ++s) range.add(partial[s * dim + c]);
-    const float most = static_cast<float>((1u << min(bits * columns[c], 24)) - 1u);
-    if (columns[c] == 0 && range.low == range.low) {  // only the mean, added up token by token, is kept
+    if (columns[c] == 0 && range.finite()) {  // only the mean, added up token by token, is kept
       float sum = 0.0f;
       for (int t = 0; t < tokens; ++t) {
         sum = __fadd_rn(sum, Element<T>::wide(source.data[source.row(t) * source.stride + c]));
@@ -112,8 +112,65 @@ LOGQUANT_DEVICE void quantize_keys(const PageFormat& f, const PageSource<T, Rows
       range.low = range.high = __fdiv_rn(sum, static_cast<float>(tokens));
       if (!is_finite(range.low)) range.low = range.high = sum > 0.0f ? kParamMax : -kParamMax;
     }
-    groups[c] = store_group(scales + c, zeros + c, range.low, range.high, fmaxf(most, 1.0f));
-    levels[c] = most;
+    groups[c] = store_group(scales + c, zeros + c, range.low, range.high, fmaxf(levels[c], 1.0f));
+  }
+}
+
+// The same by the search of fit.cuh. A warp takes eight channels.
+template <class T, class Rows>
+LOGQUANT_DEVICE void search_keys(const PageFormat& f, const PageSource<T, Rows>& source, const float* weights,
+                                 const int* columns, const float* levels, Group* groups, uint32_t* page,
+                                 unsigned char* shared) {
+  const int tokens = f.page_tokens, pitch = fit_pitch(tokens), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  float* const valid = reinterpret_cast<float*>(shared);          // weights [token]
+  float* const own = valid + tokens + warp * kFitGroups * pitch;  // [channel][token]
+  for (int t = threadIdx.x; t < tokens; t += kQuantizeThreads) {
+    valid[t] = weights == nullptr ? 1.0f : valid_weight(weights[t]);
+  }
+  __syncthreads();
+
+  uint8_t* const scales = reinterpret_cast<uint8_t*>(page + f.key_params());
+  for (int first = warp * kFitGroups; first < f.head_dim; first += kQuantizeWarps * kFitGroups) {
+    for (int i = lane; i < 2 * tokens; i += 32) {
+      const int t = i / 2, quad = i % 2 * 4;
+      const Float4 x = load4(source.data + source.row(t) * source.stride + first + quad, source.aligned);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) own[(quad + k) * pitch + t] = settled(x.x[k]);
+    }
+    __syncwarp();
+    const int c = first + lane / kFitLanes, part = lane % kFitLanes;
+    const float lift = columns[c] == 0 ? 1.0f : __frcp_rn(digit_weight(f, 0, columns[c]));
+    const Fit fit = fit_keys({own + lane / kFitLanes * pitch + part, valid + part, tokens}, levels[c], lift);
+    if (part == 0) {
+      scales[c] = static_cast<uint8_t>(fit.finite ? fit.byte : kPoisonScale);
+      scales[f.key_zeros() + c] = static_cast<uint8_t>(fit.finite ? fit.zero_byte : 0);
+      groups[c] = group_of(fit);
+    }
+    __syncwarp();
+  }
+}
+
+// Parameters first, then a thread takes a word of one token.
+template <class T, class Rows>
+LOGQUANT_DEVICE void quantize_keys(const PageFormat& f, const PageSource<T, Rows>& source, const int16_t* map,
+                                   const float* weights, uint32_t* page, unsigned char* shared) {
+  const int dim = f.head_dim, tokens = f.page_tokens, bits = f.key_bits, self = threadIdx.x;
+  Group* const groups = reinterpret_cast<Group*>(shared);
+  float* const levels = reinterpret_cast<float*>(groups + dim);
+  int* const columns = reinterpret_cast<int*>(levels + dim);
+  unsigned char* const rest = reinterpret_cast<unsigned char*>(columns + dim);
+  for (int c = self; c < dim; c += kQuantizeThreads) {
+    // One thread a channel counts its columns: no atomics, and the map is short.
+    int count = map == nullptr ? 1 : 0;
+    for (int j = 0; map != nullptr && j < f.key_columns; ++j) count += channel_of(map[j], dim) == c;
+    columns[c] = count;
+    levels[c] = static_cast<float>((1u << min(bits * count, 24)) - 1u);
+  }
+  const bool fitted = f.key_param_bits == 8;
+  if (fitted) {
+    search_keys(f, source, weights, columns, levels, groups, page, rest);
+  } else {
+    measure_keys(f, source, columns, levels, groups, page, rest);
   }
   __syncthreads();
 
@@ -127,13 +184,17 @@ LOGQUANT_DEVICE void quantize_keys(const PageFormat& f, const PageSource<T, Rows
       if (map == nullptr) {
         const Float4 x = load4(row + first + e, source.aligned);
 #pragma unroll
-        for (int k = 0; k < 4; ++k) codes[k] = code_of(x.x[k], groups[first + e + k], levels[first + e + k]);
+        for (int k = 0; k < 4; ++k) {
+          const float own = fitted ? saturate(x.x[k]) : x.x[k];
+          codes[k] = code_of(own, groups[first + e + k], levels[first + e + k]);
+        }
       } else {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const int entry = map[first + e + k], c = channel_of(entry, dim);
+          const float x = Element<T>::wide(row[c]);
           codes[k] =
-              code_of(Element<T>::wide(row[c]), groups[c], levels[c]) >> bits * column_digit(entry) & code_mask(bits);
+              code_of(fitted ? saturate(x) : x, groups[c], levels[c]) >> bits * column_digit(entry) & code_mask(bits);
         }
       }
 #pragma unroll
@@ -145,8 +206,8 @@ LOGQUANT_DEVICE void quantize_keys(const PageFormat& f, const PageSource<T, Rows
 
 // A thread first takes a group of one token, then the words of four channels.
 template <class T, class Rows>
-LOGQUANT_DEVICE void quantize_values(const PageFormat& f, const PageSource<T, Rows>& source, uint32_t* page,
-                                     unsigned char* shared) {
+LOGQUANT_DEVICE void quantize_plain_values(const PageFormat& f, const PageSource<T, Rows>& source, uint32_t* page,
+                                           unsigned char* shared) {
   Group* const groups = reinterpret_cast<Group*>(shared);  // [group][page_tokens]
   const int tokens = f.page_tokens, bits = f.value_bits, self = threadIdx.x;
   const float levels = static_cast<float>(code_mask(bits));
@@ -179,6 +240,63 @@ LOGQUANT_DEVICE void quantize_values(const PageFormat& f, const PageSource<T, Ro
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k) page[f.value_codes() + row * f.value_dim + c + k] = word[k];
+  }
+}
+
+// A warp takes one group of the tokens that share words: it rotates them into shared memory, fits their parameters and
+// packs the words, a channel a lane.
+template <class T, class Rows>
+LOGQUANT_DEVICE void quantize_rotated_values(const PageFormat& f, const PageSource<T, Rows>& source, uint32_t* page,
+                                             unsigned char* shared) {
+  const int bits = f.value_bits, elements = elements_per_word(bits), channels = f.value_group;
+  const int pitch = fit_pitch(channels), lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = value_fit_warps(f);
+  if (warp >= warps) return;
+  float* const x = reinterpret_cast<float*>(shared + warp * value_fit_bytes(f));  // [element][channel]
+  Group* const groups = reinterpret_cast<Group*>(x + elements * pitch);           // [element]
+  const float levels = static_cast<float>(code_mask(bits));
+  uint8_t* const scales = reinterpret_cast<uint8_t*>(page + f.value_params());
+  for (int i = warp; i < f.value_code_rows() * f.value_groups(); i += warps) {
+    const int row = i / f.value_groups(), group = i % f.value_groups();
+    const int first_token = row * elements, first_channel = group * channels;
+    const int quads = channels / 4, total = elements * quads;
+    for (int j = lane; j - lane < total; j += 32) {  // all lanes, for the rotation
+      const int e = j / quads, c = j % quads * 4;
+      Float4 four = {};
+      if (j < total) {
+        four = load4(source.data + source.row(first_token + e) * source.stride + first_channel + c, source.aligned);
+      }
+#pragma unroll
+      for (int k = 0; k < 4; ++k) four.x[k] = settled(four.x[k]);
+      four = rotated(four, f.hadamard_block());
+      if (j < total) store4(x + e * pitch + c, four, true);
+    }
+    __syncwarp();
+    for (int first = 0; first < elements; first += kFitGroups) {
+      // A word of four elements leaves half of the lanes without one of their own: they repeat the last.
+      const int own = first + lane / kFitLanes, e = min(own, elements - 1), part = lane % kFitLanes;
+      const Fit fit = fit_values({x + e * pitch + part, nullptr, channels}, levels);
+      if (own == e && part == 0) {
+        scales[group * f.page_tokens + first_token + e] = static_cast<uint8_t>(fit.finite ? fit.byte : kPoisonScale);
+        groups[e] = group_of(fit);
+      }
+    }
+    __syncwarp();
+    for (int c = lane; c < channels; c += 32) {
+      uint32_t word = 0;
+      for (int e = 0; e < elements; ++e) word |= place(code_of(x[e * pitch + c], groups[e], levels), bits, e);
+      page[f.value_codes() + row * f.value_dim + first_channel + c] = word;
+    }
+    __syncwarp();
+  }
+}
+
+template <class T, class Rows>
+LOGQUANT_DEVICE void quantize_values(const PageFormat& f, const PageSource<T, Rows>& source, uint32_t* page,
+                                     unsigned char* shared) {
+  if (f.value_param_bits == 8) {
+    quantize_rotated_values(f, source, page, shared);
+  } else {
+    quantize_plain_values(f, source, page, shared);
   }
 }
 

@@ -30,8 +30,8 @@ class Reader {
   }
   logquant::PageFormat format() {
     logquant::PageFormat f;
-    for (int* field :
-         {&f.head_dim, &f.value_dim, &f.page_tokens, &f.key_bits, &f.value_bits, &f.key_columns, &f.value_group}) {
+    for (int* field : {&f.head_dim, &f.value_dim, &f.page_tokens, &f.key_bits, &f.value_bits, &f.key_columns,
+                       &f.value_group, &f.key_param_bits, &f.value_param_bits}) {
       *field = static_cast<int>(number());
     }
     return f;
@@ -49,6 +49,10 @@ class Reader {
   }
   void map(cuda::KeyMap& x) {
     x.data = pointer<const int16_t>();
+    strides(x.batch_stride, x.head_stride);
+  }
+  void weights(cuda::KeyWeights& x) {
+    x.data = pointer<const float>();
     strides(x.batch_stride, x.head_stride);
   }
   template <class... Strides>
@@ -87,6 +91,7 @@ const char* emulated_quantize(const int64_t* numbers) {
   in.tokens(a.v);
   in.pages(a.pages);
   in.map(a.key_map);
+  in.weights(a.key_weights);
   a.index = in.pointer<const int32_t>();
   in.strides(a.index_batch_stride, a.batch, a.heads, a.page_count, a.tokens);
   return guarded([&] { return cuda::quantize(a, nullptr); });
@@ -112,6 +117,7 @@ const char* emulated_evict(const int64_t* numbers) {
   in.tokens(a.v);
   in.pages(a.pages);
   in.map(a.key_map);
+  in.weights(a.key_weights);
   in.strides(a.batch, a.heads, a.tokens, a.start, a.step, a.count);
   return guarded([&] { return cuda::evict(a, nullptr); });
 }
