@@ -299,46 +299,107 @@ def plan_command(
 
 
 # ------------------------------------------------------------------------------------------------------------- eval
+class Task(str, Enum):
+    """What ``eval`` measures."""
+
+    kl = "kl"
+    greedy = "greedy"
+    passkey = "passkey"
+
+
 @app.command(name="eval")
 def evaluate(
     files: Annotated[list[Path] | None, typer.Argument(help="More files of text.", show_default=False)] = None,
     text: Annotated[list[Path] | None, typer.Option(help="A file of text; may be given several times.")] = None,
     model: Model = None,
     caches: Annotated[str, typer.Option(help=f"Separated by commas: {CACHE_HELP}")] = "logquant,recent,full",
+    tasks: Annotated[
+        str, typer.Option(help="Separated by commas: kl, greedy (tokens written alike), passkey (needs no text).")
+    ] = "kl",
     prefill: Annotated[int, typer.Option(min=1, help="Tokens of the prompt, which attends to itself exactly.")] = 512,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after it, in every text.")] = 1000,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens decoded at once; more than 1 is faster and flatters.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts run at once.")] = 8,
+    passkey_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a text that holds a passkey.")] = 2000,
+    passkey_texts: Annotated[int, typer.Option(min=1, help="Such texts for each of five depths.")] = 5,
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
     json_file: Json = None,
 ) -> None:
-    """Measure what a cache costs: KL to the full cache, perplexity and agreement, by teacher forcing on real text."""
+    """Measure what a cache costs: by teacher forcing on real text, in greedy decoding, and in recalling a passkey.
+
+    kl is divergence from the full cache, perplexity and top-1 agreement.
+    """
     arguments = dict(locals())
     from . import eval as evaluation
     from .specs import parse_caches
 
     with errors_of("--caches"):
         specs = parse_caches(caches)
+    with errors_of("--tasks"):
+        wanted = {Task(name.strip()) for name in tasks.split(",")}
     loaded, tokenizer = load_model(model, dtype)
     paths = [*(text or []), *(files or [])]
-    with errors_of("--text"):
-        ids = evaluation.read_tokens(tokenizer, paths, prefill + tokens + 1)
-    with progress() as bar:
-        task = bar.add_task(f"{len(paths)} texts, {tokens} tokens each", total=len(paths) * tokens)
-        results = evaluation.evaluate(
-            loaded,
-            ids,
-            specs,
-            prefill=prefill,
-            chunk=chunk,
-            batch_size=batch_size,
-            on_progress=lambda done: bar.advance(task, done),
-        )
-    rows = [result.as_dict() for result in results]
-    table = Table("cache", "KL", "95 % of KL", "ppl", "top-1", "bits", "bytes/token", "bytes/text")
+    rows: list[dict[str, Any]] = [{"cache": spec.name} for spec in specs]
+    if wanted & {Task.kl, Task.greedy}:
+        with errors_of("--text"):
+            ids = evaluation.read_tokens(tokenizer, paths, prefill + tokens + 1 if Task.kl in wanted else prefill)
+    if Task.kl in wanted:
+        with progress() as bar:
+            task = bar.add_task(f"{len(paths)} texts, {tokens} tokens each", total=len(paths) * tokens)
+            scores = evaluation.evaluate(
+                loaded,
+                ids,
+                specs,
+                prefill=prefill,
+                chunk=chunk,
+                batch_size=batch_size,
+                on_progress=lambda done: bar.advance(task, done),
+            )
+        for row, each in zip(rows, scores, strict=True):
+            row.update(each.as_dict())
+        Console().print(_kl_table(rows))
+    if Task.greedy in wanted:
+        with progress() as bar:
+            task = bar.add_task("greedy decoding", total=len(specs) * len(paths) * tokens)
+            agreements = evaluation.greedy_agreement(
+                loaded,
+                ids[:, :prefill],
+                specs,
+                tokens=tokens,
+                batch_size=batch_size,
+                on_progress=lambda done: bar.advance(task, done),
+            )
+        for row, agreement in zip(rows, agreements, strict=True):
+            row["greedy"] = agreement.as_dict()
+        Console().print(_greedy_table(rows))
+    if Task.passkey in wanted:
+        with progress() as bar, errors_of("--passkey-tokens"):
+            task = bar.add_task("passkeys", total=len(specs) * passkey_texts * len(evaluation.DEPTHS))
+            recalls = evaluation.passkey(
+                loaded,
+                tokenizer,
+                specs,
+                length=passkey_tokens,
+                texts=passkey_texts,
+                on_progress=lambda done: bar.advance(task, done),
+            )
+        for row, recall in zip(rows, recalls, strict=True):
+            row["passkey"] = recall.as_dict()
+        Console().print(_passkey_table(rows))
+    write_json(json_file, "eval", arguments, results=rows)
+
+
+def _result_table(*columns: str, title: str | None = None) -> Table:
+    """Numbers to the right, names to the left."""
+    table = Table(*columns, title=title)
     for column in table.columns:
         column.no_wrap, column.justify = True, "right"
     table.columns[0].justify = "left"
+    return table
+
+
+def _kl_table(rows: list[dict[str, Any]]) -> Table:
+    table = _result_table("cache", "KL", "95 % of KL", "ppl", "top-1", "bits", "bytes/token", "bytes/text")
     for row in rows:
         table.add_row(
             row["cache"],
@@ -350,8 +411,25 @@ def evaluate(
             f"{row['bytes_per_token']:,.0f}" if row["bytes_per_token"] is not None else "-",
             megabytes(row["bytes"]),
         )
-    Console().print(table)
-    write_json(json_file, "eval", arguments, results=rows)
+    return table
+
+
+def _greedy_table(rows: list[dict[str, Any]]) -> Table:
+    table = _result_table("cache", "tokens written alike", "95 %", title=f"of {rows[0]['greedy']['tokens']:,}")
+    for row in (row["greedy"] for row in rows):
+        interval = "{:.0f}-{:.0f}".format(*row["agreement_interval"]) if row["agreement_interval"] else "-"
+        table.add_row(row["cache"], f"{row['agreement']:.1f}", interval)
+    return table
+
+
+def _passkey_table(rows: list[dict[str, Any]]) -> Table:
+    first = rows[0]["passkey"]
+    columns = [f"depth {depth:g}" for depth in first["found_by_depth"]]
+    table = _result_table("cache", "found", "nats/token", *columns, title=f"passkeys in {first['length']:,} tokens")
+    for row in (row["passkey"] for row in rows):
+        by_depth = [f"{found:.2f}" for found in row["found_by_depth"].values()]
+        table.add_row(row["cache"], f"{row['found']:.2f}", f"{row['nll']:.3f}", *by_depth)
+    return table
 
 
 # ------------------------------------------------------------------------------------------------------------ bench

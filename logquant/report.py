@@ -122,6 +122,46 @@ def _in_words(machine: dict[str, Any]) -> str:
 
 # ------------------------------------------------------------------------------------------------ kinds of results
 def _eval(section: Section, rows: Rows) -> None:
+    for task, fill in (("kl", _divergence), ("greedy", _greedy), ("passkey", _passkey)):
+        if rows and all(task in row for row in rows):
+            fill(section, rows)
+
+
+def _greedy(section: Section, rows: Rows) -> None:
+    greedy = [row["greedy"] for row in rows]
+    section.tables.append(
+        Table(
+            ("cache", f"of {greedy[0]['tokens']:,} tokens decoded greedily alike", "95 % interval"),
+            [
+                (
+                    row["cache"],
+                    f"{row['agreement']:.1f}",
+                    "{:.1f} to {:.1f}".format(*row["agreement_interval"]) if row["agreement_interval"] else "",
+                )
+                for row in greedy
+            ],
+        )
+    )
+
+
+def _passkey(section: Section, rows: Rows) -> None:
+    recalls = [row["passkey"] for row in rows]
+    depths = [f"depth {float(depth):g}" for depth in recalls[0]["found_by_depth"]]
+    section.tables.append(
+        Table(
+            ("cache", f"passkeys found in {recalls[0]['length']:,} tokens", "nats a token", *depths),
+            [
+                (
+                    row["cache"],
+                    *(f"{number:.2f}" for number in (row["found"], row["nll"], *row["found_by_depth"].values())),
+                )
+                for row in recalls
+            ],
+        )
+    )
+
+
+def _divergence(section: Section, rows: Rows) -> None:
     section.tables.append(
         Table(
             ("cache", "KL, nats a token", "95 % interval", "perplexity", "top-1", "bits an element", "MB a text"),

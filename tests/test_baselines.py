@@ -41,10 +41,10 @@ def feed(layer, arrivals, seed=0):
     for new in arrivals:
         part = slice(first, first + new)
         seen_k, seen_v = layer.update(keys[:, :, part], values[:, :, part])
+        # As transformers does: no mask for a step, none but is_causal for a prompt.
         mask = torch.ones(new, seen_k.shape[2], dtype=torch.bool).tril(seen_k.shape[2] - new)[None, None]
-        out = F.scaled_dot_product_attention(
-            queries[:, :, part], seen_k, seen_v, mask if new > 1 else None, enable_gqa=True
-        )
+        how = {"is_causal": True} if first == 0 and new > 1 else {"attn_mask": mask if new > 1 else None}
+        out = F.scaled_dot_product_attention(queries[:, :, part], seen_k, seen_v, enable_gqa=True, **how)
         outputs.append(out)
         first += new
     return keys, values, outputs

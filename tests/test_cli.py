@@ -148,10 +148,25 @@ def test_eval_writes_a_table_and_json(model, tmp_path, json_file):
     assert f"{log['kl']:.4f}" in output and f"{full['ppl']:.2f}" in output
 
 
+def test_eval_runs_other_tasks(model, tmp_path, json_file):
+    text = tmp_path / "text.txt"
+    text.write_text("abc" * 60)
+    args = ("--tasks", "greedy,passkey", "--prefill", 100, "--tokens", 9, "--passkey-tokens", 200, "--passkey-texts", 1)
+    output = succeed("eval", "--model", model, text, "--caches", "kivi,full", *args, "--json", json_file).output
+    written = json.loads(json_file.read_text())
+    assert "tokens written alike" in output and "passkeys in 200 tokens" in output
+    kivi, full = written["results"]
+    assert (kivi["cache"], full["cache"]) == ("kivi", "full") and "kl" not in kivi
+    assert kivi["greedy"]["tokens"] == 9 and full["greedy"]["agreement"] == 9 and full["greedy"]["texts"] == [9]
+    assert list(kivi["passkey"]["found_by_depth"]) == ["0.0", "0.25", "0.5", "0.75", "1.0"]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (("--caches", "snapkv"), "cache must be one of"),
+        (("--tasks", "kl,mmlu"), "'mmlu' is not a valid Task"),
+        (("--tasks", "passkey", "--passkey-tokens", "20"), "length must be at least"),
         ((), "text must name at least one file, got none"),
         (("--text", "nowhere.txt"), "nowhere.txt"),
     ],

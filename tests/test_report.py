@@ -22,7 +22,12 @@ from .tiny import one_thread  # noqa: F401
 
 # What a row of results must show, and how many plots all rows get.
 NUMBERS = {
-    "eval": lambda row: [row["cache"], f"{row['kl']:.4f}"],
+    "eval": lambda row: [
+        row["cache"],
+        f"{row['kl']:.4f}",
+        f"{row['greedy']['agreement']:.1f}",
+        f"{row['passkey']['nll']:.2f}",
+    ],
     "attend": lambda row: [f"{1e3 * timing['median']:.2f}" for timing in row["timings"].values()],
     "generate": lambda row: [row["cache"], f"{row['tokens_per_second']:.1f}"],
     "plan": lambda row: [row["cache"], f"{row['batch']:,}"],
@@ -40,7 +45,10 @@ def results(model, tmp_path_factory) -> dict[str, Path]:  # noqa: F811
         text.write_text("".join(chr(33 + (7 * i + j * j) % 90) for j in range(400)))
     common = ("--model", model, "--caches", "full,logquant:window=32")
     commands = {
-        "eval": ("eval", *texts, *common, "--prefill", 100, "--tokens", 60, "--chunk", 20),
+        "eval": (
+            *("eval", *texts, *common, "--prefill", 100, "--tokens", 60, "--chunk", 20),
+            *("--tasks", "kl,greedy,passkey", "--passkey-tokens", 160, "--passkey-texts", 1),
+        ),
         "attend": (
             "bench",
             "attend",

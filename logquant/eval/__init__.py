@@ -1,7 +1,19 @@
-"""What a cache costs in accuracy: teacher forcing on real text, compared with the full-precision cache."""
+"""What a cache costs in accuracy: divergence from the full cache on real text, greedy agreement, passkey recall."""
 
+from .greedy import GreedyScores, greedy_agreement
+from .passkey import DEPTHS, PasskeyScores, passkey
 from .run import CacheScores, evaluate
 from .stats import bootstrap_interval
 from .text import read_tokens
 
-__all__ = ["CacheScores", "bootstrap_interval", "evaluate", "read_tokens"]
+__all__ = [
+    "DEPTHS",
+    "CacheScores",
+    "GreedyScores",
+    "PasskeyScores",
+    "bootstrap_interval",
+    "evaluate",
+    "greedy_agreement",
+    "passkey",
+    "read_tokens",
+]
