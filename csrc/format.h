@@ -32,10 +32,13 @@
 
 #if defined(__CUDACC__)
 #define LOGQUANT_HOST_DEVICE __host__ __device__
-#define LOGQUANT_TABLE static __constant__ constexpr  // device code sees no other array of constants
+// Device code sees no array of constants but one in its constant memory, which host code does not see.
+#define LOGQUANT_TABLE static __constant__ constexpr
+#define LOGQUANT_TABLE_READER __device__
 #else
 #define LOGQUANT_HOST_DEVICE
 #define LOGQUANT_TABLE inline constexpr
+#define LOGQUANT_TABLE_READER
 #endif
 
 namespace logquant {
@@ -63,7 +66,7 @@ inline constexpr int kPoisonScale = 255;
 LOGQUANT_TABLE int32_t kScaleEighths[8] = {0, 759234, 1587184, 2490071, 3474675, 4548394, 5719293, 6996167};
 LOGQUANT_TABLE int32_t kScaleMiddles[8] = {371395, 1164243, 2028850, 2971711, 3999908, 5121164, 6343903, 7677309};
 // The float that a scale byte up to kScaleMax stands for, as bits.
-LOGQUANT_HOST_DEVICE constexpr uint32_t scale_bits(uint32_t byte) {
+LOGQUANT_TABLE_READER constexpr uint32_t scale_bits(uint32_t byte) {
   return ((byte >> 3) + kScaleExponent) << 23 | static_cast<uint32_t>(kScaleEighths[byte & 7]);
 }
 // Zeros of keys are stored in these units, times the scale.

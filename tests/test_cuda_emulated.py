@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from logquant import LogQuantConfig, reference
 from logquant.reference import PageFormat
 from tests import emulated
-from tests.strategies import dtypes, formats, seeds, tokens
+from tests.strategies import dtypes, formats, key_weights, seeds, tokens
 from tests.test_ops import Problem
 
 if emulated.cuda_include() is None:
@@ -36,7 +36,8 @@ MACHINES = [
 
 
 def name_of(fmt: PageFormat) -> str:
-    return f"d{fmt.head_dim}-c{fmt.key_columns}-b{fmt.key_bits}"
+    fitted = "-p8" if (fmt.key_param_bits, fmt.value_param_bits) == (8, 8) else ""
+    return f"d{fmt.head_dim}-c{fmt.key_columns}-b{fmt.key_bits}{fitted}"
 
 
 def problem_of(fmt: PageFormat, dtype: torch.dtype, **shape: int | float) -> Problem:
@@ -133,14 +134,16 @@ def test_every_operator_in_every_order(fmt, dtype, seed, pages, exact, group, qu
         fmt, packed=pages * fmt.page_tokens, exact=exact, group=group, queries=queries, dtype=dtype, seed=seed
     )
     k, v = tokens(fmt, seed, batch=1, heads=2, count=3 * fmt.page_tokens, dtype=dtype)
+    weights = key_weights(seed, batch=1, heads=2, count=3 * fmt.page_tokens)
     with emulated.machine(**machine):
         check(problem, slack=1e-6)
-        packed = emulated.quantize(k, v, fmt, key_map=problem.key_map)
+        packed = emulated.quantize(k, v, fmt, key_map=problem.key_map, key_weights=weights)
         restored = emulated.dequantize(packed, fmt, dtype=dtype, key_map=problem.key_map)
         window = [k.clone(), v.clone(), torch.zeros_like(packed)]
         step = {"page": 1, "tokens": 3 * fmt.page_tokens, "start": 1, "step": 2, "count": fmt.page_tokens}
+        step["key_weights"] = None if weights is None else weights[..., : fmt.page_tokens]
         emulated.evict_(*window, fmt, **step, key_map=problem.key_map)
-    assert torch.equal(packed, reference.quantize(k, v, fmt, key_map=problem.key_map))
+    assert torch.equal(packed, reference.quantize(k, v, fmt, key_map=problem.key_map, key_weights=weights))
     for got, want in zip(
         restored, reference.dequantize(packed, fmt, dtype=dtype, key_map=problem.key_map), strict=True
     ):
@@ -153,8 +156,9 @@ def test_every_operator_in_every_order(fmt, dtype, seed, pages, exact, group, qu
 
 
 @pytest.mark.parametrize("settings", MACHINES, ids=str)
-def test_codes_do_not_depend_on_the_order_of_threads(settings):
-    fmt = PageFormat(80, 96, 32, 4, 2, key_columns=112)
+@pytest.mark.parametrize("param_bits", [16, 8])
+def test_codes_do_not_depend_on_the_order_of_threads(settings, param_bits):
+    fmt = PageFormat(80, 96, 32, 4, 2, 112, 0, param_bits, param_bits)
     problem = Problem(fmt, packed=64, exact=96, seed=4)
     k, v = problem.window_k, problem.window_v
     with emulated.machine(**settings):
@@ -212,6 +216,10 @@ PREFILL_FORMATS = [
     PageFormat(128, key_bits=8, value_bits=8),
     PageFormat(192, 128),
     PageFormat(256, key_bits=8, value_bits=4),
+    PageFormat(64, 80, 32, key_columns=80, key_param_bits=8, value_param_bits=8),
+    PageFormat(96, value_group=32, key_param_bits=8, value_param_bits=8),
+    PageFormat(128, key_columns=160, key_param_bits=8, value_param_bits=8),
+    PageFormat(256, key_bits=4, value_bits=8, key_param_bits=8, value_param_bits=8),
 ]
 
 
@@ -265,7 +273,8 @@ FITTED_GROUPS = LogQuantConfig().page_format(256)  # more than the kernel keeps 
 
 @pytest.mark.parametrize(
     ("fmt", "queries"),
-    [(PageFormat(128), 2), (PageFormat(128), 40), (FITTED, 2), (FITTED, 4), (FITTED_GROUPS, 2)]
+    [(PageFormat(128), 2), (PageFormat(128), 40), (FITTED, 2), (FITTED, 4), (FITTED, 40), (FITTED_GROUPS, 2)]
+    + [(PageFormat(128, key_param_bits=8, value_param_bits=8), 2)]  # the general kernel
     + [(fmt, 3) for fmt in (PageFormat(192), PageFormat(256), FITTED_GROUPS)],  # of two warps
     ids=lambda x: name_of(x) if isinstance(x, PageFormat) else str(x),
 )
@@ -300,6 +309,17 @@ def test_a_nan_in_a_key_is_seen_by_those_who_see_its_page(fmt):
         want, _ = problem.call(reference.attend, problem.q, **options)
         assert want.isnan().any()
         assert torch.equal(out.isnan(), want.isnan())
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_rotated_values_may_be_larger_than_values(queries):
+    """Equal channels become one of eight times their size, which fp16 need not hold."""
+    fmt = PageFormat(64, value_bits=8, key_param_bits=8, value_param_bits=8)
+    problem = problem_of(fmt, torch.float16, queries=queries)
+    v = torch.full((1, 2, 370, 64), 4e4).half()
+    problem.pages = reference.quantize(torch.randn(1, 2, 320, 64).half(), v[:, :, :320], fmt)
+    problem.window_v = v[:, :, 320:]
+    check(problem)
 
 
 @pytest.mark.parametrize("settings", [{"mma_block": 8}, {"mma_block": 16, "mma_guard_bits": 2}], ids=str)

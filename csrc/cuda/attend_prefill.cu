@@ -112,7 +112,7 @@ class Prefill {
       if (seen && packed) {
         const uint32_t* const words = staged ? stage : page_at(a, batch, kv_head, page);
         dequantize_keys(f, words, column_of, from, count, keys, L::kPitch, true, L::kThreads);
-        dequantize_values(f, words, from, count, 1, values, L::kPitch, true, L::kThreads);
+        dequantize_values(f, words, from, count, 1, rotated_unit(), values, L::kPitch, true, L::kThreads);
       } else if (seen) {
         copy_rows(a.window_k, f.head_dim, from, count, aligned.k, keys);
         copy_rows(a.window_v, f.value_dim, from, count, aligned.v, values);
@@ -279,11 +279,14 @@ class Prefill {
     }
   }
 
+  // Rotated values are up to eight times as large as values, and then too large for fp16: they are kept divided by 8.
+  LOGQUANT_DEVICE float rotated_unit() const { return a.format.hadamard_block() > 1 ? 0.125f : 1.0f; }
+
   // Channel 8 j + 2 t + i % 2 is out[j][i]: blocks of `rotated` in this layout.
   LOGQUANT_DEVICE void rotate_back() {
     const int block = a.format.hadamard_block();
     if (block == 1) return;
-    const float factor = hadamard_factor(block);
+    const float factor = hadamard_factor(block) / rotated_unit();
 #pragma unroll
     for (int j = 0; j < kChannelTiles; ++j) {
 #pragma unroll

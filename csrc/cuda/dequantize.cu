@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     }
     dequantize_keys(f, page, column_of, 0, f.page_tokens, out(args.k), args.k.token_stride, k_aligned, kThreads);
   } else {
-    dequantize_values(f, page, 0, f.page_tokens, f.hadamard_block(), out(args.v), args.v.token_stride, v_aligned,
+    dequantize_values(f, page, 0, f.page_tokens, f.hadamard_block(), 1.0f, out(args.v), args.v.token_stride, v_aligned,
                       kThreads);
   }
 }

@@ -70,11 +70,11 @@ LOGQUANT_DEVICE void dequantize_keys(const PageFormat& f, const uint32_t* page, 
 }
 
 // Values of the page's tokens from `from` on (a multiple of 16) into out [token][channel], blocks of `block` channels
-// rotated back; with a block of 1, as they are stored. A thread takes the words of four channels and writes their
-// tokens.
+// rotated back; with a block of 1, as they are stored. All are multiplied by `unit`, a power of two. A thread takes the
+// words of four channels and writes their tokens.
 template <class T>
 LOGQUANT_DEVICE void dequantize_values(const PageFormat& f, const uint32_t* page, int from, int count, int block,
-                                       T* out, int64_t stride, bool aligned, int threads) {
+                                       float unit, T* out, int64_t stride, bool aligned, int threads) {
   const int bits = f.value_bits, elements = elements_per_word(bits), quads = f.value_dim / 4;
   const uint32_t* const codes = page + f.value_codes() + from / elements * f.value_dim;
   const int total = count / elements * quads, lane = threadIdx.x % 32;
@@ -90,7 +90,9 @@ LOGQUANT_DEVICE void dequantize_values(const PageFormat& f, const uint32_t* page
       const int t = row * elements + e;
       Float4 x = {};
       if (own) {
-        const Params p = value_params_at(f, page, params + t);
+        Params p = value_params_at(f, page, params + t);
+        p.scale *= unit;
+        p.zero *= unit;
 #pragma unroll
         for (int k = 0; k < 4; ++k) x.x[k] = restored(p, extract(word[k], bits, e));
       }

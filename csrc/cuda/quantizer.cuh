@@ -1,8 +1,9 @@
 // Quantises the keys or the values of one page, a block of kQuantizeThreads threads at a time; for quantize and evict.
 //
 // Bit for bit the quantiser of logquant/reference.py: every operation is one correctly rounded fp32 operation (hence
-// the __f*_rn, which nvcc does not fuse). The source is read twice, range then codes; a page of a head (16 KB of keys
-// for 64 tokens of dim 128) stays in L1 in between.
+// the __f*_rn, which nvcc does not fuse). 16-bit parameters are minimum and maximum, 8-bit ones come from the search of
+// fit.cuh. The source is read twice, parameters then codes; a page of a head (16 KB of keys for 64 tokens of dim 128)
+// stays in L1 in between. Rotated values are read once and kept in shared memory.
 #pragma once
 
 #include "fit.cuh"
@@ -49,10 +50,11 @@ LOGQUANT_DEVICE uint32_t code_of(float x, const Group& group, float levels) {
   return static_cast<uint32_t>(fminf(fmaxf(rintf(__fmul_rn(__fsub_rn(x, group.zero), group.inverse)), 0.0f), levels));
 }
 
-// Rotated values of a word's tokens and one group, and their parameters: what a warp fits and packs at a time.
 inline constexpr int kQuantizeWarps = kQuantizeThreads / 32;
-inline constexpr int kFitBytes = 40 << 10;  // four blocks fit on an SM; a warp alone may need more
+// Four blocks of that much fit on an SM. Large groups leave room for fewer warps, and have fewer pieces of work.
+inline constexpr int kFitBytes = 40 << 10;
 
+// What a warp rotates, fits and packs at a time: one group of the tokens that share words, and their parameters.
 LOGQUANT_HOST_DEVICE constexpr int value_fit_bytes(const PageFormat& f) {
   const int row = fit_pitch(f.value_group) * static_cast<int>(sizeof(float)) + static_cast<int>(sizeof(Group));
   return elements_per_word(f.value_bits) * row;

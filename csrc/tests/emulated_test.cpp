@@ -23,8 +23,9 @@ constexpr int64_t kBatch = 1, kHeads = 2;
 
 void check(bool ok, const char* what, const PageFormat& f, const char* path = "") {
   if (ok) return;
-  std::fprintf(stderr, "%s: %s (D %d, C %d, Dv %d, G %d, bits %d and %d)\n", what, path, f.head_dim, f.key_columns,
-               f.value_dim, f.page_tokens, f.key_bits, f.value_bits);
+  std::fprintf(stderr, "%s: %s (D %d, C %d, Dv %d, G %d, bits %d and %d, of parameters %d and %d)\n", what, path,
+               f.head_dim, f.key_columns, f.value_dim, f.page_tokens, f.key_bits, f.value_bits, f.key_param_bits,
+               f.value_param_bits);
   std::exit(1);
 }
 
@@ -71,6 +72,9 @@ void run(const PageFormat& f, int64_t page_count, int64_t window, int64_t group,
   std::vector<int16_t> map;  // with more columns than channels, the first ones get a second
   for (int c = 0; c < f.key_columns; ++c) map.push_back(static_cast<int16_t>(4 * (c % f.head_dim) + c / f.head_dim));
   const cpu::KeyMap key_map{f.key_columns == f.head_dim ? nullptr : map.data(), 0, 0};
+  std::vector<float> weights(kHeads * packed);
+  for (float& weight : weights) weight = std::uniform_real_distribution<float>(-0.1f, 4.0f)(random);
+  const cpu::KeyWeights key_weights{weights.data(), 0, packed};
 
   const cpu::Dtype dtype = cpu::Dtype::kBFloat16;
   std::vector<int32_t> pages(rows * head_words), expected(pages.size());
@@ -81,6 +85,7 @@ void run(const PageFormat& f, int64_t page_count, int64_t window, int64_t group,
   quantize.v = v.view<cpu::Tokens>(dtype, kHeads, packed, f.value_dim);
   quantize.pages = {pages.data(), kHeads * head_words, head_words, f.words()};
   quantize.key_map = key_map;
+  quantize.key_weights = key_weights;
   quantize.batch = kBatch;
   quantize.heads = kHeads;
   quantize.page_count = page_count;
@@ -142,6 +147,7 @@ void run(const PageFormat& f, int64_t page_count, int64_t window, int64_t group,
   cpu::EvictArgs evict;
   evict.format = f;
   evict.key_map = key_map;
+  evict.key_weights = key_weights;
   evict.batch = kBatch;
   evict.heads = kHeads;
   evict.tokens = packed;
@@ -168,6 +174,10 @@ void run(const PageFormat& f, int64_t page_count, int64_t window, int64_t group,
 PageFormat format(int head_dim, int value_dim, int page_tokens, int key_bits, int value_bits, int key_columns) {
   return {head_dim, value_dim, page_tokens, key_bits, value_bits, key_columns, value_dim % 64 ? value_dim : 64};
 }
+PageFormat fitted(PageFormat f) {
+  f.key_param_bits = f.value_param_bits = 8;
+  return f;
+}
 
 }  // namespace
 
@@ -180,6 +190,8 @@ int main() {
     run(format(64, 64, 64, 2, 2, 80), 9, 1, 4, 3, "tensor");
     run(format(80, 96, 32, 4, 2, 80), 5, 33, 1, 2, "general");
     run(format(96, 64, 128, 2, 8, 112), 3, 70, 2, 33, "prefill");
+    run(fitted(format(80, 96, 32, 4, 8, 96)), 5, 33, 1, 2, "general");
+    run(fitted(format(96, 64, 128, 2, 2, 112)), 3, 70, 2, 33, "prefill");
   }
   std::puts("1 passed, 0 failed");
   return 0;
