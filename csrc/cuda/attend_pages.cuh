@@ -1489,7 +1489,7 @@ using KernelLayout = Layout<S, std::is_same_v<T, __half>, tiles>;
 
 template <class T, class S, int tiles>
 inline constexpr int kBlocks =
-    KernelLayout<T, S, tiles>::kPaired                                                        ? 4
+    KernelLayout<T, S, tiles>::kPaired || (S::kValueDim <= 64 && tiles == 1)                  ? 4
     : S::kValueDim <= 128 && tiles == 1 && 3 * KernelLayout<T, S, tiles>::kBytes <= 200 << 10 ? 3
                                                                                               : 2;
 
