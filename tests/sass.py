@@ -89,20 +89,35 @@ def page_loop(code: list[Instruction]) -> list[Instruction]:
     return path
 
 
+def tiles(mangled: str) -> int:
+    """Of 8 query rows."""
+    match = re.search(r"Li(\d)EEEv", mangled)
+    assert match is not None
+    return int(match[1])
+
+
+def warps(mangled: str) -> int:
+    """How many share a page (Layout::kPaired)."""
+    match = re.search(r"ShapeI((?:Li\d+E)+)E", mangled)
+    assert match is not None
+    numbers = [int(x) for x in re.findall(r"\d+", match[1])]
+    value_dim, param_bits = numbers[1], numbers[7]
+    alone = 192 if "bfloat16" in mangled and param_bits == 16 else 128
+    return 2 if tiles(mangled) == 2 and value_dim > alone else 1
+
+
 def counts(name: str, arch: str) -> dict[tuple[str, int], int]:
-    """Instructions of the page loop of one source's kernels, by dtype and tiles of 8 query rows."""
+    """Instructions a page of one source's kernels, of all warps that share it, by dtype and tiles of 8 query rows."""
     from tests import cubins
 
     cubins.build([name], [arch])
     found = {}
     for kernel, code in functions(cubins.BUILD / f"{name}.{arch}.cubin").items():
-        tiles = re.search(r"Li(\d)EEEv", kernel)
-        assert tiles is not None
-        found["bf16" if "bfloat16" in kernel else "f16", int(tiles[1])] = len(page_loop(code))
+        found["bf16" if "bfloat16" in kernel else "f16", tiles(kernel)] = warps(kernel) * len(page_loop(code))
     return found
 
 
 if __name__ == "__main__":  # python -m tests.sass ARCH NAME...: instructions a cached token of pages of 64
     for source in sys.argv[2:]:
-        for (dtype, tiles), count in counts(source, sys.argv[1]).items():
-            print(f"{source} sm_{sys.argv[1]} {dtype:4} {8 * (tiles - 1) + 1}-{8 * tiles} rows: {count / 64:.2f}")
+        for (dtype, n), count in counts(source, sys.argv[1]).items():
+            print(f"{source} sm_{sys.argv[1]} {dtype:4} {8 * n - 7}-{8 * n} rows: {count / 64:.2f}")

@@ -274,6 +274,7 @@ FITTED_GROUPS = LogQuantConfig().page_format(256)  # more than the kernel keeps 
 @pytest.mark.parametrize(
     ("fmt", "queries"),
     [(PageFormat(128), 2), (PageFormat(128), 40), (FITTED, 2), (FITTED, 4), (FITTED, 40), (FITTED_GROUPS, 2)]
+    + [(PageFormat(128, key_param_bits=8, value_param_bits=8), 2)]  # the general kernel
     + [(fmt, 3) for fmt in (PageFormat(192), PageFormat(256), FITTED_GROUPS)],  # of two warps
     ids=lambda x: name_of(x) if isinstance(x, PageFormat) else str(x),
 )
@@ -332,9 +333,11 @@ def test_attend_with_tensor_cores_that_truncate(settings, dtype, sharpness, fmt,
         check(problem)
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("fmt", TENSOR_FORMATS, ids=name_of)
-def test_bytes_loaded_are_those_of_the_pages(fmt):
-    problem = problem_of(fmt, torch.bfloat16, batch=1, heads=1, exact=0)
+def test_bytes_loaded_are_those_of_the_pages(fmt, dtype):
+    """Once for up to 16 query rows."""
+    problem = problem_of(fmt, dtype, batch=1, heads=1, exact=0, queries=4)
     emulated.counters()
     run(problem)
     assert emulated.counters()["async_bytes"] == problem.pages.numel() * 4

@@ -2,7 +2,8 @@
 //
 // A block is four warps and one split of a KV head's slots, for a tile of 8 or 16 query rows. Blocks of the first
 // page_splits take pages, a warp one page at a time; the others take the window. Grid (splits, batch * KV heads,
-// tiles).
+// tiles). Where the output of 16 rows would not fit in a warp's registers, a block is two warps that share each page:
+// each computes S of 8 rows and then O of all 16 for half of the channels; p' goes through shared memory.
 //
 // Notation: lane = 4g + t. Keys (tokens) and values (channels) are the M = 16 operand A of mma.m16n8k16, eight query
 // rows are N = 8, operand B, so that few rows cost no padding and every code is turned into an operand once.
@@ -22,16 +23,22 @@
 //   sum p are mma with rows 0.. = zeros of the value groups and then a row of ones. A quad of words is the A operand as
 //   LDS.128 left it: rows 0-7 see words 0 and 2, rows 8-15 words 1 and 3, each with its own B and accumulator, of which
 //   the other half is garbage.
+// * Fitted formats (8-bit parameters, format.h): a page's parameters are first unpacked to fp16 in shared memory, four
+// to
+//   a lane, scales by ex2; key scales are then spread by column. Zeros of keys are whole numbers of scales / 8, so that
+//   sum q' * zero, with the q' that codes see, rounds no worse than q' does. Values have no zeros: sum p' * (code -
+//   mean) is sum p' * code - mean * sum p'. O is rotated back once, when the warps' parts are added.
 // * fp16 models are compensated: q' and p' are rounded, and codes have a mean, so half of the rounding noise is common
-//   to all tokens of a page. mean * (sum q * scale - sum q' * 2^(b*i)) is added back, by mma, and the same for p'.
+//   to all tokens of a page. mean * (sum q * scale - sum q' * 2^(b*i)) is added back, by mma, and the same for p'. Of
+//   fitted keys, where q' multiplies the zeros too, it is (zero + mean) times what each q' lost; values need none.
 // * bf16 models use fp16 arithmetic for pages: q is scaled per row by a power of two into [1, 2), p is relative to a
 //   reference exponent that leaves p and p' inside fp16. The reference moves only when p' reaches 2^15: a vote.
 // * Masks, positions and softcap are a branch that the plain loop skips.
 //
-// Memory: each page once, by cp.async into a ring of two pages for each warp, plus 4 (Dv + 2) bytes a row and split.
-// Budget for D = 128, 2 bits, 8 rows: 168 registers, 48 KB of shared memory, so that three blocks fit on an SM: 12
-// warps with a page each in flight, 61 KB, and an H100 needs 20 KB an SM (3.35 TB/s * 800 ns / 132). Instructions a
-// token: tests/test_cuda_budget.py; an H100 is memory-bound below 22.
+// Memory: each page once for 16 rows, by cp.async into a ring of two pages for each warp or pair, plus 4 (Dv + 2) bytes
+// a row and split. Budget for D = 128, 2 bits, 8 rows: 168 registers, 48 KB of shared memory, so that three blocks fit
+// on an SM: 12 warps with a page each in flight, 61 KB, and an H100 needs 20 KB an SM (3.35 TB/s * 800 ns / 132).
+// Instructions a token: tests/test_cuda_budget.py; an H100 is memory-bound below 22.
 #pragma once
 
 #include "attend.cuh"
@@ -1482,7 +1489,7 @@ using KernelLayout = Layout<S, std::is_same_v<T, __half>, tiles>;
 
 template <class T, class S, int tiles>
 inline constexpr int kBlocks =
-    KernelLayout<T, S, tiles>::kPaired                                                        ? 4
+    KernelLayout<T, S, tiles>::kPaired || (S::kValueDim <= 64 && tiles == 1)                  ? 4
     : S::kValueDim <= 128 && tiles == 1 && 3 * KernelLayout<T, S, tiles>::kBytes <= 200 << 10 ? 3
                                                                                               : 2;
 
