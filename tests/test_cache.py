@@ -72,7 +72,7 @@ def test_bytes_are_those_of_the_formula(options):
     assert layer.full_precision_nbytes == 3 * 8000 * (64 + 32) * 2
 
 
-def test_page_store_grows_by_at_most_a_32nd():
+def test_page_store_grows_by_at_most_one_page_in_32():
     layer = make_layer()
     k, v = random_tokens(6000)
     layer.update(k[:, :, :3000], v[:, :, :3000])
