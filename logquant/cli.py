@@ -24,7 +24,6 @@ import torch
 
 from . import machine
 from .compat import as_argument
-from .config import LogQuantConfig
 
 if TYPE_CHECKING:
     from .bench.attend import AttendResult
@@ -441,6 +440,9 @@ def attend(
     context: Annotated[str, typer.Option(help="Cached tokens; several separated by commas.")] = "2048,8192,32768",
     batch: Annotated[str, typer.Option(help="Sequences; several numbers separated by commas.")] = "1",
     bits: Annotated[int, typer.Option(help="Bits of a quantised element.")] = 2,
+    cache: Annotated[
+        str, typer.Option(help="Whose pages: logquant, recent or paper; settings follow a colon.")
+    ] = "logquant",
     window: Annotated[int, typer.Option(help="W: between 2W and 3W tokens stay exact.")] = 64,
     dtype: Annotated[Dtype, typer.Option(help="Of queries and exact tokens.")] = Dtype.bfloat16,
     rounds: Annotated[int, typer.Option(min=3, help="Timed calls of each contender.")] = 20,
@@ -451,15 +453,16 @@ def attend(
     arguments = dict(locals())
     from .bench.attend import Shape, bench_attend
     from .bench.timing import read_bandwidth
+    from .specs import parse_cache
 
     contexts, batches = number_list("--context", context), number_list("--batch", batch)
     if device is Device.cuda and not torch.cuda.is_available():
         raise typer.BadParameter(machine.cuda()["cuda_device"], param_hint="--device")
     with errors_of("arguments"):
         shapes = [Shape(tokens, heads, kv_heads, dim, size) for size in batches for tokens in contexts]
-        # CUDA has kernels for plain parameters only, so far.
-        make = LogQuantConfig.paper if device is Device.cuda else LogQuantConfig
-        quantization = make(bits=bits, window=window)
+        quantization = parse_cache(cache).replace(bits=bits, window=window).quantization
+        if quantization is None:
+            raise ValueError(f"cache must be a LogQuant cache, got {cache!r}")
         quantization.page_format(dim)
     with progress() as bar:
         task = bar.add_task("rounds", total=len(shapes) * (rounds + 2))

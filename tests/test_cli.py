@@ -200,6 +200,8 @@ def test_bench_attend_times_every_contender(json_file):
         (("--context", "0"), "numbers must be at least 1, got '0'"),
         (("--heads", "3", "--kv-heads", "2"), "heads must be a multiple of kv_heads (2), got 3"),
         (("--bits", "5"), "bits must be 2, 4 or 8, got 5"),
+        (("--cache", "full"), "cache 'full' has no settings, got bits"),
+        (("--cache", "kivi"), "a setting must be one of bits, group, residual, got 'window'"),
         (("--dim", "100"), "head_dim must be a multiple of 16 up to 1024, got 100"),
     ],
 )
