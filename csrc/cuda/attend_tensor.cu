@@ -5,7 +5,7 @@
 namespace logquant::cuda {
 
 #if defined(LOGQUANT_FEW_FORMATS)  // for sanitizer builds, which take long
-#define LOGQUANT_TENSOR_FORMATS(X) X(attend_d128) X(attend_d64_c80)
+#define LOGQUANT_TENSOR_FORMATS(X) X(attend_d128) X(attend_d64_c80) X(attend_d256_c320)
 #else
 #define LOGQUANT_TENSOR_FORMATS(X) \
   X(attend_d64)                    \
