@@ -102,7 +102,9 @@ def test_tokens_are_those_of_a_full_cache(case, feature):
         return
     # A draw may fall between the two distributions, and then the row goes on differently: they must be that close.
     got, want = both(case, **options, return_dict_in_generate=True, output_scores=True)
-    for row, differs in enumerate((got.sequences != want.sequences)[:, case.ids.shape[1] :]):
+    different = (got.sequences != want.sequences)[:, case.ids.shape[1] :]
+    assert different.any(1).sum() <= 1, "46 of 48 rows of 24 tokens were the same, over four seeds"
+    for row, differs in enumerate(different):
         same = int(differs.nonzero()[0]) + 1 if differs.any() else case.count
         for p, q in zip(got.scores[:same], want.scores[:same], strict=True):
             assert (p[row].softmax(-1) - q[row].softmax(-1)).abs().sum() / 2 < 0.02
