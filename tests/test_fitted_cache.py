@@ -80,7 +80,7 @@ def test_short_prompts_are_remembered_until_columns_are_chosen():
     mean_square = q[:, :, :tokens].square().mean(2).unflatten(1, (2, 2)).mean(2)
     want = columns.allocate(columns.key_scores(k[:, :, :tokens], mean_square, 128), layer.format)
     assert torch.equal(layer.key_map, want)
-    assert layer.nbytes == 2 * layer.config.head_nbytes(tokens, 64, itemsize=4), "statistics are gone"
+    assert layer.nbytes == 2 * layer.config.head_nbytes(tokens, 64, itemsize=4, decoding=True), "statistics are gone"
 
 
 def test_every_row_has_its_own_columns_and_takes_them_along():
