@@ -64,17 +64,17 @@ def test_two_bits_answer_from_the_packed_part_of_the_prompt(smollm2, smollm2_tok
 
 @pytest.mark.slow
 def test_bytes_held_at_8000_tokens(smollm2, prompt):
-    """Pages as the format says and a window of 3W tokens, to the byte."""
+    """Pages and column maps as the format says and a window of 4 + 3W tokens, to the byte."""
     smollm2.set_attn_implementation("logquant")
     cache = LogQuantCache(smollm2.config)
     with torch.no_grad():
         smollm2(prompt.repeat(1, 8), **as_argument(cache), logits_to_keep=1)
     config = smollm2.config
     heads = config.num_hidden_layers * config.num_key_value_heads
-    pages = (8000 - 8000 % 64 - 128) // 64
-    head_dim = 64
-    page = 4 * (64 * head_dim * 2 // 32 + head_dim + 64 * 2 // 32 * head_dim + 64)
-    assert cache.nbytes == heads * (pages * page + 2 * 3 * 64 * head_dim * 4)
+    pages = (8000 - 4 - 2 * 64) // 64
+    head_dim, columns = 64, 80
+    keys, values = 64 * columns * 2 // 32 + 2 * head_dim // 4, 64 * 2 // 32 * head_dim + 64 // 4
+    assert cache.nbytes == heads * (pages * 4 * (keys + values) + 2 * (4 + 3 * 64) * head_dim * 4 + 2 * columns)
     assert cache.nbytes == heads * cache.quantization.head_nbytes(8000, head_dim, itemsize=4)
     assert cache.full_precision_nbytes == heads * 8000 * 2 * head_dim * 4
     assert all(isinstance(layer, LogQuantLayer) for layer in cache.layers)
