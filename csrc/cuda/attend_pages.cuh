@@ -268,8 +268,8 @@ class TensorAttention {
  public:
   LOGQUANT_DEVICE TensorAttention(const AttendArgs& args, unsigned char* shared_memory)
       : a(args),
-        // A register more, which fitted formats have no room for.
-        shared(S::kFitted ? shared_memory : ptx::keep_shared(shared_memory)),
+        // Saves instructions, but takes a register, which some formats have no room for.
+        shared(S::kFitted || S::kDim == 112 ? shared_memory : ptx::keep_shared(shared_memory)),
         warp(threadIdx.x / 32),
         half(L::kPaired ? warp : 0),
         team(L::kPaired ? 0 : warp),
