@@ -106,6 +106,7 @@ def test_a_prompt_of_100000_tokens_peaks_under_1_3_times_its_keys_and_values():
 CONVERSATIONS = """
 import gc, json, torch
 from logquant import LogQuantCache
+from logquant.compat import as_argument
 from tests.tiny import tiny_model
 def resident():
     gc.collect()
