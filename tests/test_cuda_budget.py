@@ -36,6 +36,8 @@ INSTRUCTIONS = {
     "attend_d256": (17.5, 16.5, 31.0, 28.2),
     "attend_d256_c320": (23.0, 21.9, 40.0, 38.2),
 }
+# Not met: fp16 models at dim 64 take 7.5 to 7.7 with 1.25 key columns.
+OVER = {"attend_d64_c80": 7.9 / 7.5}
 PAGE_TOKENS = 64
 # An H100: 3.35 TB/s, 800 ns, 132 SMs, 65536 registers and 227 KB of shared memory each.
 BYTES_TO_HIDE_LATENCY = 3.35e12 * 800e-9 / 132
@@ -64,23 +66,28 @@ def test_registers(name, arch):
 @pytest.mark.parametrize(("name", "arch"), [x for x in quick + thorough if x.values[0] in INSTRUCTIONS])
 def test_instructions_of_the_page_loop(name, arch):
     cubins.build([name], [arch])
-    counts = {}
+    counts, in_one_warp = {}, set()
     for kernel, code in sass.functions(cubins.BUILD / f"{name}.{arch}.cubin").items():
         path = [x.opcode for x in sass.page_loop(code)]
-        tiles = sass.tiles(kernel)
-        counts[tiles, "bf16" if "bfloat16" in kernel else "f16"] = sass.warps(kernel) * len(path) / PAGE_TOKENS
+        key = sass.tiles(kernel), "bf16" if "bfloat16" in kernel else "f16"
+        counts[key] = sass.warps(kernel) * len(path) / PAGE_TOKENS
         for opcode in ("HMMA", "LDGSTS", "MOVM"):
             assert any(x.startswith(opcode) for x in path), (kernel, opcode)
+        if sass.warps(kernel) == 1:
+            in_one_warp.add(key)
     for key, most in zip(product((1, 2), ("f16", "bf16")), INSTRUCTIONS[name], strict=True):
         assert counts[key] <= most, counts
+    for tiles, dtype in in_one_warp:
+        assert counts[tiles, dtype] <= 1.6 * counts[1, dtype], counts
 
 
 def test_the_budgets_are_within_the_goals():
     for name, budget in INSTRUCTIONS.items():
         dim, columns = (int(x) for x in re.fullmatch(r"attend_d(\d+)(?:_c(\d+))?", name).groups(default="0"))
         if goal := GOALS.get(dim):
-            assert columns or max(budget[:2]) <= goal
-            assert max(budget[2:]) <= 1.6 * goal * (1.25 if columns else 1)
+            goal *= 1.25 if columns else 1
+            assert max(budget[:2]) <= goal * OVER.get(name, 1)
+            assert max(budget[2:]) <= 1.6 * goal
 
 
 @pytest.mark.parametrize(
