@@ -728,13 +728,19 @@ class LayerReport(NamedTuple):
     bits_per_element: float | None
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors that a layer of transformers holds; some keep them in dictionaries."""
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,):
-        if isinstance(item, Tensor):
-            yield item
-        elif isinstance(item, dict | list | tuple):
-            yield from _tensors_in(item)
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The plain tensors that a value holds: in dictionaries, in lists, in tensors that are made of others."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, Tensor):
+        if type(value) is not Tensor and hasattr(value, "__tensor_flatten__"):
+            names, _ = value.__tensor_flatten__()
+            yield from tensors_in([getattr(value, name) for name in names])
+        else:
+            yield value
 
 
 class LogQuantCache(DynamicCache):
@@ -814,7 +820,7 @@ class LogQuantCache(DynamicCache):
     @property
     def _other_nbytes(self) -> int:
         others = [layer for layer in self.layers if not isinstance(layer, LogQuantLayer)]
-        return sum(t.nbytes for layer in others for t in _tensors_in(vars(layer)))
+        return sum(t.nbytes for layer in others for t in tensors_in(vars(layer)))
 
     def report(self) -> list[LayerReport]:
         """What each layer holds."""
@@ -822,7 +828,7 @@ class LogQuantCache(DynamicCache):
         for i, layer in enumerate(self.layers):
             kind = type(layer).__name__
             if not isinstance(layer, LogQuantLayer):
-                lines.append(LayerReport(i, kind, None, None, sum(t.nbytes for t in _tensors_in(vars(layer))), None))
+                lines.append(LayerReport(i, kind, None, None, sum(t.nbytes for t in tensors_in(vars(layer))), None))
                 continue
             rows = layer.rows
             copies = layer.batch_size if layer.is_initialized and rows.alike else 1

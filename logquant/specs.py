@@ -12,10 +12,10 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, QuantizedLayer
 
 from .baselines import H2O, HQQ, KIVI, OSCAR, Baseline, Partial, Quanto, Streaming, TurboQuant
-from .baselines.base import BaselineLayer, Packed, tensors_in
+from .baselines.base import BaselineLayer, Packed
 from .baselines.evicting import EvictingLayer
 from .baselines.quantized_cache import packed_of
-from .cache import LogQuantCache, LogQuantLayer
+from .cache import LogQuantCache, LogQuantLayer, tensors_in
 from .config import LogQuantConfig
 
 Settings = LogQuantConfig | Baseline | Quanto

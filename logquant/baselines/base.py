@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
-from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The plain tensors that a value holds: in dictionaries, in lists, in tensors that are made of others."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, Tensor):
-        if type(value) is not Tensor and hasattr(value, "__tensor_flatten__"):
-            names, _ = value.__tensor_flatten__()
-            yield from tensors_in([getattr(value, name) for name in names])
-        else:
-            yield value
+from ..cache import tensors_in
 
 
 class Packed(NamedTuple):

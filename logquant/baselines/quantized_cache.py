@@ -9,7 +9,8 @@ from typing import ClassVar
 from transformers import PreTrainedConfig, QuantizedCache
 from transformers.cache_utils import Cache, QuantizedLayer
 
-from .base import Packed, tensors_in
+from ..cache import tensors_in
+from .base import Packed
 
 
 @dataclass(frozen=True)
