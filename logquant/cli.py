@@ -452,7 +452,7 @@ def attend(
     """Time one token's attention: fused, dequantise + SDPA, and SDPA over a full cache; with cold caches."""
     arguments = dict(locals())
     from .bench.attend import Shape, bench_attend
-    from .bench.timing import read_bandwidth
+    from .bench.timing import WARMUP, read_bandwidth
     from .specs import parse_cache
 
     contexts, batches = number_list("--context", context), number_list("--batch", batch)
@@ -465,7 +465,7 @@ def attend(
             raise ValueError(f"cache must be a LogQuant cache, got {cache!r}")
         quantization.page_format(dim)
     with progress() as bar:
-        task = bar.add_task("rounds", total=len(shapes) * (rounds + 2))
+        task = bar.add_task("rounds", total=len(shapes) * (rounds + WARMUP))
         bandwidth = read_bandwidth(device.value)
         results = [
             bench_attend(shape, quantization, dtype.torch, rounds, lambda: bar.advance(task), device.value)

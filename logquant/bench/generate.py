@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..compat import as_argument
-from ..plan import plan, sequence_nbytes
+from ..plan import plan
 from ..specs import CacheSpec, cache_nbytes
 from .timing import WARMUP, Timing, clock_of, time_interleaved
 
@@ -27,10 +27,10 @@ class GenerateResult:
     Args:
         cache: its name.
         batch: sequences decoded at once.
-        context: tokens of the prompt.
+        context: tokens of the prompt; within a budget those at the end.
         timing: of one step, that is of one token of each sequence.
         held: bytes of the cache's tensors after the last step.
-        predicted: bytes that they were to be at most (:func:`logquant.plan.sequence_nbytes`); None if not asked for.
+        predicted: bytes that they were to be at most (:func:`logquant.plan.plan`); None if not asked for.
     """
 
     cache: str
@@ -65,7 +65,7 @@ def bench_generate(
         specs: the caches.
         context: tokens of the prompt.
         batch: sequences decoded at once.
-        steps: timed steps of each cache, after two that are not.
+        steps: timed steps of each cache, after :data:`WARMUP` that are not.
         on_progress: called after every prefill and every round of steps.
     """
     prompt = _random_tokens(model, batch, context)
@@ -101,28 +101,20 @@ def bench_budget(
         ValueError: not even one sequence fits, or a cache whose bytes the configuration does not tell.
     """
     prompt = _random_tokens(model, 1, context - steps - WARMUP)
-    itemsize = model.dtype.itemsize
-    caches, batches = {}, {}
+    caches, plans = {}, {}
     for spec in specs:
-        planned = plan(spec, model.config, budget=budget, tokens=context, itemsize=itemsize)
+        planned = plan(spec, model.config, budget=budget, tokens=context, itemsize=model.dtype.itemsize)
         if planned.batch < 1:
             raise ValueError(f"budget must be at least {planned.nbytes} bytes for cache {spec.name!r}, got {budget}")
-        batches[spec.name], caches[spec.name] = planned.batch, spec.make(model.config)
+        plans[spec.name], caches[spec.name] = planned, spec.make(model.config)
         model(prompt, **as_argument(caches[spec.name]), logits_to_keep=1)
         caches[spec.name].batch_repeat_interleave(planned.batch)
         on_progress()
-    last = {name: prompt[:, -1:].expand(batch, -1) for name, batch in batches.items()}
+    last = {name: prompt[:, -1:].expand(planned.batch, -1) for name, planned in plans.items()}
     timings = _time_steps(model, caches, last, steps, on_progress)
     return [
-        GenerateResult(
-            spec.name,
-            batches[spec.name],
-            context,
-            timings[spec.name],
-            cache_nbytes(caches[spec.name]),
-            batches[spec.name] * sequence_nbytes(spec, model.config, context, itemsize, decoding=True),
-        )
-        for spec in specs
+        GenerateResult(name, p.batch, context, timings[name], cache_nbytes(caches[name]), p.batch * p.nbytes)
+        for name, p in plans.items()
     ]
 
 
