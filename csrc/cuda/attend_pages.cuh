@@ -23,10 +23,10 @@
 //   sum p are mma with rows 0.. = zeros of the value groups and then a row of ones. A quad of words is the A operand as
 //   LDS.128 left it: rows 0-7 see words 0 and 2, rows 8-15 words 1 and 3, each with its own B and accumulator, of which
 //   the other half is garbage.
-// * Fitted formats (8-bit parameters, format.h): first a page's parameters are unpacked to fp16 in shared memory, scales
-//   by ex2; key scales are then spread by column. Zeros of keys are whole numbers of scales / 8, so that sum q' * zero,
-//   with the q' that codes see, rounds no worse than q' does. Values have no zeros: sum p' * (code - mean) is sum p' *
-//   code - mean * sum p'. O is rotated back once, when the warps' parts are added.
+// * Fitted formats (8-bit parameters, format.h): first a page's parameters are unpacked to fp16 in shared memory,
+//   scales by ex2; key scales are then spread by column. Zeros of keys are whole numbers of scales / 8, so that
+//   sum q' * zero, with the q' that codes see, rounds no worse than q' does. Values have no zeros:
+//   sum p' * (code - mean) is sum p' * code - mean * sum p'. O is rotated back once, when the warps' parts are added.
 // * fp16 models are compensated: q' and p' are rounded, and codes have a mean, so half of the rounding noise is common
 //   to all tokens of a page. mean * (sum q * scale - sum q' * 2^(b*i)) is added back, by mma, and the same for p'. Of
 //   fitted keys, where q' multiplies the zeros too, it is (zero + mean) times what each q' lost; values need none.
