@@ -83,6 +83,20 @@ cpu::KeyWeights checked_key_weights(const OptionalTensor& key_weights, int64_t b
           broadcast_stride(weights, 1)};
 }
 
+cpu::ValueFeedback checked_value_feedback(const OptionalTensor& value_feedback, const PageFormat& format, int64_t batch,
+                                          int64_t heads, int64_t taken) {
+  if (!value_feedback) return {};
+  const Tensor& feedback = *value_feedback;
+  LOGQUANT_CHECK(format.value_param_bits == 8, "value_feedback needs value_param_bits 8, got ",
+                 format.value_param_bits);
+  check_broadcast(feedback, "value_feedback", ScalarType::Float, {batch, heads, taken, format.page_tokens});
+  LOGQUANT_CHECK(feedback.size(2) == taken, "value_feedback must have ", taken, " tokens, got ", feedback.size(2));
+  LOGQUANT_CHECK(taken == 0 || (feedback.stride(3) == 1 && feedback.stride(2) == format.page_tokens),
+                 "value_feedback must be contiguous in its last two dimensions");
+  return {static_cast<const float*>(feedback.const_data_ptr()), broadcast_stride(feedback, 0),
+          broadcast_stride(feedback, 1)};
+}
+
 void check_range(const Tensor& t, const char* name, int64_t low, int64_t high) {
   if (!t.is_cpu()) return;
   const int32_t* data = int32_data(t);
@@ -98,10 +112,12 @@ void check_range(const Tensor& t, const char* name, int64_t low, int64_t high) {
 
 // ------------------------------------------------------------------------------------------------------ quantize
 QuantizeCall quantize_call(const Tensor& k_in, const Tensor& v_in, const Fields& fields, const OptionalTensor& index,
-                           const OptionalTensor& key_map, const OptionalTensor& key_weights) {
+                           const OptionalTensor& key_map, const OptionalTensor& key_weights,
+                           const OptionalTensor& value_feedback) {
   const PageFormat format = checked_format(fields);
-  check_same_device(k_in, "k", {{"v", &v_in}},
-                    {{"index", &index}, {"key_map", &key_map}, {"key_weights", &key_weights}});
+  check_same_device(
+      k_in, "k", {{"v", &v_in}},
+      {{"index", &index}, {"key_map", &key_map}, {"key_weights", &key_weights}, {"value_feedback", &value_feedback}});
   check_tokens(k_in, "k", format.head_dim);
   check_tokens(v_in, "v", format.value_dim);
   check_same_dtype(v_in, "v", k_in, "k");
@@ -117,6 +133,7 @@ QuantizeCall quantize_call(const Tensor& k_in, const Tensor& v_in, const Fields&
                  format.page_tokens, " tokens, got ", taken);
   const cpu::KeyMap map = checked_key_map(key_map, format, batch, heads);
   const cpu::KeyWeights weights = checked_key_weights(key_weights, batch, heads, taken);
+  const cpu::ValueFeedback feedback = checked_value_feedback(value_feedback, format, batch, heads, taken);
 
   QuantizeCall call;
   call.tokens = tokens;
@@ -125,6 +142,7 @@ QuantizeCall quantize_call(const Tensor& k_in, const Tensor& v_in, const Fields&
   call.index = contiguous(index);
   call.key_map = key_map;
   call.key_weights = key_weights;
+  call.value_feedback = value_feedback;
   const int64_t page_count = taken / format.page_tokens;
   call.pages = torch::stable::new_empty(call.k, {batch, heads, page_count, format.words()}, ScalarType::Int);
   cpu::QuantizeArgs& args = call.args;
@@ -134,6 +152,7 @@ QuantizeCall quantize_call(const Tensor& k_in, const Tensor& v_in, const Fields&
   args.pages = pages_view<cpu::MutablePages>(call.pages);
   args.key_map = map;
   args.key_weights = weights;
+  args.value_feedback = feedback;
   if (call.index) {
     args.index = int32_data(*call.index);
     args.index_batch_stride = broadcast_stride(*call.index, 0);
@@ -175,10 +194,11 @@ DequantizeCall dequantize_call(const Tensor& pages_in, const Fields& fields, Sca
 // --------------------------------------------------------------------------------------------------------- evict_
 EvictCall evict_call(const Tensor& window_k, const Tensor& window_v, const Tensor& pages, const Fields& fields,
                      int64_t page, int64_t tokens, int64_t start, int64_t step, int64_t count,
-                     const OptionalTensor& key_map, const OptionalTensor& key_weights) {
+                     const OptionalTensor& key_map, const OptionalTensor& key_weights,
+                     const OptionalTensor& value_feedback) {
   const PageFormat format = checked_format(fields);
   check_same_device(window_k, "window_k", {{"window_v", &window_v}, {"pages", &pages}},
-                    {{"key_map", &key_map}, {"key_weights", &key_weights}});
+                    {{"key_map", &key_map}, {"key_weights", &key_weights}, {"value_feedback", &value_feedback}});
   check_tokens(window_k, "window_k", format.head_dim);
   check_tokens(window_v, "window_v", format.value_dim);
   check_same_dtype(window_v, "window_v", window_k, "window_k");
@@ -202,11 +222,12 @@ EvictCall evict_call(const Tensor& window_k, const Tensor& window_v, const Tenso
                  "start, step and count must name slots below ", tokens, ", got ", start, ", ", step, " and ", count);
   LOGQUANT_CHECK(page >= 0 && page <= pages.size(2) - pages_written, "page must leave room for ", pages_written,
                  " pages of ", pages.size(2), ", got ", page);
-  EvictCall call{{}, window_k, window_v, pages, key_map, key_weights};
+  EvictCall call{{}, window_k, window_v, pages, key_map, key_weights, value_feedback};
   cpu::EvictArgs& args = call.args;
   args.format = format;
   args.key_map = checked_key_map(key_map, format, window_k.size(0), window_k.size(1));
   args.key_weights = checked_key_weights(key_weights, window_k.size(0), window_k.size(1), count);
+  args.value_feedback = checked_value_feedback(value_feedback, format, window_k.size(0), window_k.size(1), count);
   args.k = tokens_view<cpu::MutableTokens>(window_k);
   args.v = tokens_view<cpu::MutableTokens>(window_v);
   args.pages = pages_view<cpu::MutablePages>(pages);

@@ -24,7 +24,7 @@ struct QuantizeCall {
   cpu::QuantizeArgs args;
   int64_t tokens = 0;  // of k and v
   Tensor k, v, pages;
-  OptionalTensor index, key_map, key_weights;
+  OptionalTensor index, key_map, key_weights, value_feedback;
 };
 struct DequantizeCall {
   cpu::DequantizeArgs args;
@@ -34,7 +34,7 @@ struct DequantizeCall {
 struct EvictCall {
   cpu::EvictArgs args;
   Tensor window_k, window_v, pages;
-  OptionalTensor key_map, key_weights;
+  OptionalTensor key_map, key_weights, value_feedback;
 };
 struct AttendCall {
   cpu::AttendArgs args;
@@ -44,12 +44,14 @@ struct AttendCall {
 };
 
 QuantizeCall quantize_call(const Tensor& k, const Tensor& v, const Fields& format, const OptionalTensor& index,
-                           const OptionalTensor& key_map, const OptionalTensor& key_weights);
+                           const OptionalTensor& key_map, const OptionalTensor& key_weights,
+                           const OptionalTensor& value_feedback);
 DequantizeCall dequantize_call(const Tensor& pages, const Fields& format, torch::headeronly::ScalarType dtype,
                                const OptionalTensor& key_map);
 EvictCall evict_call(const Tensor& window_k, const Tensor& window_v, const Tensor& pages, const Fields& format,
                      int64_t page, int64_t tokens, int64_t start, int64_t step, int64_t count,
-                     const OptionalTensor& key_map, const OptionalTensor& key_weights);
+                     const OptionalTensor& key_map, const OptionalTensor& key_weights,
+                     const OptionalTensor& value_feedback);
 AttendCall attend_call(const Tensor& q, const Tensor& pages, const Tensor& window_k, const Tensor& window_v,
                        const Fields& format, double scale, double softcap, const OptionalTensor& key_map,
                        const OptionalTensor& positions, const OptionalTensor& mask,

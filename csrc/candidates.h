@@ -29,4 +29,7 @@ inline constexpr float kScaleOfZero = static_cast<float>(1.0 / (kZeroUnit * kZer
 // Weights of tokens lie within 2^-10 .. 2^10; any other counts as 1.
 LOGQUANT_HOST_DEVICE constexpr float valid_weight(float x) { return x >= 0x1p-10f && x <= 0x1p10f ? x : 1.0f; }
 
+// How much of an error another token takes off; what lies beyond counts as nothing, a NaN too.
+LOGQUANT_HOST_DEVICE constexpr float valid_feedback(float x) { return x >= -4.0f && x <= 4.0f ? x : 0.0f; }
+
 }  // namespace logquant

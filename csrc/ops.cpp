@@ -21,8 +21,9 @@ void parallel_for(int64_t count, const cpu::Task& task) {
 }
 
 Tensor quantize(const Tensor& k, const Tensor& v, const Fields& format, const OptionalTensor& index,
-                const OptionalTensor& key_map, const OptionalTensor& key_weights) {
-  const QuantizeCall call = quantize_call(k, v, format, index, key_map, key_weights);
+                const OptionalTensor& key_map, const OptionalTensor& key_weights,
+                const OptionalTensor& value_feedback) {
+  const QuantizeCall call = quantize_call(k, v, format, index, key_map, key_weights, value_feedback);
   if (call.pages.numel() > 0) cpu::kernels().quantize(call.args, parallel_for);
   return call.pages;
 }
@@ -35,10 +36,10 @@ std::tuple<Tensor, Tensor> dequantize(const Tensor& pages, const Fields& format,
 }
 
 void evict(Tensor window_k, Tensor window_v, Tensor pages, const Fields& format, int64_t page, int64_t tokens,
-           int64_t start, int64_t step, int64_t count, const OptionalTensor& key_map,
-           const OptionalTensor& key_weights) {
-  const EvictCall call =
-      evict_call(window_k, window_v, pages, format, page, tokens, start, step, count, key_map, key_weights);
+           int64_t start, int64_t step, int64_t count, const OptionalTensor& key_map, const OptionalTensor& key_weights,
+           const OptionalTensor& value_feedback) {
+  const EvictCall call = evict_call(window_k, window_v, pages, format, page, tokens, start, step, count, key_map,
+                                    key_weights, value_feedback);
   if (window_k.numel() > 0) cpu::kernels().evict(call.args, parallel_for);
 }
 
@@ -57,12 +58,13 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& pages, const Te
 
 STABLE_TORCH_LIBRARY(logquant, m) {
   m.def(
-      "quantize(Tensor k, Tensor v, int[] format, Tensor? index=None, Tensor? key_map=None, Tensor? key_weights=None) "
-      "-> Tensor");
+      "quantize(Tensor k, Tensor v, int[] format, Tensor? index=None, Tensor? key_map=None, Tensor? key_weights=None, "
+      "Tensor? value_feedback=None) -> Tensor");
   m.def("dequantize(Tensor pages, int[] format, ScalarType dtype, Tensor? key_map=None) -> (Tensor, Tensor)");
   m.def(
       "evict_(Tensor(a!) window_k, Tensor(b!) window_v, Tensor(c!) pages, int[] format, int page, int tokens, "
-      "int start, int step, int count, Tensor? key_map=None, Tensor? key_weights=None) -> ()");
+      "int start, int step, int count, Tensor? key_map=None, Tensor? key_weights=None, Tensor? value_feedback=None) -> "
+      "()");
   m.def(
       "attend(Tensor q, Tensor pages, Tensor window_k, Tensor window_v, int[] format, float scale, "
       "float softcap=0.0, Tensor? key_map=None, Tensor? positions=None, Tensor? mask=None, "

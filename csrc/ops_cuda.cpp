@@ -40,9 +40,10 @@ int multiprocessors(int device) {
 }
 
 Tensor quantize(const Tensor& k, const Tensor& v, const Fields& format, const OptionalTensor& index,
-                const OptionalTensor& key_map, const OptionalTensor& key_weights) {
+                const OptionalTensor& key_map, const OptionalTensor& key_weights,
+                const OptionalTensor& value_feedback) {
   const Launch launch(k);
-  const QuantizeCall call = quantize_call(k, v, format, index, key_map, key_weights);
+  const QuantizeCall call = quantize_call(k, v, format, index, key_map, key_weights, value_feedback);
   if (call.pages.numel() == 0) return call.pages;
   cuda::QuantizeArgs args{call.args, call.tokens};
   check_launch(cuda::quantize(args, launch.stream()), "quantize");
@@ -58,11 +59,11 @@ std::tuple<Tensor, Tensor> dequantize(const Tensor& pages, const Fields& format,
 }
 
 void evict(Tensor window_k, Tensor window_v, Tensor pages, const Fields& format, int64_t page, int64_t tokens,
-           int64_t start, int64_t step, int64_t count, const OptionalTensor& key_map,
-           const OptionalTensor& key_weights) {
+           int64_t start, int64_t step, int64_t count, const OptionalTensor& key_map, const OptionalTensor& key_weights,
+           const OptionalTensor& value_feedback) {
   const Launch launch(window_k);
-  const EvictCall call =
-      evict_call(window_k, window_v, pages, format, page, tokens, start, step, count, key_map, key_weights);
+  const EvictCall call = evict_call(window_k, window_v, pages, format, page, tokens, start, step, count, key_map,
+                                    key_weights, value_feedback);
   if (window_k.numel() > 0) check_launch(cuda::evict(call.args, launch.stream()), "evict_");
 }
 

@@ -95,6 +95,7 @@ def quantize(
     index: Tensor | None = None,
     key_map: Tensor | None = None,
     key_weights: Tensor | None = None,
+    value_feedback: Tensor | None = None,
 ) -> Tensor:
     """Quantise tokens into pages; see :func:`logquant.reference.quantize`.
 
@@ -106,6 +107,8 @@ def quantize(
         key_map: int16 ``[1 or B, 1 or H, C]``, the column map; needed unless C = D.
         key_weights: float32 ``[1 or B, 1 or H, N]``, how much an error of each token's key counts where parameters are
             fitted (``key_param_bits`` 8); 1 without it.
+        value_feedback: float32 ``[1 or B, 1 or H, N, page_tokens]``, how much of a token's error each later token of
+            its page takes off before it is rounded (``value_param_bits`` 8); nothing without it.
 
     Returns:
         Pages, int32 ``[B, H, N / page_tokens, words]``.
@@ -114,11 +117,13 @@ def quantize(
         ValueError: tensors on different devices.
         RuntimeError: a wrong shape, dtype or index.
     """
-    _check_devices(k, v=v, index=index, key_map=key_map, key_weights=key_weights)
+    _check_devices(k, v=v, index=index, key_map=key_map, key_weights=key_weights, value_feedback=value_feedback)
     if _compiled():
-        pages: Tensor = torch.ops.logquant.quantize(k, v, fmt.fields(), index, key_map, key_weights)
+        pages: Tensor = torch.ops.logquant.quantize(k, v, fmt.fields(), index, key_map, key_weights, value_feedback)
         return pages
-    return reference.quantize(k, v, fmt, index=index, key_map=key_map, key_weights=key_weights)
+    return reference.quantize(
+        k, v, fmt, index=index, key_map=key_map, key_weights=key_weights, value_feedback=value_feedback
+    )
 
 
 def dequantize(
@@ -159,6 +164,7 @@ def evict_(
     count: int,
     key_map: Tensor | None = None,
     key_weights: Tensor | None = None,
+    value_feedback: Tensor | None = None,
 ) -> None:
     """Move tokens from the window into pages, in place; see :func:`logquant.reference.evict_`.
 
@@ -171,16 +177,34 @@ def evict_(
         tokens: how many slots of the window hold tokens.
         start, step, count: the slots to evict (:func:`logquant.window.evicted_slots`); count is a multiple of
             ``fmt.page_tokens``.
-        key_map, key_weights: as for :func:`quantize`.
+        key_map, key_weights, value_feedback: as for :func:`quantize`.
 
     Raises:
         ValueError: tensors on different devices.
         RuntimeError: a wrong shape, dtype or slot; nothing has changed then.
     """
-    _check_devices(window_k, window_v=window_v, pages=pages, key_map=key_map, key_weights=key_weights)
+    _check_devices(
+        window_k,
+        window_v=window_v,
+        pages=pages,
+        key_map=key_map,
+        key_weights=key_weights,
+        value_feedback=value_feedback,
+    )
     if _compiled():
         torch.ops.logquant.evict_(
-            window_k, window_v, pages, fmt.fields(), page, tokens, start, step, count, key_map, key_weights
+            window_k,
+            window_v,
+            pages,
+            fmt.fields(),
+            page,
+            tokens,
+            start,
+            step,
+            count,
+            key_map,
+            key_weights,
+            value_feedback,
         )
         return
     reference.evict_(
@@ -195,6 +219,7 @@ def evict_(
         count=count,
         key_map=key_map,
         key_weights=key_weights,
+        value_feedback=value_feedback,
     )
 
 

@@ -265,6 +265,7 @@ def _codes(x: Tensor, scale: Tensor, zero: Tensor, levels: Tensor | int) -> Tens
 SHRINKS = (0.9, 0.8, 0.7, 0.6, 0.5)  # of the whole range, about its middle
 MOVES = (0.15, 0.07, -0.07, -0.15, 0.15, 0.07, -0.07, -0.15)  # of one end of the range, in parts of it
 REFITS = 2
+FEEDBACK_MAX = 4.0  # a larger factor counts as 0
 
 
 def _sum(x: Tensor) -> Tensor:
@@ -427,15 +428,45 @@ def _quantize_keys(
     return _codes(k, scale, zero, levels), params
 
 
-def _quantize_values(v: Tensor, fmt: PageFormat) -> tuple[Tensor, Tensor]:
+def _fed_back(x: Tensor, scale: Tensor, levels: int, feedback: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Values after each has taken off what the errors of those before it in its page come to, and their codes.
+
+    Args:
+        x: ``[B, H, P, G, groups, Gv]`` float32, rotated.
+        scale: ``[B, H, P, G, groups]``.
+        levels: the largest code.
+        feedback: ``[b, h, P, G, G]``, as for :func:`quantize`.
+        counts: which groups have an error that counts, bool like ``scale``.
+    """
+    x, codes = x.clone(), torch.empty_like(x)
+    factors = feedback.where(feedback.abs() <= FEEDBACK_MAX, 0.0)[..., None, None]
+    scale = scale.unsqueeze(-1)
+    zero, most = scale * (-0.5 * levels), torch.full_like(scale, levels)
+    for t in range(x.shape[3]):
+        own = x[:, :, :, t]
+        codes[:, :, :, t] = code = _fitted_code(own, scale[:, :, :, t], zero[:, :, :, t], most[:, :, :, t])
+        error = own - (zero[:, :, :, t] + scale[:, :, :, t] * code)
+        error = error.where(counts[:, :, :, t].unsqueeze(-1), 0.0)
+        x[:, :, :, t + 1 :] -= factors[:, :, :, t, t + 1 :] * error.unsqueeze(3)
+    return x, codes
+
+
+def _quantize_values(v: Tensor, fmt: PageFormat, feedback: Tensor | None) -> tuple[Tensor, Tensor]:
     """Codes ``[B, H, P, G, Dv]`` (int32) and packed parameters of values ``[B, H, P, G, groups, Gv]`` (float32)."""
     levels = 2**fmt.value_bits - 1
     if fmt.value_param_bits == 8:
         finite = v.isfinite().all(-1)
         x = hadamard(v.where(finite.unsqueeze(-1), 0.0).clamp(-PARAM_MAX, PARAM_MAX), fmt.hadamard_block)
         scale_bytes, codes = fit_values(x.movedim(-1, 0), levels)
+        codes = codes.movedim(0, -1)
+        if feedback is not None:
+            # The scales that fit the values are not those that fit what becomes of them.
+            factors = feedback.expand(*v.shape[:2], -1, -1).unflatten(2, (-1, fmt.page_tokens))
+            corrected, _ = _fed_back(x, byte_scale(scale_bytes), levels, factors, finite)
+            scale_bytes, _ = fit_values(corrected.movedim(-1, 0), levels)
+            _, codes = _fed_back(x, byte_scale(scale_bytes), levels, factors, finite)
         scale_bytes = torch.where(finite, scale_bytes, POISON)
-        codes = torch.where(finite, codes, 0.0).movedim(0, -1)
+        codes = torch.where(finite.unsqueeze(-1), codes, 0.0)
         return codes.flatten(-2).int(), _pack_bytes(scale_bytes.transpose(-1, -2).flatten(-2))
     scale, zero = _scale_and_zero(v, levels, dim=-1)
     params = [_pack_half(p.squeeze(-1).transpose(-1, -2).flatten(-2)) for p in (scale, zero)]
@@ -450,6 +481,7 @@ def quantize(
     index: Tensor | None = None,
     key_map: Tensor | None = None,
     key_weights: Tensor | None = None,
+    value_feedback: Tensor | None = None,
 ) -> Tensor:
     """Quantise tokens into pages (LogQuant section 4, in the page format of csrc/format.h).
 
@@ -466,6 +498,9 @@ def quantize(
         key_map: int16 ``[1 or B, 1 or H, C]``, the column map; needed unless C = D.
         key_weights: float32 ``[1 or B, 1 or H, N]``, how much an error of each token's key counts where parameters are
             fitted; a weight outside 2^-10 .. 2^10 counts as 1, as all do without it.
+        value_feedback: float32 ``[1 or B, 1 or H, N, G]``, for values with 8-bit parameters: how much of a token's
+            error each later token of its page takes off before it is rounded (logquant/feedback.py). Factors of
+            earlier tokens are not read; one beyond +-4 counts as 0, as all do without it.
 
     Returns:
         Pages, int32 ``[B, H, N/G, words]``.
@@ -484,7 +519,7 @@ def quantize(
     code = (code >> (fmt.key_bits * digit.unsqueeze(-2)).int()) & (2**fmt.key_bits - 1)
     key_codes = pack_words(code, fmt.key_bits)
 
-    code, value_params = _quantize_values(v, fmt)
+    code, value_params = _quantize_values(v, fmt, value_feedback)
     value_codes = pack_words(code.transpose(-1, -2), fmt.value_bits).transpose(-1, -2)  # [B, H, P, G*b/32, Dv]
     return torch.cat([key_codes.flatten(-2), key_params, value_codes.flatten(-2), value_params], -1)
 
@@ -555,6 +590,7 @@ def evict_(
     count: int,
     key_map: Tensor | None = None,
     key_weights: Tensor | None = None,
+    value_feedback: Tensor | None = None,
 ) -> None:
     """Move tokens from the window into pages, in place: quantise every ``step``-th slot, close the gaps.
 
@@ -570,12 +606,18 @@ def evict_(
         page: the first page to write.
         tokens: how many slots of the window hold tokens.
         start, step, count: the slots to evict.
-        key_map, key_weights: as for :func:`quantize`.
+        key_map, key_weights, value_feedback: as for :func:`quantize`.
     """
     gone = torch.arange(start, start + step * count, step, device=window_k.device)
     stays = torch.ones(tokens, dtype=torch.bool, device=window_k.device).index_fill_(0, gone, False)
     pages[:, :, page : page + count // fmt.page_tokens] = quantize(
-        window_k, window_v, fmt, index=gone.int()[None], key_map=key_map, key_weights=key_weights
+        window_k,
+        window_v,
+        fmt,
+        index=gone.int()[None],
+        key_map=key_map,
+        key_weights=key_weights,
+        value_feedback=value_feedback,
     )
     for window in (window_k, window_v):
         window[:, :, : tokens - count] = window[:, :, :tokens][:, :, stays]

@@ -59,6 +59,17 @@ def key_weights(seed: int, *, batch: int, heads: int, count: int) -> Tensor | No
     return weights
 
 
+def value_feedback(fmt: PageFormat, seed: int, *, batch: int, heads: int, count: int) -> Tensor | None:
+    """Factors ``[batch, heads, count, G]``, now and then none, or some that are not valid; none for plain formats."""
+    if fmt.value_param_bits == 16 or seed % 4 == 2:
+        return None
+    random = torch.Generator().manual_seed(seed)
+    factors = torch.randn(batch if seed % 3 else 1, heads, count, fmt.page_tokens, generator=random) * 0.2
+    if seed % 4 == 1:
+        factors[..., ::7, :], factors[..., ::11], factors[..., 1::13] = torch.nan, 5.0, -torch.inf
+    return factors
+
+
 def column_map(fmt: PageFormat, seed: int, *, batch: int, heads: int) -> Tensor:
     """A random column map ``[batch, heads, C]``: every channel gets 0 or more columns, in random order."""
     random = torch.Generator().manual_seed(seed)

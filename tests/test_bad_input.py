@@ -12,6 +12,7 @@ from logquant.reference import PageFormat
 
 FMT = PageFormat(64)
 COLUMNS = PageFormat(64, key_columns=80)
+FITTED = PageFormat(64, key_param_bits=8, value_param_bits=8)
 
 
 def tokens(count: int, dim: int = 64, *, batch: int = 2, heads: int = 2, dtype: torch.dtype = torch.float32):
@@ -65,6 +66,14 @@ def check_error(call: Any, message: str, error: type[Exception] = RuntimeError) 
         (dict(key_weights=torch.ones(1, 64)), r"key_weights must have shape \[2, 2, 64\]"),
         (dict(key_weights=torch.ones(1, 1, 64).double()), "key_weights must be Float, got Double"),
         (dict(key_weights=torch.ones(1, 1, 128)[..., ::2]), "key_weights must be contiguous in its last dimension"),
+        (dict(value_feedback=torch.ones(1, 1, 64, 64)), "value_feedback needs value_param_bits 8, got 16"),
+        (
+            dict(fmt=FITTED, value_feedback=torch.ones(1, 1, 64, 32)),
+            r"value_feedback must have shape \[2, 2, 64, 64\] .* got \[1, 1, 64, 32\]",
+        ),
+        (dict(fmt=FITTED, value_feedback=torch.ones(1, 1, 1, 64)), "value_feedback must have 64 tokens, got 1"),
+        (dict(fmt=FITTED, value_feedback=torch.ones(1, 1, 64, 64).double()), "value_feedback must be Float, got Doub"),
+        (dict(fmt=FITTED, value_feedback=torch.ones(1, 1, 64, 64).mT), "value_feedback must be contiguous in its last"),
     ],
 )
 def test_quantize(changes, message):
@@ -112,6 +121,10 @@ def test_dequantize(changes, message):
         (dict(step=2**62), "start, step and count must name slots below 192"),
         (dict(count=64 * 2**40), "start, step and count must name slots below 192"),
         (dict(key_weights=torch.ones(1, 1, 192)), r"key_weights must have shape \[2, 2, 64\] .* got \[1, 1, 192\]"),
+        (
+            dict(fmt=FITTED, pages=pages(2, fmt=FITTED), value_feedback=torch.ones(1, 1, 192, 64)),
+            r"value_feedback must have shape \[2, 2, 64, 64\] .* got \[1, 1, 192, 64\]",
+        ),
         (dict(page=2), "page must leave room for 1 pages of 2, got 2"),
         (dict(page=-1), "page must leave room for 1 pages of 2, got -1"),
     ],

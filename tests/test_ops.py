@@ -16,7 +16,7 @@ from logquant.window import RULES, evicted_slots
 from tests import emulated
 from tests.backends import BACKENDS, CPU_SETS, on
 from tests.on_device import OnDevice
-from tests.strategies import column_map, dtypes, formats, key_weights, seeds, tokens
+from tests.strategies import column_map, dtypes, formats, key_weights, seeds, tokens, value_feedback
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -37,11 +37,15 @@ def key_map_of(fmt: PageFormat, seed: int, batch: int, heads: int) -> Tensor | N
 def test_quantize_and_dequantize_bit_for_bit(backend, fmt, dtype, seed, batch, heads, pages):
     k, v = tokens(fmt, seed, batch=batch, heads=heads, count=pages * fmt.page_tokens, dtype=dtype)
     key_map = key_map_of(fmt, seed, batch, heads)
-    weights = key_weights(seed, batch=batch, heads=heads, count=k.shape[2])
+    options = {
+        "key_map": key_map,
+        "key_weights": key_weights(seed, batch=batch, heads=heads, count=k.shape[2]),
+        "value_feedback": value_feedback(fmt, seed, batch=batch, heads=heads, count=k.shape[2]),
+    }
     with on(backend):
-        packed = ops.quantize(k, v, fmt, key_map=key_map, key_weights=weights)
+        packed = ops.quantize(k, v, fmt, **options)
         restored = ops.dequantize(packed, fmt, dtype=dtype, key_map=key_map)
-    expected = reference.quantize(k, v, fmt, key_map=key_map, key_weights=weights)
+    expected = reference.quantize(k, v, fmt, **options)
     assert torch.equal(packed, expected)
     for got, want in zip(restored, reference.dequantize(expected, fmt, dtype=dtype, key_map=key_map), strict=True):
         assert torch.equal(got, want)
@@ -57,6 +61,7 @@ def test_quantize_takes_the_indexed_tokens(backend, fmt, seed, rows):
         "index": index,
         "key_map": column_map(fmt, seed, batch=1, heads=1),
         "key_weights": key_weights(seed, batch=2, heads=1, count=fmt.page_tokens),
+        "value_feedback": value_feedback(fmt, seed, batch=2, heads=1, count=fmt.page_tokens),
     }
     with on(backend):
         packed = ops.quantize(k, v, fmt, **options)
@@ -86,9 +91,10 @@ def test_quantize_extreme_values(backend, dtype, fmt):
         x[0, 1, 128:192] *= 3e4
         x[0, 1, 192:] = x[0, 1, 192:].sign() * (1e38 if dtype != torch.float16 else 6e4)
     k, v = k.to(dtype), v.to(dtype)
+    options = {"key_map": key_map, "value_feedback": value_feedback(fmt, 3, batch=1, heads=2, count=256)}
     with on(backend):
-        packed = ops.quantize(k, v, fmt, key_map=key_map)
-    assert torch.equal(packed, reference.quantize(k, v, fmt, key_map=key_map))
+        packed = ops.quantize(k, v, fmt, **options)
+    assert torch.equal(packed, reference.quantize(k, v, fmt, **options))
 
 
 @backends
@@ -121,6 +127,7 @@ def test_evict_(backend, fmt, dtype, seed, rule, sinks, pages_per_window):
     store = torch.full((2, 2, 2 + pages_per_window, fmt.words), 7, dtype=torch.int32)
     step = dict(page=1, tokens=full, start=slots.start, step=slots.step, count=window, key_map=key_map)
     step["key_weights"] = key_weights(seed, batch=2, heads=2, count=window)
+    step["value_feedback"] = value_feedback(fmt, seed, batch=2, heads=2, count=window)
     got = [x.clone() for x in (k, v, store)]
     want = [x.clone() for x in (k, v, store)]
     with on(backend):

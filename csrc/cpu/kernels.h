@@ -54,12 +54,20 @@ struct KeyWeights {
   int64_t batch_stride = 0, head_stride = 0;
 };
 
+// How much of a token's error each later token of its page takes off (reference.py): [batch, head, token taken,
+// page_tokens], the last two contiguous; data == nullptr is nothing.
+struct ValueFeedback {
+  const float* data = nullptr;
+  int64_t batch_stride = 0, head_stride = 0;
+};
+
 struct QuantizeArgs {
   PageFormat format;
   Tokens k, v;
   MutablePages pages;
   KeyMap key_map;
   KeyWeights key_weights;
+  ValueFeedback value_feedback;
   // The token that page p, slot t takes: index[p * page_tokens + t] of its batch row; without an index, that number
   // itself times index_step plus index_start.
   const int32_t* index = nullptr;
@@ -83,6 +91,7 @@ struct EvictArgs {
   MutablePages pages;  // already at the first page to write
   KeyMap key_map;
   KeyWeights key_weights;
+  ValueFeedback value_feedback;
   int64_t batch = 0, heads = 0;
   int64_t tokens = 0, start = 0, step = 1, count = 0;
 };

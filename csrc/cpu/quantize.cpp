@@ -27,10 +27,14 @@ void quantize_page(const QuantizeArgs& args, int64_t task) {
                                    ? nullptr
                                    : args.key_weights.data + batch * args.key_weights.batch_stride +
                                          head * args.key_weights.head_stride + p * f.page_tokens;
+  const float* const feedback = args.value_feedback.data == nullptr
+                                    ? nullptr
+                                    : args.value_feedback.data + batch * args.value_feedback.batch_stride +
+                                          head * args.value_feedback.head_stride + p * f.page_tokens * f.page_tokens;
   int32_t* const page =
       args.pages.data + batch * args.pages.batch_stride + head * args.pages.head_stride + p * args.pages.page_stride;
   quantize_one_page(f, args.k.dtype, {base(args.k), base(args.v), args.k.token_stride, args.v.token_stride, rows}, map,
-                    weights, page, arena);
+                    weights, feedback, page, arena);
 }
 
 }  // namespace logquant::cpu::LOGQUANT_ISA
