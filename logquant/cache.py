@@ -25,13 +25,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from . import columns, compiled, ops
 from .attention import Attended, KVHandle, KVView
 from .config import LogQuantConfig
+from .feedback import QUERIES, Attention, Newest, key_weights, value_feedback
 from .reference import DTYPES, PageFormat
 from .window import Move, Rows, Slots
 
 # Pages are quantised in portions of about this size, so that a long prompt's never exist twice.
-_PORTION_NBYTES = 4 << 20
-# The newest queries say how much each key's error counts (see logquant.columns); fewer than that many say too little.
-_QUERIES, _FEWEST_QUERIES = 64, 16
+_PORTION_NBYTES = 1 << 20
 
 
 class _Pending(NamedTuple):
@@ -125,6 +124,8 @@ class LogQuantLayer(CacheLayerMixin):
         self.key_map = columns.default_map(self.format, batch, heads, self.device) if self.format.has_map else None
         # Of queries, for choosing the map: columns.squares_of. None before any and after every row has its map.
         self._squares: Tensor | None = None
+        # The newest queries, which say how to quantise (logquant.feedback); None where that is not asked for or known.
+        self._newest: Newest | None = None
         self._ticket = compiled.ticket_for(self, value_states.shape[-1])
         self.is_initialized = True
 
@@ -332,8 +333,25 @@ class LogQuantLayer(CacheLayerMixin):
             if attended is not None and self.key_map is not None and any(s.packed == 0 for s in rows.slots):
                 squares = columns.squares_of(attended.query, self.window_k.shape[1], real)
                 self._squares = squares if self._squares is None else self._squares + squares
-            self._move(pending.keys, pending.values, pending.in_window, moves, after, attended, real)
-        self._pending = None
+            newest = self._newest_with(attended, pending.new, real, recallable)
+            self._move(pending.keys, pending.values, pending.in_window, moves, after, newest, real)
+        self._newest, self._pending = newest, None
+
+    def _newest_with(self, attended: Attended | None, new: int, real: Tensor | None, recallable: int) -> Newest | None:
+        """The newest queries, and as many more as a :meth:`crop` may take back."""
+        if attended is None or self.format.key_param_bits == self.format.value_param_bits == 16:
+            return self._newest
+        query = attended.query.detach()
+        if new == 1:  # the query heads of a KV head may have come as its queries
+            query = query.flatten(1, 2).unsqueeze(2)
+        if query.shape[2] != new:
+            return self._newest
+        count = QUERIES + recallable
+        newest = Newest.of(query, real, attended.scale, attended.softcap).keep(count)
+        older = count - newest.query.shape[2]
+        if self._newest is None or older <= 0:
+            return newest.map(Tensor.clone)  # lest a prompt's many stay
+        return self._newest.keep(older).then(newest).keep(count)
 
     def _real_columns(self, pending: _Pending) -> Tensor | None:
         """Which of the pending columns hold a token, bool ``[B, new]``; None if all do."""
@@ -353,7 +371,7 @@ class LogQuantLayer(CacheLayerMixin):
         in_window: bool,
         moves: list[Move],
         after: Rows,
-        attended: Attended | None = None,
+        newest: Newest | None,
         real: Tensor | None = None,
     ) -> None:
         """Carry out ``moves`` on ``keys`` and ``values``, the layer's window or other tensors laid out like it.
@@ -363,7 +381,7 @@ class LogQuantLayer(CacheLayerMixin):
             in_window: whether they are the layer's own window.
             moves: what becomes of the tokens of which rows.
             after: the rows afterwards.
-            attended: what attended to the new tokens, if known.
+            newest: the newest queries, if known.
             real: which of the new columns hold a token, bool ``[B, new]``; None if all do.
         """
         if in_window and all(len(m.leaving) == 0 and m.staying is None for m in moves):
@@ -376,9 +394,9 @@ class LogQuantLayer(CacheLayerMixin):
             self.prefetch()
         store, window_k, window_v = self._stores_for(after, keys, values, in_window)
         key_map = self._chosen_map(keys, moves, real)
-        step_weights = [self._key_weights(keys, m, attended, real) for m in steps]
+        step_options = [self._fit_options(self._attention(keys, m, newest, real), slice(None)) for m in steps]
         for m in others:
-            self._quantize_into(store, keys, values, m, key_map, self._key_weights(keys, m, attended, real))
+            self._quantize_into(store, keys, values, m, key_map, self._attention(keys, m, newest, real))
         stays = [
             (m.rows, self._staying(x[m.rows], m), window)
             for m in others
@@ -387,8 +405,8 @@ class LogQuantLayer(CacheLayerMixin):
         ]
         # What is written from here on cannot be undone.
         self._interrupted = True
-        for m, weights in zip(steps, step_weights, strict=True):
-            self._evict(store, m, key_map, weights)
+        for m, options in zip(steps, step_options, strict=True):
+            self._evict(store, m, key_map, options)
         for rows, stay, window in stays:
             window[rows, :, : stay.shape[2]] = stay
         if store is not self.pages:
@@ -423,22 +441,23 @@ class LogQuantLayer(CacheLayerMixin):
             key_map[m.rows] = columns.allocate(score, self.format)
         return key_map
 
-    def _key_weights(self, keys: Tensor, move: Move, attended: Attended | None, real: Tensor | None) -> Tensor | None:
-        """How much the error of each key that leaves counts: as much as the newest queries attend to it."""
-        if attended is None or self.format.key_param_bits == 16 or not len(move.leaving):
+    def _attention(self, keys: Tensor, move: Move, newest: Newest | None, real: Tensor | None) -> Attention | None:
+        """How the newest queries of a move's rows attend to the tokens that leave, if that is known and asked for."""
+        if newest is None or not len(move.leaving):
             return None
-        queries = attended.query[move.rows]
-        if real is not None:  # then every row has a move of its own
-            queries = queries[:, :, real[move.rows][0].to(queries.device)]
-        if queries.shape[2] < _FEWEST_QUERIES:
-            return None
-        return columns.attention_received(
-            queries[:, :, -_QUERIES:],
-            *self._tokens_of(keys, move, real),
-            attended.scale,
-            self.format.page_tokens,
-            attended.softcap,
-        )
+        tokens, leaving = self._tokens_of(keys, move, real)
+        return Attention(newest.map(lambda t: t[move.rows]).keep(QUERIES), tokens, leaving, self.format.page_tokens)
+
+    def _fit_options(self, attention: Attention | None, tokens: slice) -> dict[str, Tensor]:
+        """What the quantiser is told about some of the tokens that leave."""
+        if attention is None:
+            return {}
+        part, options = attention[tokens], {}
+        if self.format.key_param_bits == 8:
+            options["key_weights"] = key_weights(part, self.format.page_tokens)
+        if self.format.value_param_bits == 8:
+            options["value_feedback"] = value_feedback(part, self.format.page_tokens)
+        return options
 
     @staticmethod
     def _staying(tokens: Tensor, move: Move) -> Tensor:
@@ -465,7 +484,13 @@ class LogQuantLayer(CacheLayerMixin):
         return store, window_k, window_v
 
     def _quantize_into(
-        self, store: Tensor, keys: Tensor, values: Tensor, move: Move, key_map: Tensor | None, weights: Tensor | None
+        self,
+        store: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        move: Move,
+        key_map: Tensor | None,
+        attention: Attention | None,
     ) -> None:
         """Quantise the tokens that leave into the pages after the packed ones."""
         page_tokens = self.format.page_tokens
@@ -480,11 +505,11 @@ class LogQuantLayer(CacheLayerMixin):
                 self.format,
                 index=index[None],
                 key_map=None if key_map is None else key_map[move.rows],
-                key_weights=None if weights is None else weights[..., first : first + portion],
+                **self._fit_options(attention, slice(first, first + portion)),
             )
             rows[:, :, page : page + pages.shape[2]] = pages
 
-    def _evict(self, store: Tensor, move: Move, key_map: Tensor | None, weights: Tensor | None) -> None:
+    def _evict(self, store: Tensor, move: Move, key_map: Tensor | None, options: dict[str, Tensor]) -> None:
         """One step of the rule on a window, in place."""
         slots = self.config.evicted_slots
         ops.evict_(
@@ -498,7 +523,7 @@ class LogQuantLayer(CacheLayerMixin):
             step=slots.step,
             count=self.config.window,
             key_map=None if key_map is None else key_map[move.rows],
-            key_weights=weights,
+            **options,
         )
 
     # --------------------------------------------------------------------------------- what transformers asks for
@@ -522,7 +547,7 @@ class LogQuantLayer(CacheLayerMixin):
         self.record_past = False
         self._version += 1
         self._shared.forget()
-        for name in ("window_k", "window_v", "pages", "key_map", "_squares", "_sharers"):
+        for name in ("window_k", "window_v", "pages", "key_map", "_squares", "_newest", "_sharers"):
             self.__dict__.pop(name, None)
 
     def activate_past_recording(self) -> None:
@@ -551,11 +576,14 @@ class LogQuantLayer(CacheLayerMixin):
         after, moves = cropped.append(0), cropped.moves(0, self.device)
         if tokens_to_remove:
             self._crop(cropped)
+            self._newest = self._newest and self._newest.crop(-tokens_to_remove)
             self._version += 1
         # The tokens that are left are here to stay, so the rule is applied to all of them.
         window_k, window_v = (w[:, :, : cropped.exact] for w in (self.window_k, self.window_v))
         with torch.no_grad():
-            self._move(window_k, window_v, True, moves, after)
+            newest = self._newest and self._newest.keep(QUERIES)
+            self._move(window_k, window_v, True, moves, after, newest)
+        self._newest = newest
 
     def _crop(self, after: Rows) -> None:
         before = self._rows
@@ -593,8 +621,9 @@ class LogQuantLayer(CacheLayerMixin):
         """Replace every tensor of the layer; all or none if one of the calls fails."""
         window_k, window_v, pages = function(self.window_k), function(self.window_v), function(self.pages)
         key_map, squares = (None if t is None else function(t) for t in (self.key_map, self._squares))
+        newest = self._newest and self._newest.map(function)
         self._own_pages(pages)
-        self.key_map, self._squares = key_map, squares
+        self.key_map, self._squares, self._newest = key_map, squares, newest
         self.window_k, self.window_v, self._rows = window_k, window_v, rows
         self._version += 1
 
@@ -631,7 +660,13 @@ class LogQuantLayer(CacheLayerMixin):
             self.device = self.window_k.device
 
     def restore(
-        self, rows: Rows | None, pages: Tensor, window_k: Tensor, window_v: Tensor, key_map: Tensor | None = None
+        self,
+        rows: Rows | None,
+        pages: Tensor,
+        window_k: Tensor,
+        window_v: Tensor,
+        key_map: Tensor | None = None,
+        newest: Newest | None = None,
     ) -> None:
         """Hold what another layer held, as :meth:`LogQuantCache.load` reads it.
 
@@ -655,6 +690,8 @@ class LogQuantLayer(CacheLayerMixin):
         if fmt.has_map:
             map_shape = None if key_map is None or key_map.dtype != torch.int16 else key_map.shape
             fits = fits and map_shape == (batch, heads, fmt.key_columns)
+        if newest is not None:
+            fits = fits and newest.fits(batch, heads, fmt.head_dim)
         if not fits or rows is None:
             raise ValueError(
                 f"pages {list(pages.shape)}, window_k {list(window_k.shape)} and window_v {list(window_v.shape)} do "
@@ -665,7 +702,14 @@ class LogQuantLayer(CacheLayerMixin):
         self._own_pages(pages)
         if fmt.has_map:
             self.key_map = key_map
+        self._newest = newest
         self._version += 1
+
+    @property
+    def newest_queries(self) -> Newest | None:
+        """The newest queries, where they say how to quantise and are known."""
+        self._settle()
+        return self._newest if self.is_initialized else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LogQuantLayer:
         """An independent layer. Both share the page store until one of them writes to it."""
@@ -697,7 +741,7 @@ class LogQuantLayer(CacheLayerMixin):
         self._settle()
         if not self.is_initialized:
             return 0
-        held = self.window_k, self.window_v, self.pages, self.key_map, self._squares
+        held = self.window_k, self.window_v, self.pages, self.key_map, self._squares, self._newest
         return sum(t.nbytes for t in held if t is not None)
 
     @property

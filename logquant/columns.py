@@ -1,4 +1,4 @@
-"""Which key channels get how many columns, and how much each token's key counts: statistics of queries and keys.
+"""Which key channels get how many columns: statistics of queries and keys.
 
 At 2 bits nearly all the loss comes from keys, and from few of their channels (DESIGN section 3, "Key columns"). So
 columns of codes go where they lower the expected squared error of scores most, ``E[q_c^2] * var(k_c)`` times what a
@@ -89,35 +89,3 @@ def squares_of(queries: Tensor, kv_heads: int, real: Tensor | None) -> Tensor:
     count = torch.full((batch,), length) if real is None else real.sum(1)
     total[..., -1] = (count * (heads // kv_heads)).to(total)[:, None]
     return total
-
-
-def attention_received(
-    queries: Tensor, keys: Tensor, leaving: Tensor, scale: float, page_tokens: int, softcap: float = 0.0
-) -> Tensor:
-    """Weights of the squared errors of keys that leave: the mean attention each got, 1 on average over a page, plus 1.
-
-    Args:
-        queries: ``[B, Hq, n, D]``, the newest.
-        keys: ``[B, H, T, D]``, all that are still exact.
-        leaving: int32 ``[N]``, indices of keys, N a multiple of ``page_tokens``.
-        scale, softcap: of the scores.
-        page_tokens: tokens of a page.
-
-    Returns:
-        float32 ``[B, H, N]``. All 1 where that is not finite.
-    """
-    grouped = queries.float().unflatten(1, (keys.shape[1], -1)).flatten(2, 3)  # [B, H, queries of a KV head, D]
-
-    def scores(part: Tensor) -> Tensor:
-        out: Tensor = scale * (grouped @ part.float().mT)
-        return softcap * torch.tanh(out / softcap) if softcap else out
-
-    parts = [scores(part).logsumexp(-1) for part in keys.split(_AT_ONCE, 2)]
-    lse = torch.stack(parts).logsumexp(0).unsqueeze(-1)
-    received = [(scores(keys.index_select(2, index)) - lse).exp().mean(2) for index in leaving.split(_AT_ONCE)]
-    pages = torch.cat(received, -1).unflatten(-1, (-1, page_tokens))
-    # Rounded to three bits, so that the order in which a matrix product adds up does not show in the pages.
-    weights = (pages / pages.mean(-1, keepdim=True) + 1.0).nan_to_num(1.0, 1.0, 1.0).flatten(-2)
-    mantissa, exponent = weights.frexp()
-    rounded: Tensor = ((mantissa * 16).round() / 16).ldexp(exponent)
-    return rounded

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .feedback import QUERIES
 from .reference import BITS, PAGE_TOKENS, PARAM_BITS, PageFormat
 from .window import RULES, Rule, evicted_slots, evictions
 
@@ -149,7 +150,14 @@ class LogQuantConfig:
         return pages + max(1, pages // 32)
 
     def head_nbytes(
-        self, tokens: int, head_dim: int, value_dim: int | None = None, itemsize: int = 2, *, decoding: bool = False
+        self,
+        tokens: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        itemsize: int = 2,
+        *,
+        decoding: bool = False,
+        query_heads: int = 0,
     ) -> int:
         """Bytes of one KV head of one sequence after a prompt of ``tokens`` tokens: its pages and its window.
 
@@ -157,6 +165,8 @@ class LogQuantConfig:
             tokens: tokens seen.
             head_dim, value_dim: channels of a key and of a value.
             itemsize: bytes of an exact element.
+            query_heads: query heads of a KV head, whose newest queries are kept where parameters are fitted; 0 counts
+                none, as when the attention does not tell its queries.
             decoding: the last tokens were decoded, not part of a prompt: the most that the cache may hold then, for a
                 store that grows gets pages to spare.
         """
@@ -166,4 +176,6 @@ class LogQuantConfig:
         window = self.window_slots(tokens if packed == 0 else self.window_capacity)
         key_map = 2 * fmt.key_columns if fmt.has_map else 0
         stored = self.store_pages(pages) if decoding and pages else pages
-        return key_map + stored * fmt.nbytes + window * (fmt.head_dim + fmt.value_dim) * itemsize
+        fitted = fmt.key_param_bits == 8 or fmt.value_param_bits == 8
+        queries = min(tokens, QUERIES) * query_heads * fmt.head_dim * itemsize if fitted else 0
+        return key_map + queries + stored * fmt.nbytes + window * (fmt.head_dim + fmt.value_dim) * itemsize

@@ -21,10 +21,12 @@ class HeadShape:
     Args:
         count: KV heads.
         dim: channels of a key, and of a value.
+        group: query heads of a KV head.
     """
 
     count: int
     dim: int
+    group: int = 1
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ def head_shape(config: PreTrainedConfig) -> HeadShape:
         raise ValueError(f"config must be of a model that caches keys and values, got {text.model_type}, which may not")
     heads: int = text.num_attention_heads
     head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return HeadShape(getattr(text, "num_key_value_heads", None) or heads, head_dim)
+    kv_heads: int = getattr(text, "num_key_value_heads", None) or heads
+    return HeadShape(kv_heads, head_dim, heads // kv_heads)
 
 
 def sequence_nbytes(
@@ -88,7 +91,9 @@ def sequence_nbytes(
         elif type(layer) is not DynamicLayer:
             raise ValueError(f"layer {i} must be full or sliding-window attention, got {type(layer).__name__}")
         if type(layer) is DynamicLayer and spec.quantization is not None:
-            head = spec.quantization.head_nbytes(tokens, shape.dim, itemsize=itemsize, decoding=decoding)
+            head = spec.quantization.head_nbytes(
+                tokens, shape.dim, itemsize=itemsize, decoding=decoding, query_heads=shape.group
+            )
         else:
             head = kept * 2 * shape.dim * itemsize
         nbytes += shape.count * head

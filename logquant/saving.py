@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config import LogQuantConfig
+from .feedback import Newest
 from .window import Rows, Slots
 
 if TYPE_CHECKING:
@@ -109,7 +110,10 @@ def save(cache: LogQuantCache, path: str | os.PathLike[str], model: PreTrainedMo
     layers = []
     for i, layer in enumerate(cache.layers):
         if isinstance(layer, LogQuantLayer):
-            state = {"is_initialized": layer.is_initialized, "record_past": layer.record_past}
+            state: dict[str, Any] = {"is_initialized": layer.is_initialized, "record_past": layer.record_past}
+            if layer.newest_queries is not None:
+                newest = layer.newest_queries
+                state["newest"] = {name: getattr(newest, name) for name in ("columns", "scale", "softcap")}
             for name, tensor in _used(layer).items() if layer.is_initialized else ():
                 tensors[f"layers.{i}.{name}"] = tensor.detach().cpu().contiguous()
             layers.append({"kind": "LogQuantLayer", "state": state})
@@ -146,8 +150,13 @@ def save(cache: LogQuantCache, path: str | os.PathLike[str], model: PreTrainedMo
 def _used(layer: LogQuantLayer) -> dict[str, Tensor]:
     """The parts of a layer's tensors that hold something."""
     rows = layer.rows
-    key_map = {} if layer.key_map is None else {"key_map": layer.key_map}
-    return key_map | {
+    newest = layer.newest_queries
+    optional = {
+        "key_map": layer.key_map,
+        "newest.query": None if newest is None else newest.query,
+        "newest.real": None if newest is None else newest.real,
+    }
+    return {name: tensor for name, tensor in optional.items() if tensor is not None} | {
         "pages": layer.pages[:, :, : rows.packed // layer.format.page_tokens],
         "window_k": layer.window_k[:, :, : rows.exact],
         "window_v": layer.window_v[:, :, : rows.exact],
@@ -186,7 +195,11 @@ def load(
         if saved["state"]["is_initialized"]:
             names = [name for name in ("pages", "window_k", "window_v", "key_map") if f"layers.{i}.{name}" in tensors]
             parts = {name: tensors[f"layers.{i}.{name}"].to(device) for name in names}
-            layer.restore(rows, **parts)
+            newest = None
+            if (query := tensors.get(f"layers.{i}.newest.query")) is not None:
+                real = tensors.get(f"layers.{i}.newest.real")
+                newest = Newest(query, real, **saved["state"]["newest"]).map(lambda t: t.to(device))
+            layer.restore(rows, **parts, newest=newest)
     return cache
 
 

@@ -65,7 +65,9 @@ def test_generate_streams_text_and_ends_with_the_cost(model, json_file):
     assert written["new_tokens"] == 8 and written["prompt_tokens"] == len("<user>" + "x" * 300 + "<assistant>")
     assert result.stdout == written["text"] + "\n"
     config, heads, seen = LogQuantConfig(), 4, written["prompt_tokens"] + 7  # the last token is never cached
-    assert written["bytes"] == heads * config.head_nbytes(seen, 32, itemsize=4, decoding=True)  # it has just evicted
+    assert written["bytes"] == heads * config.head_nbytes(
+        seen, 32, itemsize=4, decoding=True, query_heads=2
+    )  # it has just evicted
     assert written["full_precision_bytes"] == heads * seen * 2 * 32 * 4
     ratio = written["full_precision_bytes"] / written["bytes"]
     summary = result.stderr.splitlines()[-1]

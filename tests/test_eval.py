@@ -56,7 +56,9 @@ def test_bits_and_bytes_are_those_of_the_format(model, ids):
     assert by_name["logquant:window=32"].bits_per_element == config.page_format(32).bits_per_element
     heads = 4  # of two layers
     assert by_name["full"].nbytes == heads * seen * 2 * 32 * 4
-    least, most = (heads * config.head_nbytes(seen, 32, itemsize=4, decoding=decoding) for decoding in (False, True))
+    least, most = (
+        heads * config.head_nbytes(seen, 32, itemsize=4, decoding=decoding, query_heads=2) for decoding in (False, True)
+    )
     assert least <= by_name["logquant:window=32"].nbytes <= most
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from logquant import LogQuantCache, LogQuantConfig, columns, reference
+from logquant import LogQuantCache, LogQuantConfig, columns, feedback, reference
 from logquant.cache import LogQuantLayer
 from logquant.compat import as_argument
 from logquant.window import split_positions
@@ -33,26 +33,59 @@ def attend(layer: LogQuantLayer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
     return keys.kv_view.attend(q, mask, 0.125, causal=mask is None)
 
 
-def test_the_first_prompt_chooses_columns_and_weights():
+def options_of(layer: LogQuantLayer, q: Tensor, k: Tensor, leaving: Tensor) -> dict[str, Tensor]:
+    """What the quantiser is told when the last of ``q`` are the newest queries and ``k`` the exact keys."""
+    newest = feedback.Newest.of(q[:, :, -feedback.QUERIES :], None, 0.125, 0.0)
+    part = feedback.Attention(newest, k, leaving, 64)[:]
+    return {"key_weights": feedback.key_weights(part, 64), "value_feedback": feedback.value_feedback(part, 64)}
+
+
+def test_the_newest_queries_choose_columns_weights_and_feedback():
     layer, q, k, v = layer_and_tokens()
     attend(layer, q[:, :, :PROMPT], k[:, :, :PROMPT], v[:, :, :PROMPT])
     fmt, config = layer.format, layer.config
     mean_square = q[:, :, :PROMPT].square().mean(2).unflatten(1, (2, 2)).mean(2)
     key_map = columns.allocate(columns.key_scores(k[:, :, :PROMPT], mean_square, 128), fmt)
     assert torch.equal(layer.key_map, key_map)
-    packed, _ = split_positions(PROMPT, config.window, config.rule, config.sink_tokens)
-    weights = columns.attention_received(q[:, :, PROMPT - 64 : PROMPT], k[:, :, :PROMPT], packed, 0.125, 64)
-    want = reference.quantize(k, v, fmt, index=packed[None], key_map=key_map, key_weights=weights)
+    packed, exact = split_positions(PROMPT, config.window, config.rule, config.sink_tokens)
+    options = options_of(layer, q[:, :, :PROMPT], k[:, :, :PROMPT], packed)
+    want = reference.quantize(k, v, fmt, index=packed[None], key_map=key_map, **options)
     assert torch.equal(row_contents(layer, 0)[0], want[0])
 
-    # One token at a time says too little of what queries look at: the map stays, and errors count alike.
+    # One token at a time: the map stays; queries, the newest of them, are those before and at the eviction.
     for t in range(PROMPT, PROMPT + STEPS):
+        before = layer.rows
         attend(layer, q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1])
-    later, _ = split_positions(PROMPT + STEPS, config.window, config.rule, config.sink_tokens)
-    assert torch.equal(later[: len(packed)], packed) and len(later) > len(packed)
-    added = reference.quantize(k, v, fmt, index=later[None, len(packed) :], key_map=key_map)
-    assert torch.equal(row_contents(layer, 0)[0], torch.cat([want, added], 2)[0])
+        if layer.rows.packed == before.packed:
+            continue
+        exact = before.slots[0].positions()[before.packed :]
+        slots = torch.cat([exact, exact.new_tensor([t])]).long()
+        leaving = torch.arange(len(slots), dtype=torch.int32)[config.evicted_slots]
+        options = options_of(layer, q[:, :, : t + 1], k[:, :, slots], leaving)
+        added = reference.quantize(k[:, :, slots], v[:, :, slots], fmt, index=leaving[None], key_map=key_map, **options)
+        want = torch.cat([want, added], 2)
+    assert want.shape[2] == layer.rows.packed // 64 > len(packed) // 64
+    assert torch.equal(row_contents(layer, 0)[0], want[0])
     assert torch.equal(layer.key_map, key_map)
+
+
+def test_queries_of_what_is_taken_back_say_nothing():
+    """However many drafts were tried and dropped in between, pages are those of the tokens that stayed."""
+    straight, q, k, v = layer_and_tokens()
+    for layer, drafts in ((straight, 0), (drafted := LogQuantLayer(straight.config), 5)):
+        attend(layer, q[:, :, :PROMPT], k[:, :, :PROMPT], v[:, :, :PROMPT])
+        if drafts:
+            layer.activate_past_recording()
+        for t in range(PROMPT, PROMPT + STEPS):
+            if drafts:
+                part = slice(t - drafts, t)
+                attend(layer, -q[:, :, part], -k[:, :, part], -v[:, :, part])
+                layer.crop(-drafts)
+            attend(layer, q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1])
+            layer.crop(0)
+    assert straight.rows.packed == drafted.rows.packed > 128
+    for got, want in zip(row_contents(drafted, 0), row_contents(straight, 0), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_without_queries_every_channel_and_token_counts_alike():
@@ -80,7 +113,9 @@ def test_short_prompts_are_remembered_until_columns_are_chosen():
     mean_square = q[:, :, :tokens].square().mean(2).unflatten(1, (2, 2)).mean(2)
     want = columns.allocate(columns.key_scores(k[:, :, :tokens], mean_square, 128), layer.format)
     assert torch.equal(layer.key_map, want)
-    assert layer.nbytes == 2 * layer.config.head_nbytes(tokens, 64, itemsize=4, decoding=True), "statistics are gone"
+    assert layer.nbytes == 2 * layer.config.head_nbytes(tokens, 64, itemsize=4, decoding=True, query_heads=2), (
+        "statistics are gone"
+    )
 
 
 def test_every_row_has_its_own_columns_and_takes_them_along():

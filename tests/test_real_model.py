@@ -75,7 +75,7 @@ def test_bytes_held_at_8000_tokens(smollm2, prompt):
     head_dim, columns = 64, 80
     keys, values = 64 * columns * 2 // 32 + 2 * head_dim // 4, 64 * 2 // 32 * head_dim + 64 // 4
     assert cache.nbytes == heads * (pages * 4 * (keys + values) + 2 * (4 + 3 * 64) * head_dim * 4 + 2 * columns)
-    assert cache.nbytes == heads * cache.quantization.head_nbytes(8000, head_dim, itemsize=4)
+    assert cache.nbytes == heads * cache.quantization.head_nbytes(8000, head_dim, itemsize=4, query_heads=3)
     assert cache.full_precision_nbytes == heads * 8000 * 2 * head_dim * 4
     assert all(isinstance(layer, LogQuantLayer) for layer in cache.layers)
 

@@ -80,6 +80,7 @@ def test_the_file_is_safetensors_and_describes_itself(model, ids, tmp_path):
         assert {"layers.0.pages", "layers.0.window_k", "layers.1.window_v", "real"} <= set(file.keys())
     assert described["version"] == 1 and described["settings"]["bits"] == 2
     used = sum(t.nbytes for layer in cache.layers for t in contents(layer))
+    used += sum(layer.newest_queries.nbytes for layer in cache.layers)
     assert used < (tmp_path / "cache").stat().st_size < used + 10_000
 
 

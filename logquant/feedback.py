@@ -1,0 +1,183 @@
+"""How tokens that leave are best quantised, as the newest queries tell: weights of keys, feedback of values.
+
+Keys: an error of a token's key counts as much as the token is attended to. Values: attention adds values up, so their
+errors can cancel. Token by token, each first takes off what the errors of those before it in its page come to, as GPTQ
+(arXiv 2210.17323) does with the columns of a weight matrix, here along the tokens: with A the mean of p p^T over the
+newest queries, p their attention to the page's tokens, that lowers tr(E^T A E), the squared error of what those queries
+are given.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+# The newest queries of a sequence that say so. More say no more: 8 to 64 are alike.
+QUERIES = 16
+# Tokens that are worked on at once: float32 copies of a long prompt would raise the peak.
+_AT_ONCE = 2048
+# Added to A's diagonal, in parts of its mean: tomorrow's queries are not today's.
+_DAMPING = 0.1
+
+
+@dataclass(frozen=True)
+class Newest:
+    """The newest queries of each sequence of a batch.
+
+    Attributes:
+        query: ``[B, Hq, n, D]``, in order.
+        real: bool ``[B, n]``, which are not of padding; None if all are real.
+        columns: how many of the last ones are those of the last columns, one for each.
+        scale, softcap: of scores.
+    """
+
+    query: Tensor
+    real: Tensor | None
+    columns: int
+    scale: float
+    softcap: float
+
+    @staticmethod
+    def of(query: Tensor, real: Tensor | None, scale: float, softcap: float) -> Newest:
+        """Those of some columns.
+
+        Args:
+            query: ``[B, Hq, n, D]``.
+            real: bool ``[B, n]``; None if all are real.
+            scale, softcap: of scores.
+        """
+        return Newest(query, None if real is None else real.to(query.device), query.shape[2], scale, softcap)
+
+    def keep(self, count: int) -> Newest:
+        """The newest ``count`` of each sequence; perhaps in the same memory."""
+        if self.real is None:
+            query = self.query[:, :, -count:]
+            return replace(self, query=query, columns=min(self.columns, query.shape[2]))
+        place = torch.arange(self.real.shape[1], device=self.real.device)
+        order = torch.where(self.real, place, place - len(place)).argsort(1)[:, -count:]
+        query = self.query.gather(2, order[:, None, :, None].expand(-1, self.query.shape[1], -1, self.query.shape[3]))
+        aligned = bool((order == place[-order.shape[1] :]).all())
+        real = self.real.gather(1, order)
+        columns = min(self.columns, query.shape[2]) if aligned else 0
+        return replace(self, query=query, real=None if real.all() else real, columns=columns)
+
+    def then(self, newer: Newest) -> Newest:
+        """These, then newer ones."""
+        real = None
+        if self.real is not None or newer.real is not None:
+            real = torch.cat([x._all_real() if x.real is None else x.real for x in (self, newer)], 1)
+        columns = newer.columns + (self.columns if newer.columns == newer.query.shape[2] else 0)
+        return replace(newer, query=torch.cat([self.query, newer.query], 2), real=real, columns=columns)
+
+    def _all_real(self) -> Tensor:
+        return torch.ones(self.query.shape[0], self.query.shape[2], dtype=torch.bool, device=self.query.device)
+
+    def crop(self, columns: int) -> Newest | None:
+        """Those that are left without the last columns; None if that is not known."""
+        if columns == 0:
+            return self
+        if columns >= self.columns:
+            return None
+        left = self.query.shape[2] - columns
+        real = None if self.real is None else self.real[:, :left]
+        return replace(self, query=self.query[:, :, :left], real=real, columns=self.columns - columns)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Newest:
+        """With ``function`` applied to what has a row for each sequence."""
+        return replace(self, query=function(self.query), real=None if self.real is None else function(self.real))
+
+    def fits(self, batch: int, kv_heads: int, head_dim: int) -> bool:
+        """Whether these can be the queries of a layer with keys of this shape."""
+        if self.query.dim() != 4 or self.query.shape[1] == 0 or self.query.shape[1] % kv_heads:
+            return False
+        if self.real is not None and (self.real.shape != self.query.shape[::2][:2] or self.real.dtype != torch.bool):
+            return False
+        return self.query.shape[0] == batch and self.query.shape[3] == head_dim and self.query.is_floating_point()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return self.query.nbytes + (0 if self.real is None else self.real.nbytes)
+
+
+class Attention:
+    """How the newest queries of some sequences attend to their tokens that leave.
+
+    Args:
+        newest: at most :data:`QUERIES`, of these sequences; those of padding attend to all tokens alike.
+        keys: ``[B, H, T, D]``, all that are still exact.
+        leaving: int32 ``[N]``, indices of keys, N a multiple of ``page_tokens``.
+        page_tokens: tokens of a page.
+    """
+
+    def __init__(self, newest: Newest, keys: Tensor, leaving: Tensor, page_tokens: int) -> None:
+        query = newest.query.float()
+        if newest.real is not None:
+            query = query * newest.real[:, None, :, None]
+        self._query = query.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)  # [B, H, queries of a KV head, D]
+        self._newest, self._keys, self._leaving, self.page_tokens = newest, keys, leaving, page_tokens
+
+    def _scores(self, keys: Tensor) -> Tensor:
+        out: Tensor = self._newest.scale * (self._query @ keys.float().mT)
+        softcap = self._newest.softcap
+        return softcap * torch.tanh(out / softcap) if softcap else out
+
+    @functools.cached_property
+    def _lse(self) -> Tensor:
+        parts = [self._scores(part).logsumexp(-1) for part in self._keys.split(_AT_ONCE, 2)]
+        return torch.stack(parts).logsumexp(0).unsqueeze(-1)
+
+    def __getitem__(self, tokens: slice) -> Tensor:
+        """Of some of the tokens that leave, whole pages: softmax weights, float32 ``[B, H, queries, n]``."""
+        keys = self._keys.index_select(2, self._leaving[tokens])
+        return (self._scores(keys) - self._lse).exp()
+
+
+def key_weights(attention: Tensor, page_tokens: int) -> Tensor:
+    """Weights of the squared errors of keys: the mean attention each gets, 1 on average over a page, plus 1.
+
+    Args:
+        attention: ``[B, H, queries, N]``, N a multiple of ``page_tokens``.
+        page_tokens: tokens of a page.
+
+    Returns:
+        float32 ``[B, H, N]``. All 1 where that is not finite.
+    """
+    pages = attention.mean(2).unflatten(-1, (-1, page_tokens))
+    weights = (pages / pages.mean(-1, keepdim=True) + 1.0).nan_to_num(1.0, 1.0, 1.0).flatten(-2)
+    # Rounded to three bits, so that the order in which a matrix product adds up does not show in the pages.
+    mantissa, exponent = weights.frexp()
+    rounded: Tensor = ((mantissa * 16).round() / 16).ldexp(exponent)
+    return rounded
+
+
+def value_feedback(attention: Tensor, page_tokens: int) -> Tensor:
+    """How much of a token's error each later token of its page takes off.
+
+    With A = M M^T, M upper triangular, tr(E^T A E) is the sum of squares of M^T E, whose rows are made small one after
+    the other; in terms of each token's remaining error that takes the inverse of M with a diagonal of ones.
+
+    Args:
+        attention: ``[B, H, queries, N]``, N a multiple of ``page_tokens``.
+        page_tokens: tokens of a page.
+
+    Returns:
+        float32 ``[B, H, N, page_tokens]``. 0 where that is not finite.
+    """
+    pages = attention.unflatten(-1, (-1, page_tokens)).movedim(3, 2)  # [B, H, P, queries, G]
+    metric = pages.mT @ pages
+    mean = metric.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    metric = metric / mean.clamp_min(1e-30)
+    metric.diagonal(dim1=-2, dim2=-1).add_(_DAMPING)
+    # Cholesky gives a lower triangle: that of the tokens in reverse order.
+    upper = torch.linalg.cholesky_ex(metric.flip(-1, -2)).L.flip(-1, -2)
+    upper = upper / upper.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+    ones = torch.eye(page_tokens, device=upper.device).expand_as(upper)
+    factors = torch.linalg.solve_triangular(upper, ones, upper=True, unitriangular=True)
+    # Rounded, as weights are.
+    rounded: Tensor = ((factors * 256).round() / 256).nan_to_num(0.0, 0.0, 0.0).flatten(2, 3).contiguous()
+    return rounded

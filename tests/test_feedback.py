@@ -1,0 +1,117 @@
+"""Weights of keys and feedback of values: against plain statements of what they are, and what they are for."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from logquant import feedback, reference
+from logquant.reference import PageFormat
+from tests.strategies import seeds
+
+FITTED = PageFormat(64, key_param_bits=8, value_param_bits=8)
+
+
+def attention_of(queries: Tensor, keys: Tensor, leaving: Tensor, **options) -> feedback.Attention:
+    return feedback.Attention(feedback.Newest.of(queries, None, 0.25, 0.0), keys, leaving, 32)
+
+
+def test_attention_is_that_of_a_softmax_over_all_keys():
+    q, k = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 5000, 16)
+    leaving = torch.arange(1, 4097, 2, dtype=torch.int32)
+    got = attention_of(q, k, leaving)
+    want = (0.25 * q.unflatten(1, (2, 2)) @ k.mT.unsqueeze(2)).softmax(-1).flatten(2, 3)[..., leaving.long()]
+    assert torch.allclose(got[:], want, rtol=1e-4)
+    assert torch.allclose(got[64:128], want[..., 64:128], rtol=1e-4)
+
+
+def test_weights_are_one_plus_attention_with_mean_one():
+    attention = torch.rand(1, 2, 6, 128) ** 4
+    mean = attention.mean(2).unflatten(-1, (-1, 32))
+    want = (1 + mean / mean.mean(-1, keepdim=True)).flatten(-2)
+    assert torch.allclose(feedback.key_weights(attention, 32), want, rtol=1 / 15)
+    assert torch.equal(feedback.key_weights(attention * torch.nan, 32), torch.ones(1, 2, 128))
+
+
+def test_feedback_makes_the_error_small_that_attention_sees():
+    """Rounding to whole numbers, each token after those before it: the sum of squares is that of M^T E."""
+    torch.manual_seed(0)
+    attention = torch.rand(1, 1, 16, 64) ** 8
+    factors = feedback.value_feedback(attention, 64)[0, 0]
+    metric = attention[0, 0].T @ attention[0, 0]
+    metric = metric / metric.diagonal().mean() + 0.1 * torch.eye(64)
+    x = 3 * torch.randn(64, 500)
+    corrected, error = x.clone(), torch.empty_like(x)
+    for t in range(64):
+        error[t] = corrected[t].round() - x[t]
+        corrected[t + 1 :] -= factors[t, t + 1 :, None] * (corrected[t] - corrected[t].round())
+    plain = x.round() - x
+    seen, seen_plain = (torch.einsum("tc,ts,sc->", e, metric, e) for e in (error, plain))
+    assert seen < 0.6 * seen_plain
+    # The last word: given all errors before it, a token's own takes the value that makes the form smallest, rounded.
+    best = x[63] - (metric[63, :63] @ error[:63]) / metric[63, 63]
+    assert (corrected[63] - best).abs().max() < 0.2
+
+
+def test_feedback_of_nothing_is_nothing():
+    for attention in (torch.zeros(1, 1, 2, 64), torch.full((1, 1, 2, 64), torch.nan)):
+        factors = feedback.value_feedback(attention, 64)[0, 0]
+        assert torch.equal(factors.triu(1), torch.zeros(64, 64))
+
+
+def test_attention_over_quantised_values_is_closer_with_feedback():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 32, 64), torch.randn(1, 2, 512, 64), torch.randn(1, 2, 512, 64)
+    known, later = q[:, :, :16], q[:, :, 16:] * 0.1 + q[:, :, :16]
+    attention = feedback.Attention(feedback.Newest.of(known, None, 0.25, 0.0), k, torch.arange(512).int(), 64)
+    weights = (0.25 * later.unflatten(1, (2, 2)) @ k.mT.unsqueeze(2)).softmax(-1)
+    errors = []
+    for options in ({}, {"value_feedback": feedback.value_feedback(attention[:], 64)}):
+        _, values = reference.dequantize(reference.quantize(k, v, FITTED, **options), FITTED)
+        errors.append((weights @ (values - v).unsqueeze(2)).square().mean().item())
+    assert errors[1] < 0.8 * errors[0]
+
+
+def rows_of(lengths: list[int], seed: int) -> tuple[Tensor, Tensor]:
+    """Queries ``[B, 2, 40, 8]`` and which are real: of each row ``lengths`` of them, at random places."""
+    random = torch.Generator().manual_seed(seed)
+    query = torch.randn(len(lengths), 2, 40, 8, generator=random)
+    real = torch.zeros(len(lengths), 40, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        real[row, torch.randperm(40, generator=random)[:length]] = True
+    return query, real
+
+
+@given(seed=seeds, lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3), portions=st.lists(st.integers(1, 9)))
+def test_the_newest_queries_of_each_row_are_kept(seed, lengths, portions):
+    """In one portion or several, with padding anywhere."""
+    query, real = rows_of(lengths, seed)
+    newest = None
+    for first, last in zip([0, *portions], [*portions, 40], strict=True):
+        first, last = min(first, last), max(first, last)
+        if first == last:
+            continue
+        mask = real[:, first:last]
+        part = feedback.Newest.of(query[:, :, first:last], None if mask.all() else mask, 1.0, 0.0)
+        newest = part if newest is None else newest.then(part)
+        newest = newest.keep(16)
+    shown: list[int] = []
+    for first, last in zip([0, *portions], [*portions, 40], strict=True):
+        shown += range(min(first, last), max(first, last))
+    for row in range(len(lengths)):
+        want = [c for c in shown if real[row, c]][-16:]
+        own = torch.ones(newest.query.shape[2], dtype=torch.bool) if newest.real is None else newest.real[row]
+        assert torch.equal(newest.query[row][:, own], query[row][:, want])
+
+
+def test_cropped_queries_are_those_before():
+    query, _ = rows_of([40], 0)
+    newest = feedback.Newest.of(query, None, 1.0, 0.0).keep(20)
+    assert torch.equal(newest.crop(5).query, query[:, :, 20:35])
+    assert newest.crop(0) is newest and newest.crop(20) is None
+    padded = feedback.Newest.of(query, rows_of([30], 1)[1], 1.0, 0.0).keep(20)
+    assert padded.crop(1) is None, "which columns are left is not known"
+    after = padded.then(feedback.Newest.of(query[:, :, :3], None, 1.0, 0.0))
+    assert torch.equal(after.crop(2).query[:, :, -1], query[:, :, 0]) and after.crop(3) is None
