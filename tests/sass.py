@@ -52,13 +52,15 @@ def functions(cubin: Path) -> dict[str, list[Instruction]]:
 def page_loop(code: list[Instruction]) -> list[Instruction]:
     """The instructions that a warp issues for one page on the common path.
 
-    The loop is the shortest backward branch whose body holds most HMMA. Of its forward branches, those around rare
-    blocks are taken: what moves the reference exponent (SHFL), masks scores (calls, reciprocals, loads), spares hidden
-    NaNs (FSET), looks for poisoned scales (LDS.U8), looks a page up in a table (a load), or what two warps rarely
-    exchange (BAR). Convergence branches: BRA.CONV is taken, BRA.DIV is not.
+    The loop is the shortest backward branch whose body copies pages and holds most HMMA. Of its forward branches, those
+    around rare blocks are taken: what moves the reference exponent (SHFL), masks scores (calls, reciprocals, loads),
+    spares hidden NaNs (FSEL), looks for poisoned scales (LDS.U8), looks a page up in a table (a load), or what two
+    warps rarely exchange (BAR). Convergence branches: BRA.CONV is taken, BRA.DIV and @!PT are not.
     """
     at = {x.address: i for i, x in enumerate(code)}
+    copies = [x.address for x in code if x.opcode.startswith("LDGSTS")]
     loops = [(x.target, x.address) for x in code if x.target is not None and x.target < x.address]
+    loops = [(low, high) for low, high in loops if any(low <= address <= high for address in copies)]
     products = [x.address for x in code if x.opcode.startswith("HMMA")]
     held = {loop: sum(loop[0] <= address <= loop[1] for address in products) for loop in loops}
     # Blocks that were moved behind the loop jump back into it: they end larger loops.
@@ -69,7 +71,7 @@ def page_loop(code: list[Instruction]) -> list[Instruction]:
         if any(op.startswith("LDGSTS") for op in body):
             return False
         return any(
-            op.startswith(("SHFL", "CALL", "MUFU.RCP", "MUFU.TANH", "LDG", "FSET.", "LDS.U8", "BAR.")) for op in body
+            op.startswith(("SHFL", "CALL", "MUFU.RCP", "MUFU.TANH", "LDG", "FSEL", "LDS.U8", "BAR.")) for op in body
         )
 
     path: list[Instruction] = []
@@ -82,7 +84,8 @@ def page_loop(code: list[Instruction]) -> list[Instruction]:
         if x.target is not None and x.target > x.address:
             j = at[x.target]
             always = not x.predicate and not re.search(r"\bU?!?P\d", x.operands)
-            if ".DIV" not in x.opcode and (".CONV" in x.opcode or always or is_rare(i + 1, j)):
+            never = ".DIV" in x.opcode or x.predicate == "@!PT"
+            if not never and (".CONV" in x.opcode or always or is_rare(i + 1, j)):
                 i = j
                 continue
         i += 1

@@ -27,17 +27,15 @@ REGISTERS = {"quantize": 64, "evict": 64, "dequantize": 64, "attend": 48, "atten
 # times as much, 1.25 key columns a channel 1.25 times.
 GOALS = {64: 6.0, 128: 10.0, 256: 20.0}
 INSTRUCTIONS = {
-    "attend_d64": (6.0, 5.7, 8.4, 7.8),
-    "attend_d64_c80": (7.9, 7.7, 10.6, 10.2),
+    "attend_d64": (5.7, 5.4, 8.1, 7.5),
+    "attend_d64_c80": (7.4, 7.2, 9.9, 9.5),
     "attend_d128": (9.7, 9.2, 14.0, 13.0),
-    "attend_d128_c160": (12.5, 11.8, 16.9, 15.8),
+    "attend_d128_c160": (12.0, 11.6, 16.2, 15.4),
     "attend_d192": (14.0, 13.3, 25.0, 17.2),
-    "attend_d192_c240": (18.6, 17.8, 33.2, 31.3),
+    "attend_d192_c240": (17.8, 17.1, 31.4, 30.1),
     "attend_d256": (17.5, 16.5, 31.0, 28.2),
-    "attend_d256_c320": (23.0, 21.9, 40.0, 38.2),
+    "attend_d256_c320": (21.9, 21.2, 37.6, 36.2),
 }
-# Not met: fp16 models at dim 64 take 7.5 to 7.7 with 1.25 key columns.
-OVER = {"attend_d64_c80": 7.9 / 7.5}
 PAGE_TOKENS = 64
 # An H100: 3.35 TB/s, 800 ns, 132 SMs, 65536 registers and 227 KB of shared memory each.
 BYTES_TO_HIDE_LATENCY = 3.35e12 * 800e-9 / 132
@@ -86,7 +84,7 @@ def test_the_budgets_are_within_the_goals():
         dim, columns = (int(x) for x in re.fullmatch(r"attend_d(\d+)(?:_c(\d+))?", name).groups(default="0"))
         if goal := GOALS.get(dim):
             goal *= 1.25 if columns else 1
-            assert max(budget[:2]) <= goal * OVER.get(name, 1)
+            assert max(budget[:2]) <= goal
             assert max(budget[2:]) <= 1.6 * goal
 
 

@@ -25,14 +25,15 @@
 //   the other half is garbage.
 // * Fitted formats (8-bit parameters, format.h): first a page's parameters are unpacked to fp16 in shared memory,
 //   scales by ex2; key scales are then spread by column. Zeros of keys are whole numbers of scales / 8, so that
-//   sum q' * zero, with the q' that codes see, rounds no worse than q' does. Values have no zeros:
-//   sum p' * (code - mean) is sum p' * code - mean * sum p'. O is rotated back once, when the warps' parts are added.
+//   sum q' * zero, with the q' that codes see, rounds no worse than q' does; q' is the operand A here, for the two
+//   halves of its rows have a use. Values have no zeros: sum p' * (code - mean) is sum p' * code - mean * sum p'. O is
+//   rotated back once, when the warps' parts are added.
 // * fp16 models are compensated: q' and p' are rounded, and codes have a mean, so half of the rounding noise is common
 //   to all tokens of a page. mean * (sum q * scale - sum q' * 2^(b*i)) is added back, by mma, and the same for p'. Of
 //   fitted keys, where q' multiplies the zeros too, it is (zero + mean) times what each q' lost; values need none.
 // * bf16 models use fp16 arithmetic for pages: q is scaled per row by a power of two into [1, 2), p is relative to a
-//   reference exponent that leaves p and p' inside fp16. The reference moves only when p' reaches 2^15: a vote.
-// * Masks, positions and softcap are a branch that the plain loop skips.
+//   reference exponent that leaves p and p' inside fp16. The reference moves only when p' reaches 2^15: a vote. Masks,
+//   positions, softcap and poisoned scales take the branch that moves it; the plain loop skips that.
 //
 // Memory: each page once for 16 rows, by cp.async into a ring of two pages for each warp or pair, plus 4 (Dv + 2) bytes
 // a row and split. Budget for D = 128, 2 bits, 8 rows: 168 registers, 48 KB of shared memory, so that three blocks fit
@@ -225,9 +226,9 @@ LOGQUANT_DEVICE uint2 unpack_scales(uint32_t bytes) {
   float scale[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    // As the second byte of a float's bits, a byte e makes 2^15 + e.
-    const float x = __uint_as_float(ptx::select_bytes(bytes, 0x47000000u, 0x7404u | i << 4));
-    scale[i] = ptx::exp2(fmaf(x, 0.125f, -4096.0f + (kScaleExponent - 127) + kScaleShift));
+    // As the second byte of the bits of 2^12, a byte e adds e / 8.
+    const float x = __uint_as_float(ptx::select_bytes(bytes, 0x45800000u, 0x7604u | i << 4));
+    scale[i] = ptx::exp2(x + (-4096.0f + (kScaleExponent - 127) + kScaleShift));
   }
   return {ptx::pack_f16(scale[0], scale[1]), ptx::pack_f16(scale[2], scale[3])};
 }
@@ -257,6 +258,7 @@ class TensorAttention {
   using ValueWords = typename L::ValueWords;
   using Columns = typename L::Columns;
   static constexpr int kTokenPairs = S::kTokens / 8, kKeyTiles = S::kTokens / 16;
+  static_assert(4 * kKeyTiles <= 32);  // bits of `hidden`
   static constexpr int kScoreTiles = L::kScoreTiles;
   static constexpr bool kAllGroups = S::kGroups * tiles <= 2;      // keep p' of all groups, not of one at a time
   static constexpr bool kSubtracted = kCompensated || S::kFitted;  // sum p' is needed beside sum p * zero
@@ -281,7 +283,6 @@ class TensorAttention {
         row_total(static_cast<int>(args.group * args.queries)) {}
 
   LOGQUANT_DEVICE void run() {
-    const int split = blockIdx.x;
 #pragma unroll
     for (int u = 0; u < kScoreTiles; ++u) {
 #pragma unroll
@@ -292,13 +293,13 @@ class TensorAttention {
 #pragma unroll
       for (int i = 0; i < 4; ++i) out[j][i] = 0.0f;
     }
-    const bool pages = split < a.page_splits;
-    if (pages) {
+    const int split = ptx::block_x();
+    if (split < a.page_splits) {
       page_part(split);
     } else {
       window_part(split - a.page_splits);
     }
-    merge(split, pages);
+    merge();
   }
 
  private:
@@ -323,10 +324,13 @@ class TensorAttention {
   }
 
   // ---------------------------------------------------------------------------------------------------------- pages
+  // Immediate offsets of cp.async are below this either way: `source` is so far into a page that most use no register.
+  static constexpr int kReach = 2048;
+
   // Where the next page of this warp lies: a step from the last, or in the table.
   LOGQUANT_DEVICE void seek(int page) {
     if (a.page_table != nullptr) {
-      source = reinterpret_cast<const unsigned char*>(page_at(a, batch, kv_head, page)) + 16 * member();
+      source = reinterpret_cast<const unsigned char*>(page_at(a, batch, kv_head, page)) + (16 * member() + kReach);
     } else {
       source += source_step;
     }
@@ -345,7 +349,7 @@ class TensorAttention {
 #pragma unroll
       for (int i = start; i < end; i += kStep) {
         if (i + kStep <= end || i + first_byte < end) {
-          ptx::cp_async16(to + target + i - start + own, source + first + i);
+          ptx::cp_async16(to + target + i - start + own, source + (first + i - kReach));
         }
       }
     }
@@ -380,19 +384,17 @@ class TensorAttention {
     }
   }
 
-  // Quads of fitted channels: a lane has 4 consecutive pairs of 32 channels; of the last 16, two, first and third.
+  // Quads of fitted channels: a lane has 4 consecutive pairs of 32 channels, 2 of the last 16.
   static LOGQUANT_DEVICE constexpr bool whole_quad(int quad) { return 32 * quad + 32 <= S::kDim; }
-  LOGQUANT_DEVICE int quad_channel(int quad, int i) const {
-    return 32 * quad + (whole_quad(quad) ? 8 * t + 2 * i : 4 * t + i);
-  }
+  LOGQUANT_DEVICE int quad_channel(int quad, int i) const { return 32 * quad + (whole_quad(quad) ? 8 : 4) * t + 2 * i; }
   LOGQUANT_DEVICE void read_channels(uint32_t (&to)[4], const unsigned char* row, int quad) const {
     if (whole_quad(quad)) {
       put(to, read<uint4>(row + 2 * quad_channel(quad, 0)));
     } else {
       const uint2 two = read<uint2>(row + 2 * quad_channel(quad, 0));
       to[0] = two.x;
-      to[2] = two.y;
-      to[1] = to[3] = 0;
+      to[1] = two.y;
+      to[2] = to[3] = 0;
     }
   }
 
@@ -473,7 +475,7 @@ class TensorAttention {
         }
         if constexpr (S::kFitted) {
           for (int n = 0; n < 4 * L::kChannelQuads; ++n) {
-            const bool used = whole_quad(n / 4) || n % 2 == 0;
+            const bool used = whole_quad(n / 4) || n % 4 < 2;
             const int c = quad_channel(n / 4, n % 4);
             table[(n / 4 * 32 + lane) * 4 + n % 4] = used ? pair(c, c + 1, 1.0f, 1.0f) : 0u;
           }
@@ -543,7 +545,7 @@ class TensorAttention {
     const int first = split * L::kTeams + team;
     source_step = ptx::keep(step * a.pages.page_stride * 4);
     if (first < pages) {
-      source = reinterpret_cast<const unsigned char*>(page_at(a, batch, kv_head, first)) + 16 * member();
+      source = reinterpret_cast<const unsigned char*>(page_at(a, batch, kv_head, first)) + (16 * member() + kReach);
       fetch(shared + stage_at);
     }
     ptx::cp_async_commit();
@@ -551,15 +553,17 @@ class TensorAttention {
     load_query();
     __syncthreads();  // constants and tables
 
-    for (int page = first; page < pages; page += step) {
+    int next = first;
+    while (next < pages) {
+      next = ptx::keep(next + step);
       ptx::cp_async_wait<0>();
       sync_team();  // the page is there for all, and all are done with the other stage
-      if (page + step < pages) {
-        seek(page + step);
+      if (next < pages) {
+        seek(next);
         fetch(shared + (both_stages - stage_at));
       }
       ptx::cp_async_commit();
-      attend_page(shared + stage_at, page);
+      attend_page(shared + stage_at, next - step);
       stage_at = both_stages - stage_at;
     }
     ptx::cp_async_wait<0>();
@@ -573,39 +577,34 @@ class TensorAttention {
     bool poison = false;
     if constexpr (S::kFitted) poison = unpack_parameters(unpacked, stage + L::kKeyParams);
     scores(stage, unpacked, s, constant);
-    if (!a.plain || poison) {
-      if (!a.plain) mask_scores(s, constant, page * S::kTokens);
-      if (poison) spare_hidden_scales(unpacked + 2 * S::kDim, s);
-    }
 
     uint32_t p[kScoreTiles][kTokenPairs];                                    // weights as B operands
     uint32_t scaled[kScoreTiles][kAllGroups ? S::kGroups : 1][kTokenPairs];  // p', or p times the largest scale
     uint32_t scales[kAllGroups ? S::kGroups : 1][kTokenPairs];
     const unsigned char* const value_scales =
         (S::kFitted ? unpacked + 2 * S::kDim : stage + L::kValueParams) + t * 4 * kTokenPairs;
-    if constexpr (kAllGroups) {
+    const auto read_scales = [&]() __attribute__((always_inline)) {
+      if constexpr (kAllGroups) {
 #pragma unroll
-      for (int group = 0; group < S::kGroups; ++group) read_token_pairs(scales[group], value_scales, group);
-    } else {
-      read_token_pairs(scales[0], value_scales, 0);
+        for (int group = 0; group < S::kGroups; ++group) read_token_pairs(scales[group], value_scales, group);
+      } else {
+        read_token_pairs(scales[0], value_scales, 0);
 #pragma unroll
-      for (int group = 1; group < S::kGroups; ++group) {
-        uint32_t others[kTokenPairs];
-        read_token_pairs(others, value_scales, group);
+        for (int group = 1; group < S::kGroups; ++group) {
+          uint32_t others[kTokenPairs];
+          read_token_pairs(others, value_scales, group);
 #pragma unroll
-        for (int i = 0; i < kTokenPairs; ++i) scales[0][i] = ptx::max_nan_f16x2(scales[0][i], others[i]);
+          for (int i = 0; i < kTokenPairs; ++i) scales[0][i] = ptx::max_nan_f16x2(scales[0][i], others[i]);
+        }
       }
-    }
-    const auto weigh = [&]() __attribute__((always_inline)) {
+    };
+    const auto weigh = [&](const auto& exponent) __attribute__((always_inline)) {
 #pragma unroll
       for (int u = 0; u < kScoreTiles; ++u) {
-        const float low = fmaf(constant[u][0], constant_factor[u][0], -top[u][0]);
-        const float high = fmaf(constant[u][1], constant_factor[u][1], -top[u][1]);
 #pragma unroll
         for (int i = 0; i < kTokenPairs; ++i) {
-          const float* const x = s[u][i / 2] + 2 * (i % 2);
-          p[u][i] = ptx::movmatrix_trans(ptx::pack_f16(ptx::exp2(fmaf(x[0], code_factor[u][0], low)),
-                                                       ptx::exp2(fmaf(x[1], code_factor[u][1], high))));
+          p[u][i] = ptx::movmatrix_trans(
+              ptx::pack_f16(ptx::exp2(exponent(u, i / 2, i % 2 * 2)), ptx::exp2(exponent(u, i / 2, i % 2 * 2 + 1))));
           const uint32_t y = plain_weight(i) ? p[u][i] : ptx::mul_f16x2(p[u][i], inverse_weight<S::kValueBits>(i));
 #pragma unroll
           for (int group = 0; group < (kAllGroups ? S::kGroups : 1); ++group) {
@@ -614,23 +613,54 @@ class TensorAttention {
         }
       }
     };
-    weigh();
-    // p' >= 2^15, infinite or NaN anywhere (an infinite p ends up there too): the first page, then almost never.
-    constexpr int kScaled = sizeof scaled / 4;
-    const bool far = ((max_of<kScaled>(&scaled[0][0][0]) + 0x08000800u) & 0x80008000u) != 0;
-    const bool moves = __any_sync(ptx::kFullMask, far) != 0;
+    uint32_t hidden[kScoreTiles];  // by mask_scores; else not used below
     float factors[kScoreTiles][2];
 #pragma unroll
     for (int u = 0; u < kScoreTiles; ++u) factors[u][0] = factors[u][1] = 1.0f;
+    // Of fitted formats only where they are used, for spare_hidden_scales may write some.
+    if constexpr (!S::kFitted) read_scales();
+    bool moves = !a.plain || poison;
+    // Weights that masks will replace are not computed; but with this branch plain formats of dim 128 spill registers.
+    if ((S::kDim == 128 && !S::kFitted) || !moves) {
+      if constexpr (S::kFitted) read_scales();
+      float common[kScoreTiles][2];
+#pragma unroll
+      for (int u = 0; u < kScoreTiles; ++u) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) common[u][r] = fmaf(constant[u][r], constant_factor[u][r], -top[u][r]);
+      }
+      weigh([&](int u, int i, int k) { return fmaf(s[u][i][k], code_factor[u][k % 2], common[u][k % 2]); });
+      // p' >= 2^15, infinite or NaN anywhere (an infinite p ends up there too): the first page, then almost never.
+      constexpr int kScaled = sizeof scaled / 4;
+      const bool far = ((max_of<kScaled>(&scaled[0][0][0]) + 0x08000800u) & 0x80008000u) != 0;
+      moves = __any_sync(ptx::kFullMask, far) != 0 || moves;
+    }
     if (moves) {
-      move_reference(s, constant, max_of<sizeof scales / 4>(&scales[0][0]), factors);
-      weigh();
+      // Not in place: if s could change here, the accumulators would be copied in the plain loop, too.
+      float score[kScoreTiles][kKeyTiles][4];
+#pragma unroll
+      for (int u = 0; u < kScoreTiles; ++u) {
+        hidden[u] = 0;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const float common = constant[u][k % 2] * constant_factor[u][k % 2];
+#pragma unroll
+          for (int i = 0; i < kKeyTiles; ++i) score[u][i][k] = fmaf(s[u][i][k], code_factor[u][k % 2], common);
+        }
+      }
+      if (!a.plain) mask_scores(score, page * S::kTokens, hidden);
+      if constexpr (S::kFitted) {
+        if (poison) spare_hidden_scales(unpacked + 2 * S::kDim, hidden);
+        read_scales();
+      }
+      move_reference(score, max_of<sizeof scales / 4>(&scales[0][0]), factors);
+      weigh([&](int u, int i, int k) { return score[u][i][k] - top[u][k % 2]; });
     }
     if constexpr (S::kFitted) {
 #pragma unroll
       for (int u = 0; u < kScoreTiles; ++u) sum_pairs(sums_even[u], sums_odd[u], L::kOnes, S::kGroups, p[u]);
     } else {
-      parameter_sums(p, s);
+      parameter_sums(p, hidden);
     }
     if constexpr (kSubtracted && kAllGroups) {
 #pragma unroll
@@ -759,15 +789,21 @@ class TensorAttention {
   }
 
   // For each row of q the part of the score that all tokens share: with q' = q * scale rounded, as codes see it,
-  // sum q' * zero, and what rounding took from sum q * scale * (zero + mean of the codes).
-  LOGQUANT_DEVICE void channel_sums(const unsigned char* unpacked, float (&constant)[kScoreTiles][2]) const {
-    float even[kScoreTiles][4] = {}, odd[kScoreTiles][4] = {};
+  // sum q' * zero, and what rounding took from sum q * scale * (zero + mean of the codes). It is sums[0] + sums[3] of
+  // the lanes g = row, the others are garbage: operand A is q' and below what it lost, even columns of B are zeros, odd
+  // ones zeros with the mean. Where nothing is compensated, each half has half of the channels.
+  LOGQUANT_DEVICE void channel_sums(const unsigned char* unpacked, float (&sums)[kScoreTiles][4]) const {
+    const unsigned char* const zeros = unpacked + (kCompensated && g % 2 ? L::kUnpackedMeans : L::kUnpackedZeros);
 #pragma unroll
     for (int quad = 0; quad < L::kChannelQuads; ++quad) {
-      A4 scale, zero, mean;
+      A4 scale, zero;
       read_channels(scale, unpacked, quad);
-      read_channels(zero, unpacked + L::kUnpackedZeros, quad);
-      if constexpr (kCompensated) read_channels(mean, unpacked + L::kUnpackedMeans, quad);
+      if constexpr (kCompensated) {
+        read_channels(zero, zeros, quad);
+      } else {
+        const uint2 two = read<uint2>(zeros + 2 * quad_channel(quad, whole_quad(quad) ? g % 2 * 2 : 0));
+        zero[0] = two.x, zero[1] = two.y;
+      }
 #pragma unroll
       for (int u = 0; u < kScoreTiles; ++u) {
         A4 q, rounded, lost;
@@ -777,18 +813,15 @@ class TensorAttention {
           rounded[i] = ptx::mul_f16x2(q[i], scale[i]);
           if constexpr (kCompensated) lost[i] = ptx::mul_sub_f16x2(q[i], scale[i], rounded[i]);
         }
-        ptx::mma<__half>(even[u], zero, {rounded[0], rounded[2]});
-        if (whole_quad(quad)) ptx::mma<__half>(odd[u], zero, {rounded[1], rounded[3]});
         if constexpr (kCompensated) {
-          ptx::mma<__half>(even[u], mean, {lost[0], lost[2]});
-          if (whole_quad(quad)) ptx::mma<__half>(odd[u], mean, {lost[1], lost[3]});
+          ptx::mma<__half>(sums[u], {rounded[0], lost[0], rounded[1], lost[1]}, {zero[0], zero[1]});
+          if (whole_quad(quad)) {
+            ptx::mma<__half>(sums[u], {rounded[2], lost[2], rounded[3], lost[3]}, {zero[2], zero[3]});
+          }
+        } else {
+          ptx::mma<__half>(sums[u], {rounded[0], rounded[2], rounded[1], rounded[3]}, {zero[0], zero[1]});
         }
       }
-    }
-#pragma unroll
-    for (int u = 0; u < kScoreTiles; ++u) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) constant[u][r] = even[u][r] + odd[u][2 + r];
     }
   }
 
@@ -797,7 +830,8 @@ class TensorAttention {
                               float (&s)[kScoreTiles][kKeyTiles][4], float (&constant)[kScoreTiles][2]) {
     constexpr bool kCompensatedHere = kCompensated && !S::kFitted;
     const unsigned char* const scale_row = S::kFitted ? unpacked + L::kColumnScales : stage + L::kKeyParams;
-    if constexpr (S::kFitted) channel_sums(unpacked, constant);
+    float of_channels[kScoreTiles][4] = {};
+    if constexpr (S::kFitted) channel_sums(unpacked, of_channels);
     A4 minus = {};
     if constexpr (kCompensatedHere) put(minus, read<uint4>(shared + L::kKeyMinus));
     uint32_t q[kScoreTiles][4 * Columns::kQuads];  // q' = q * scale * 2^-(b*i)
@@ -847,14 +881,18 @@ class TensorAttention {
     }
 #pragma unroll
     for (int i = 0; i < kKeyTiles; ++i) code_scores(rows + 16 * i * L::kKeyWords, i, q, s);
-    if constexpr (S::kFitted) return;
 #pragma unroll
     for (int u = 0; u < kScoreTiles; ++u) {
+      const float total = of_channels[u][0] + of_channels[u][3];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        constant[u][r] = zero_even[u][r] + zero_odd[u][2 + r];
-        if constexpr (kCompensated)
-          constant[u][r] = fmaf(kKeyMean, mean_even[u][r] + mean_odd[u][2 + r], constant[u][r]);
+        if constexpr (S::kFitted) {
+          constant[u][r] = __shfl_sync(ptx::kFullMask, total, 8 * t + 4 * r);
+        } else {
+          constant[u][r] = zero_even[u][r] + zero_odd[u][2 + r];
+          if constexpr (kCompensated)
+            constant[u][r] = fmaf(kKeyMean, mean_even[u][r] + mean_odd[u][2 + r], constant[u][r]);
+        }
       }
     }
   }
@@ -905,9 +943,10 @@ class TensorAttention {
     if constexpr (KeyWords::kQuarter) to[KeyWords::kCount - 1] = read<uint32_t>(row + 4 * (L::kKeyWords - 1)) >> 4 * t;
   }
 
-  // Puts into S what gives the masked score by the plain formula, and -inf where a row does not see a slot.
-  LOGQUANT_DEVICE void mask_scores(float (&s)[kScoreTiles][kKeyTiles][4], const float (&constant)[kScoreTiles][2],
-                                   int first) {
+  // -inf where a row does not see a slot, even if the key holds a NaN; bit 4i + k of `hidden` says so of element k of
+  // the m-tile i.
+  LOGQUANT_DEVICE void mask_scores(float (&score)[kScoreTiles][kKeyTiles][4], int first,
+                                   uint32_t (&hidden)[kScoreTiles]) const {
 #pragma unroll
     for (int u = 0; u < kScoreTiles; ++u) {
 #pragma unroll
@@ -915,16 +954,14 @@ class TensorAttention {
         const int row = first_score_row() + 8 * u + 2 * t + r;
         if (row >= row_total) continue;
         const Row where = row_of(a, batch, kv_head, row);
-        const float shared_part = constant[u][r] * constant_factor[u][r];
 #pragma unroll
         for (int i = 0; i < kKeyTiles; ++i) {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const int token = S::kTokens / 4 * (g / 2) + 4 * i + 2 * h + g % 2;
-            float& x = s[u][i][2 * h + r];
-            const float score = seen_score(a, where, first + token, fmaf(x, code_factor[u][r], shared_part));
-            x = (score - shared_part) / code_factor[u][r];
-            if (score == -INFINITY) x = -INFINITY;  // even if the key holds a NaN
+            float& x = score[u][i][2 * h + r];
+            x = seen_score(a, where, first + token, x);
+            if (x == -INFINITY) hidden[u] |= 1u << (4 * i + 2 * h + r);
           }
         }
       }
@@ -932,8 +969,8 @@ class TensorAttention {
   }
 
   // Moves the reference to where this page's largest weight, with its scale, is 2^8.
-  LOGQUANT_DEVICE void move_reference(const float (&s)[kScoreTiles][kKeyTiles][4], float (&constant)[kScoreTiles][2],
-                                      uint32_t largest_scales, float (&factors)[kScoreTiles][2]) {
+  LOGQUANT_DEVICE void move_reference(const float (&score)[kScoreTiles][kKeyTiles][4], uint32_t largest_scales,
+                                      float (&factors)[kScoreTiles][2]) {
     float scale = fmaxf(Operand<__half>::low(largest_scales), Operand<__half>::high(largest_scales));
     scale = fmaxf(scale, __shfl_xor_sync(ptx::kFullMask, scale, 1));
     scale = fmaxf(scale, __shfl_xor_sync(ptx::kFullMask, scale, 2));
@@ -942,14 +979,10 @@ class TensorAttention {
     for (int u = 0; u < kScoreTiles; ++u) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float most = s[u][0][r];
+        float most = score[u][0][r];
 #pragma unroll
-        for (int i = 0; i < kKeyTiles; ++i) most = fmaxf(most, fmaxf(s[u][i][r], s[u][i][2 + r]));
-        most = max_over_tokens(most);
-        // A page that a row does not see must not leave the NaN of its keys behind.
-        if (most == -INFINITY) constant[u][r] = 0.0f;
-        const float score = fmaf(most, code_factor[u][r], constant[u][r] * constant_factor[u][r]) + margin;
-        const float moved = fmaxf(fmaxf(top[u][r], score), kLowest);
+        for (int i = 0; i < kKeyTiles; ++i) most = fmaxf(most, fmaxf(score[u][i][r], score[u][i][2 + r]));
+        const float moved = fmaxf(fmaxf(top[u][r], max_over_tokens(most) + margin), kLowest);
         factors[u][r] = ptx::exp2(top[u][r] - moved);
         top[u][r] = moved;
         sums_even[u][r] *= factors[u][r];
@@ -987,12 +1020,12 @@ class TensorAttention {
 
   // sum p * zero and sum p (and, for the compensation, sum p * scale).
   LOGQUANT_DEVICE void parameter_sums(const uint32_t (&p)[kScoreTiles][kTokenPairs],
-                                      const float (&s)[kScoreTiles][kKeyTiles][4]) {
+                                      const uint32_t (&hidden)[kScoreTiles]) {
     const unsigned char* const row = shared + (row_offset + (stage_at & row_in_stage));
     A4 words[kTokenPairs / 4];
 #pragma unroll
     for (int n = 0; n < kTokenPairs; n += 4) put(words[n / 4], read<uint4>(row + 4 * n));
-    if (!a.plain) spare_hidden_zeros(words, s);
+    if (!a.plain) spare_hidden_zeros(words, hidden);
 #pragma unroll
     for (int n = 0; n < kTokenPairs; n += 4) {
 #pragma unroll
@@ -1023,15 +1056,14 @@ class TensorAttention {
     }
     return any;
   }
-  LOGQUANT_DEVICE void seen_tokens(const float (&s)[kScoreTiles][kKeyTiles][4],
-                                   uint32_t (&seen)[kScoreTiles][kTokenPairs]) {
+  LOGQUANT_DEVICE static void seen_tokens(const uint32_t (&hidden)[kScoreTiles],
+                                          uint32_t (&seen)[kScoreTiles][kTokenPairs]) {
 #pragma unroll
     for (int u = 0; u < kScoreTiles; ++u) {
 #pragma unroll
       for (int i = 0; i < kTokenPairs; ++i) {
-        const float* const x = s[u][i / 2] + 2 * (i % 2);
-        seen[u][i] =
-            ptx::movmatrix_trans(ptx::pack_f16(x[0] == -INFINITY ? 0.0f : 1.0f, x[1] == -INFINITY ? 0.0f : 1.0f));
+        const uint32_t pair = hidden[u] >> 2 * i;
+        seen[u][i] = ptx::movmatrix_trans(ptx::pack_f16(pair & 1 ? 0.0f : 1.0f, pair & 2 ? 0.0f : 1.0f));
       }
     }
   }
@@ -1047,22 +1079,22 @@ class TensorAttention {
       }
     }
   }
-  LOGQUANT_DEVICE void spare_hidden_zeros(A4 (&words)[kTokenPairs / 4], const float (&s)[kScoreTiles][kKeyTiles][4]) {
+  LOGQUANT_DEVICE void spare_hidden_zeros(A4 (&words)[kTokenPairs / 4], const uint32_t (&hidden)[kScoreTiles]) {
     A4 nans[kTokenPairs / 4];
     bool any = false;
 #pragma unroll
     for (int n = 0; n < kTokenPairs / 4; ++n) any = take_nans(words[n], nans[n]) || any;
     if (!__any_sync(ptx::kFullMask, any)) return;
     uint32_t seen[kScoreTiles][kTokenPairs];
-    seen_tokens(s, seen);
+    seen_tokens(hidden, seen);
 #pragma unroll
     for (int n = 0; n < kTokenPairs / 4; ++n) spoil_sums(nans[n], 4 * n, seen);
   }
   // Fitted values have no zeros: their poisoned scales are NaNs, also where there are no masks, for p' that are NaN
   // would spoil the sums of all rows and groups.
-  LOGQUANT_DEVICE void spare_hidden_scales(unsigned char* scales, const float (&s)[kScoreTiles][kKeyTiles][4]) {
+  LOGQUANT_DEVICE void spare_hidden_scales(unsigned char* scales, const uint32_t (&hidden)[kScoreTiles]) {
     uint32_t seen[kScoreTiles][kTokenPairs];
-    seen_tokens(s, seen);
+    seen_tokens(hidden, seen);
     const auto each_quad = [&](const auto& f) __attribute__((always_inline)) {
 #pragma unroll
       for (int i = 0; i < S::kGroups * kTokenPairs; i += 4) {
@@ -1360,7 +1392,9 @@ class TensorAttention {
 
   // ---------------------------------------------------------------------------------------------------------- merge
   // The warps' parts into one, and that to global memory.
-  LOGQUANT_DEVICE void merge(int split, bool pages) {
+  LOGQUANT_DEVICE void merge() {
+    const int split = ptx::block_x();
+    const bool pages = split < a.page_splits;
     constexpr int kRows = 8 * tiles, kDim = S::kValueDim;
     float* const parts = reinterpret_cast<float*>(shared);  // [team][row][channel]
     float* const sums = parts + L::kTeams * kRows * kDim;   // [team][row][2]
@@ -1474,7 +1508,7 @@ class TensorAttention {
   uint32_t scaled_pairs[L::kQueryInRegisters ? 4 * Columns::kQuads : 1];
   int gather[kGathers];
   uint32_t mean_offset[2 * L::kZeroRounds];
-  const unsigned char* source = nullptr;  // of the next page, this lane's 16 bytes
+  const unsigned char* source = nullptr;  // of the next page, this lane's 16 bytes, kReach further
   int64_t source_step = 0;
   uint32_t stage_at = 0;  // of the page at hand, from `shared` on
   uint32_t unpacked_at = 0;

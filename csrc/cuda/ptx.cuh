@@ -141,6 +141,12 @@ LOGQUANT_DEVICE T keep(T x) {
 LOGQUANT_DEVICE unsigned char* keep_shared(unsigned char* p) {
   return static_cast<unsigned char*>(__cvta_shared_to_generic(keep(shared_address(p))));
 }
+// blockIdx.x, read again rather than kept in a register.
+LOGQUANT_DEVICE int block_x() {
+  int x;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+  return x;
+}
 // The byte i of the result is the one of {a, b}, numbered 0 to 3 and 4 to 7, that bits 4i to 4i + 3 of the selector
 // say.
 LOGQUANT_DEVICE uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
@@ -359,6 +365,7 @@ T keep(T x) {
   return x;
 }
 inline unsigned char* keep_shared(unsigned char* p) { return p; }
+inline int block_x() { return static_cast<int>(blockIdx.x); }
 inline uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t both = uint64_t{b} << 32 | a;
   uint32_t d = 0;
