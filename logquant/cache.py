@@ -567,7 +567,7 @@ class LogQuantLayer(CacheLayerMixin):
         if 2 * pages_left < store.shape[2]:
             store = store[:, :, :pages_left].clone()
         if any((source < b.packed).any() for (b, _), source in zip(gone_by, sources, strict=True)):
-            window_k, window_v = self.window_k.clone(), self.window_v.clone()
+            window_k, window_v = (w.clone() for w in self._window_with_room_for(after.exact))
             for row, ((held, _), source) in enumerate(zip(gone_by, sources, strict=True)):
                 rows = slice(0, batch) if before.alike else slice(row, row + 1)
                 returns = (source < held.packed).nonzero().squeeze(1)
