@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +58,8 @@ class KVView:
         new: how many columns are new; those attend.
         is_current: tells whether the layer still holds what it held when it made this view.
         observed: called after each attention with what attended: queries and mask, or nothing if that is not known.
+        parts: None, or called before each attention with its mask: if not all of the new columns are to see the same,
+            some of them at a time and the view that they are to see instead of this one, in order.
     """
 
     def __init__(
@@ -72,11 +74,12 @@ class KVView:
         new: int,
         is_current: Callable[[], bool],
         observed: Callable[[Attended | None], None],
+        parts: Callable[[Tensor | None], Iterable[tuple[slice, KVView]]] | None,
     ) -> None:
         self.pages, self.window_k, self.window_v, self.fmt = pages, window_k, window_v, fmt
         self.key_map = key_map
         self.rows, self.new = rows, new
-        self.is_current, self.observed = is_current, observed
+        self.is_current, self.observed, self.parts = is_current, observed, parts
         self._dense: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -86,8 +89,8 @@ class KVView:
 
     @property
     def is_prompt(self) -> bool:
-        """Whether all tokens are new: then keys and values are plain tensors, and attention is exact."""
-        return self.rows.columns == 0
+        """Whether all tokens are new and see each other as they are: then keys and values are plain tensors."""
+        return self.rows.columns == 0 and self.parts is None
 
     def check_current(self) -> None:
         """Refuse if the layer was updated since (RuntimeError)."""
@@ -131,7 +134,13 @@ class KVView:
             RuntimeError, ValueError: as :meth:`check`; the layer is unchanged then.
         """
         self.check(mask)
-        out = self._attend(q, mask, scale, softcap=softcap, sinks=sinks, causal=causal)
+        outs = []
+        if self.parts is not None and q.shape[2] == self.new and (causal or mask is not None):
+            for part, view in self.parts(mask):
+                seen = mask if mask is None or mask.shape[2] == 1 else mask[:, :, part]
+                seen = None if seen is None else seen[..., : view.columns]
+                outs.append(view.attend(q[:, :, part], seen, scale, softcap=softcap, sinks=sinks, causal=causal))
+        out = torch.cat(outs, 2) if outs else self._attend(q, mask, scale, softcap=softcap, sinks=sinks, causal=causal)
         self.observed(Attended(q, mask, scale, softcap))
         return out
 
@@ -368,9 +377,10 @@ def _intercept_sdpa(
         return out
     # SDPA broadcasts a single head.
     fits = query.dim() == 4 and (query.shape[1] == key.shape[1] or key.shape[1] == 1 or enable_gqa)
-    if dropout_p or is_causal or not fits:
+    if dropout_p or (is_causal and query.shape[2] != view.columns) or not fits:
         return None
-    return view.attend(query, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return view.attend(query, attn_mask, scale, causal=is_causal)
 
 
 def exact_attention(

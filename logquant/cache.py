@@ -38,18 +38,36 @@ class _Pending(NamedTuple):
 
     Attributes:
         keys, values: ``[B, H, N, D]``: each row's exact tokens, then the new ones.
-        new: columns that have come.
+        states: keys and values of the new ones alone, ``[B, H, new, D]``.
         in_window: whether ``keys`` and ``values`` are the layer's own window.
-        attended: what has attended to them, or None.
         recallable: how many of the newest tokens a :meth:`LogQuantLayer.crop` may take back without a trace.
+        drafts: how many of the newest columns see, and leave in the layer, what they would if each came by itself.
+        attended: what has attended to them, or None.
     """
 
     keys: Tensor
     values: Tensor
-    new: int
+    states: tuple[Tensor, Tensor]
     in_window: bool
     recallable: int
+    drafts: int
     attended: Attended | None = None
+
+    @property
+    def new(self) -> int:
+        """Columns that have come."""
+        return self.states[0].shape[2]
+
+    def part(self, columns: slice) -> tuple[tuple[Tensor, Tensor], int, Attended | None]:
+        """``states``, ``drafts`` and ``attended`` of some of the new columns, all of them drafts or none."""
+        keys, values = (x[:, :, columns] for x in self.states)
+        drafts = columns.stop - columns.start if columns.start >= self.new - self.drafts else 0
+        attended = self.attended
+        if attended is not None:
+            unknown = self.new - attended.query.shape[2]
+            start, stop = (max(0, end - unknown) for end in (columns.start, columns.stop))
+            attended = attended._replace(query=attended.query[:, :, start:stop])
+        return (keys, values), drafts, attended
 
 
 @dataclass
@@ -63,6 +81,7 @@ class _Shared:
 
     layers: int = 1
     padding: Tensor | None = None
+    drafts: int | None = None
     _key: object = None
     _stores: list[list[Tensor]] = field(default_factory=list)
 
@@ -78,7 +97,7 @@ class _Shared:
         return [like.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
 
     def forget(self) -> None:
-        self.padding, self._key, self._stores = None, None, []
+        self.padding, self.drafts, self._key, self._stores = None, None, None, []
 
 
 class LogQuantLayer(CacheLayerMixin):
@@ -190,7 +209,8 @@ class LogQuantLayer(CacheLayerMixin):
         """Append tokens, and return what attention is to see.
 
         A first prompt attends to its own exact keys and values. Later tokens attend to what was there before they
-        came, and exactly to each other: the rule is applied to them afterwards.
+        came, and exactly to each other: the rule is applied to them afterwards. After :meth:`activate_past_recording`
+        they are drafts, which attend to what each would find if they came one by one.
 
         Args:
             key_states: ``[B, H, n, D]``, float32, float16 or bfloat16.
@@ -216,10 +236,30 @@ class LogQuantLayer(CacheLayerMixin):
         self._check(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self._pending is not None:
+            # No longer the last update, so that a prompt need not stay exact as a whole.
+            self._pending = self._pending._replace(recallable=min(self._pending.recallable, self.config.window))
         self._settle()
-        rows, new = self._rows, key_states.shape[2]
         # What generate may take back (speculative decoding) stays exact until it has decided.
-        recallable = max(self.config.window, new) if self.record_past else 0
+        recallable = max(self.config.window, key_states.shape[2]) if self.record_past else 0
+        view = self._append((key_states, value_states), recallable, self._drafts_of(key_states.shape[2]))
+        return KVHandle(view, 0), KVHandle(view, 1)
+
+    def _drafts_of(self, new: int) -> int:
+        """How many of so many new columns are drafts: all after a prompt, if nobody has told."""
+        if not self.record_past:
+            return 0
+        if not self._rows.columns:
+            return min(self._shared.drafts or 0, new - 1)
+        drafts = self._shared.drafts
+        return new if drafts is None or drafts >= new - 1 else drafts
+
+    def _append(
+        self, states: tuple[Tensor, Tensor], recallable: int, drafts: int, attended: Attended | None = None
+    ) -> KVView:
+        """New tokens come and are pending; what they attend to. The arguments are described at :class:`_Pending`."""
+        key_states, value_states = states
+        rows, new = self._rows, key_states.shape[2]
         tokens = rows.exact + new
         in_window = rows.columns > 0 and tokens <= self.config.window_capacity + recallable
         if rows.columns == 0:
@@ -239,9 +279,9 @@ class LogQuantLayer(CacheLayerMixin):
         self._version += 1
         self.handles = None
         self._columns = rows.columns + new
-        self._pending = _Pending(keys.detach(), values.detach(), new, in_window, recallable)
-        view = self._view(keys, values, rows, new)
-        return KVHandle(view, 0), KVHandle(view, 1)
+        states = key_states.detach(), value_states.detach()
+        self._pending = _Pending(keys.detach(), values.detach(), states, in_window, recallable, drafts, attended)
+        return self._view(keys, values, rows, new)
 
     @staticmethod
     def _write_new(into: Tensor, new: Tensor, rows: Rows) -> None:
@@ -259,11 +299,17 @@ class LogQuantLayer(CacheLayerMixin):
         def observed(attended: Attended | None) -> None:
             if self._version == version and self._pending is not None:
                 if attended is not None:
+                    if new == 1:  # query heads may have come as queries of their KV head
+                        attended = attended._replace(query=attended.query.flatten(1, 2).unsqueeze(2))
                     self._pending = self._pending._replace(attended=attended)
                 # A prompt takes its place at once, lest every layer's exact prompt be held at the same time. In the
                 # window the new tokens cost nothing, and there the view must last: some models attend to it again.
-                if not self._pending.in_window:
+                # Drafts that came with a prompt would leave their mark on its pages: crop says which they are.
+                if not (self._pending.in_window or self._pending.recallable):
                     self._settle()
+
+        def parts(mask: Tensor | None) -> Iterator[tuple[slice, KVView]]:
+            return self._parts(mask) if self._version == version else iter(())
 
         return KVView(
             self.pages[:, :, : rows.packed // self.format.page_tokens],
@@ -275,7 +321,29 @@ class LogQuantLayer(CacheLayerMixin):
             new=new,
             is_current=lambda: self._version == version,
             observed=observed,
+            parts=parts if self._pending is not None and self._pending.drafts else None,
         )
+
+    def _parts(self, mask: Tensor | None) -> Iterator[tuple[slice, KVView]]:
+        """What drafts see where the rule applies in their midst: a copy of this layer, to which they come by and by.
+
+        Args:
+            mask: what they are about to attend with, as for :meth:`KVView.attend`.
+
+        Yields:
+            Some of the new columns and the view for their queries; nothing where all see the same.
+        """
+        pending, rows = self._pending, self._rows
+        if pending is None or rows.undecided:
+            return
+        parts = rows.parts(pending.new, pending.drafts, rows.real_columns(mask, pending.new, self.batch_size))
+        if len(parts) == 1:
+            return
+        copied = self._copy()
+        for part in parts:
+            copied._settle()
+            states, drafts, _ = pending.part(part)
+            yield part, copied._append(states, 0, drafts)
 
     def _check(self, key_states: Tensor, value_states: Tensor) -> None:
         if key_states.dtype not in DTYPES:
@@ -326,13 +394,18 @@ class LogQuantLayer(CacheLayerMixin):
         recallable = max(recallable, pending.recallable)
         after = rows.append(pending.new, recallable, real)
         moves = rows.moves(pending.new, self.device, recallable, real)
+        all_drafts = 0 < pending.new == pending.drafts
         with torch.no_grad():
             attended = pending.attended
             if attended is not None and real is not None and attended.query.shape[2] != pending.new:
                 attended = None
             if attended is not None and self.key_map is not None and any(s.packed == 0 for s in rows.slots):
-                squares = columns.squares_of(attended.query, self.window_k.shape[1], real)
-                self._squares = squares if self._squares is None else self._squares + squares
+                # Sums of floats depend on their order.
+                queries = attended.query.shape[2]
+                for part in (slice(i, i + 1) for i in range(queries)) if all_drafts else (slice(queries),):
+                    own = None if real is None else real[:, part]
+                    squares = columns.squares_of(attended.query[:, :, part], self.window_k.shape[1], own)
+                    self._squares = squares if self._squares is None else self._squares + squares
             newest = self._newest_with(attended, pending.new, real, recallable)
             self._move(pending.keys, pending.values, pending.in_window, moves, after, newest, real)
         self._newest, self._pending = newest, None
@@ -342,8 +415,6 @@ class LogQuantLayer(CacheLayerMixin):
         if attended is None or self.format.key_param_bits == self.format.value_param_bits == 16:
             return self._newest
         query = attended.query.detach()
-        if new == 1:  # the query heads of a KV head may have come as its queries
-            query = query.flatten(1, 2).unsqueeze(2)
         if query.shape[2] != new:
             return self._newest
         count = QUERIES + recallable
@@ -551,7 +622,11 @@ class LogQuantLayer(CacheLayerMixin):
             self.__dict__.pop(name, None)
 
     def activate_past_recording(self) -> None:
-        """Keep the newest W tokens exact until the next :meth:`crop`, so that it can remove them without a trace."""
+        """The tokens that come are drafts until the next :meth:`crop`, which can remove them without a trace.
+
+        The newest W stay exact until then. Those after a prompt see, and leave in the layer, what they would if they
+        came one by one, as long as each update is followed by a crop.
+        """
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -571,12 +646,20 @@ class LogQuantLayer(CacheLayerMixin):
             raise ValueError(f"tokens_to_remove must be 0 or negative, got {tokens_to_remove}")
         if not self.is_initialized:
             return
-        self._settle(recallable=self._pending.new if self._pending else 0)
-        cropped = self._rows.crop(-tokens_to_remove) if tokens_to_remove else self._rows
+        self._check_intact()
+        pending, kept, remove = self._pending, 0, -tokens_to_remove
+        real = None
+        if pending is not None:
+            real = self._real_columns(pending)
+            kept = max(0, pending.new - remove)
+            remove -= pending.new - kept
+            self._pending, self._columns = None, self._rows.columns
+            self._version += 1
+        cropped = self._rows.crop(remove) if remove else self._rows
         after, moves = cropped.append(0), cropped.moves(0, self.device)
-        if tokens_to_remove:
+        if remove:
             self._crop(cropped)
-            self._newest = self._newest and self._newest.crop(-tokens_to_remove)
+            self._newest = self._newest and self._newest.crop(remove)
             self._version += 1
         # The tokens that are left are here to stay, so the rule is applied to all of them.
         window_k, window_v = (w[:, :, : cropped.exact] for w in (self.window_k, self.window_v))
@@ -584,6 +667,14 @@ class LogQuantLayer(CacheLayerMixin):
             newest = self._newest and self._newest.keep(QUERIES)
             self._move(window_k, window_v, True, moves, after, newest)
         self._newest = newest
+        if pending is None or not kept:
+            return
+        # What is pending comes once more, without what was removed.
+        drafts = max(0, kept - (pending.new - pending.drafts))
+        for part in self._rows.parts(kept, drafts, None if real is None else real[:, :kept]):
+            states, drafts, attended = pending.part(part)
+            self._append(states, 0, drafts, attended)
+            self._settle()
 
     def _crop(self, after: Rows) -> None:
         before = self._rows
@@ -595,7 +686,7 @@ class LogQuantLayer(CacheLayerMixin):
         if 2 * pages_left < store.shape[2]:
             store = store[:, :, :pages_left].clone()
         if any((source < b.packed).any() for (b, _), source in zip(gone_by, sources, strict=True)):
-            window_k, window_v = self.window_k.clone(), self.window_v.clone()
+            window_k, window_v = (w.clone() for w in self._window_with_room_for(after.exact))
             for row, ((held, _), source) in enumerate(zip(gone_by, sources, strict=True)):
                 rows = slice(0, batch) if before.alike else slice(row, row + 1)
                 returns = (source < held.packed).nonzero().squeeze(1)
@@ -714,15 +805,20 @@ class LogQuantLayer(CacheLayerMixin):
     def __deepcopy__(self, memo: dict[int, Any]) -> LogQuantLayer:
         """An independent layer. Both share the page store until one of them writes to it."""
         self._settle()
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update(self.__dict__)
-        twin._shared, twin.handles = copy.deepcopy(self._shared, memo), None
+        memo[id(self)] = twin = self._copy()
+        twin._shared = copy.deepcopy(self._shared, memo)
         if self.is_initialized:
-            twin.window_k, twin.window_v = self.window_k.clone(), self.window_v.clone()
             twin._ticket = compiled.ticket_for(twin, len(self._ticket))
-            self._sharers.add(twin)
         return twin
+
+    def _copy(self) -> LogQuantLayer:
+        """A copy without what is pending, for work within this layer: it shares what is not the layer's alone."""
+        made = type(self).__new__(type(self))
+        made.__dict__.update(self.__dict__, _pending=None, handles=None, _shared=_Shared(padding=self._shared.padding))
+        if self.is_initialized:
+            made.window_k, made.window_v = self.window_k.clone(), self.window_v.clone()
+            self._sharers.add(made)
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
@@ -847,6 +943,15 @@ class LogQuantCache(DynamicCache):
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(f"attention_mask must be [batch, columns], got {list(attention_mask.shape)}")
         self._shared.padding = attention_mask
+
+    def set_drafts(self, drafts: int | None) -> None:
+        """Say how many of the columns that come next are drafts (:meth:`LogQuantLayer.activate_past_recording`).
+
+        Args:
+            drafts: the newest so many. None, if that is not known: all of them, or none if the cache is empty. It holds
+                until the next call.
+        """
+        self._shared.drafts = drafts
 
     @property
     def nbytes(self) -> int:

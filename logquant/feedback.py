@@ -21,7 +21,7 @@ QUERIES = 16
 # Tokens that are worked on at once: float32 copies of a long prompt would raise the peak.
 _AT_ONCE = 2048
 # Added to A's diagonal, in parts of its mean: tomorrow's queries are not today's.
-_DAMPING = 0.1
+_DAMPING = 0.3
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ def enable(model: PreTrainedModel, quantization: LogQuantConfig | None = None, *
     """Make ``model.generate`` use a LogQuant cache wherever it would make a ``DynamicCache``.
 
     Sets the attention implementation ``"logquant"``, too, if the model can take it, and tells LogQuant caches which
-    columns are padding whenever the model is called, so that every attention implementation keeps rows apart. A cache
-    given to ``generate``, or another ``cache_implementation``, is used as always. Calling it again changes the
-    settings; :func:`disable` undoes it.
+    columns are padding and which are drafts whenever the model is called, so that every attention implementation keeps
+    rows apart, and drafts that come with a prompt see what they would after it. A cache given to ``generate``, or
+    another ``cache_implementation``, is used as always. Calling it again changes the settings; :func:`disable` undoes
+    it.
 
     Args:
         model: any model of transformers that generates.
@@ -57,7 +58,7 @@ def enable(model: PreTrainedModel, quantization: LogQuantConfig | None = None, *
         model_kwargs[CACHE] = cache
         return None
 
-    hook = model.register_forward_pre_hook(_tell_padding, with_kwargs=True)
+    hook = model.register_forward_pre_hook(_tell_cache, with_kwargs=True)
     previous = model.config._attn_implementation
     # A model without interchangeable attention keeps its own: the cache is dequantised for it, with a warning.
     with contextlib.suppress(ValueError, NotImplementedError):
@@ -77,10 +78,13 @@ def disable(model: PreTrainedModel) -> None:
     model.set_attn_implementation(previous)
 
 
-def _tell_padding(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _tell_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache, name = from_arguments(kwargs), "attention_mask"
     if isinstance(cache, EncoderDecoderCache):
         cache, name = cache.self_attention_cache, "decoder_attention_mask"
     mask = kwargs.get(name)
     if isinstance(cache, LogQuantCache):
         cache.set_padding(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+        # A forward pass that verifies drafts wants the logits of the token before them and of each draft.
+        logits = kwargs.get("logits_to_keep")
+        cache.set_drafts(logits - 1 if isinstance(logits, int) and logits > 0 else None)

@@ -20,6 +20,7 @@ slot i, and its first token never leaves.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
@@ -344,6 +345,32 @@ class Rows(_Memo):
                 )
             )
         return made
+
+    def parts(self, columns: int, drafts: int, real: Tensor | None = None) -> tuple[slice, ...]:
+        """Columns that come, cut where those before and those after find the rule applied to different tokens.
+
+        Args:
+            columns: columns that arrive.
+            drafts: how many of them, the last, come one by one after the others.
+            real: bool ``[batch, columns]`` on the CPU, which of them hold a token; None if all do.
+        """
+
+        def make() -> tuple[slice, ...]:
+            together = columns - drafts
+            ends = {columns, together} - {0} if columns else {0}
+            rows = [[True] * columns] * len(self.slots) if real is None else real.tolist()
+            for held, came in zip(self.slots * (len(rows) // len(self.slots)), rows, strict=True):
+                counts = itertools.accumulate(came, initial=held.tokens)
+                done = [evictions(tokens, held.window, held.sinks) for tokens in counts]
+                ends |= {i for i in range(together + 1, columns) if done[i] > done[i - 1]}
+            return tuple(itertools.starmap(slice, itertools.pairwise((0, *sorted(ends)))))
+
+        return self._once("parts", (columns, drafts, None if real is None else real.numpy().tobytes()), make)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether there are tokens that the rule has not been applied to."""
+        return any(s.settled < s.tokens for s in self.slots)
 
     @property
     def window(self) -> int:

@@ -52,6 +52,17 @@ def test_a_loaded_cache_is_the_saved_one(model, ids, tmp_path, options):
     assert torch.equal(*outputs)
 
 
+def test_a_loaded_cache_is_cropped_as_the_saved_one(model, ids, tmp_path):
+    """Also to a length at which it needs more exact tokens than a file holds."""
+    cache = filled(model, ids)
+    cache.save(tmp_path / "cache", model)
+    loaded = LogQuantCache.load(tmp_path / "cache", model)
+    for each in (cache, loaded):
+        each.crop(-45)
+    for layer, want in zip(loaded.layers, cache.layers, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(layer.dense(), want.dense(), strict=True))
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "lfm2", "qwen3_next"])
 def test_layers_of_other_kinds_are_saved_too(tmp_path, family, ids):
     torch.manual_seed(0)

@@ -244,3 +244,24 @@ def test_a_mask_is_looked_at_once_unless_it_changes():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         split_positions(**arguments)
+
+
+@given(
+    before=st.lists(st.integers(0, 60), min_size=BATCH, max_size=BATCH),
+    together=st.integers(0, 40),
+    real=st.lists(st.lists(st.booleans(), min_size=BATCH, max_size=BATCH), min_size=1, max_size=60),
+    window=st.integers(1, 24),
+)
+def test_drafts_are_cut_where_one_by_one_they_would_evict(before, together, real, window):
+    rows = Rows((Slots(window),)).append(60, real=torch.arange(60) < torch.tensor(before)[:, None])
+    coming = torch.tensor([[True] * BATCH] * together + real).T
+    parts = rows.parts(coming.shape[1], len(real), coming)
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(coming.shape[1]))
+    ends, grown = {part.stop for part in parts}, rows.append(together, real=coming[:, :together])
+    assert together == 0 or together in ends
+    for column in range(together, coming.shape[1]):
+        after = grown.append(1, real=coming[:, column : column + 1])
+        slots = (r.slots * (BATCH // len(r.slots)) for r in (after, grown))
+        evicted = any(a.packed > b.packed for a, b in zip(*slots, strict=True))
+        assert (column + 1 in ends) == (evicted or column + 1 == coming.shape[1])
+        grown = after
