@@ -73,39 +73,47 @@ def _convert_gguf(source: Path, target: Path) -> None:
         complete.rename(target)
 
 
+def _source(model: str | None) -> dict[str, Any]:
+    """Where transformers is to load a model from, as arguments of ``from_pretrained``."""
+    path = Path(model or default_model())
+    if path.suffix == ".gguf":
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    return {"pretrained_model_name_or_path": model or str(path)}
+
+
 def load_config(model: str | None = None) -> Any:
     """The configuration of a model alone, without its weights.
 
     Args:
-        model: a directory or a hub id; the default is :func:`default_model`.
+        model: a directory, a GGUF file or a hub id; the default is :func:`default_model`.
 
     Raises:
-        OSError: no such directory, or no such model on the hub, or no network.
+        OSError: no such directory or file, or no such model on the hub, or no network.
     """
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(model or default_model())
+    return AutoConfig.from_pretrained(**_source(model))
 
 
 def load(model: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
     Args:
-        model: a directory or a hub id; the default is :func:`default_model`.
+        model: a directory, a GGUF file or a hub id; the default is :func:`default_model`.
         dtype: of weights and cache.
 
     Returns:
         The model, ready for inference with the ``"logquant"`` attention, and the tokenizer.
 
     Raises:
-        OSError: no such directory, or no such model on the hub, or no network.
+        OSError: no such directory or file, or no such model on the hub, or no network.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from . import attention  # noqa: F401  registers "logquant"
 
-    path = model or default_model()
+    source = _source(model)
     with _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="logquant")
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, attn_implementation="logquant")
     return loaded.eval(), tokenizer

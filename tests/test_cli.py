@@ -92,7 +92,7 @@ def test_generate_takes_settings_and_prompts_from_files(model, tmp_path, json_fi
     assert written["cache"] == "logquant:bits=4,value_bits=2,window=32,page_tokens=32"
     assert written["prompt_tokens"] == 103  # the file, an empty line, the prompt
     config = LogQuantConfig(bits=4, value_bits=2, window=32, page_tokens=32)
-    assert written["bytes"] == 4 * config.head_nbytes(104, 32)
+    assert written["bytes"] == 4 * config.head_nbytes(104, 32, query_heads=2)
 
 
 def test_generate_samples_the_same_with_the_same_seed(model):
@@ -225,7 +225,7 @@ def test_bench_memory_holds_what_the_formula_says(model, json_file):
     output = succeed("bench", "memory", *args, "--json", json_file).output
     full, packed = json.loads(json_file.read_text())["results"]
     assert full["held"] == full["predicted"] == 4 * 700 * 2 * 32 * 2
-    assert packed["held"] == packed["predicted"] == 4 * LogQuantConfig(window=32).head_nbytes(700, 32)
+    assert packed["held"] == packed["predicted"] == 4 * LogQuantConfig(window=32).head_nbytes(700, 32, query_heads=2)
     assert all(row["peak_rise"] > 0 and row["live_peak_rise"] > 0 for row in (full, packed))
     assert output.count("equal") == 2
 

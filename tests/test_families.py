@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import logquant
-from logquant import LogQuantCache
+from logquant import LogQuantCache, LogQuantConfig
 from logquant.attention import KVHandle
 from logquant.cache import LogQuantLayer
 from logquant.compat import as_argument
@@ -57,7 +57,8 @@ def test_falcon_whose_one_key_head_sdpa_broadcasts(ids):
     eager.load_state_dict(model.state_dict())
     outputs = []
     for m in (model, eager):
-        cache = LogQuantCache(config, window=32)
+        # Plain pages, which are the same whatever the attention tells of its queries.
+        cache = LogQuantCache(config, LogQuantConfig.paper(window=32))
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("error" if m is model else "ignore", RuntimeWarning)
             out = [m(ids[:, :200], **as_argument(cache)).logits]

@@ -37,6 +37,7 @@ def test_bytes_predicted_are_those_held(family, name):
         del config.num_key_value_heads  # it has none
     torch.manual_seed(0)
     network, spec = AutoModelForCausalLM.from_config(config).eval(), parse_cache(name)
+    network.set_attn_implementation("logquant")
     cache = spec.make(network.config)
     with torch.no_grad():
         network(torch.randint(0, 256, (1, 470)), **as_argument(cache), logits_to_keep=1)
