@@ -28,7 +28,8 @@ class LogQuantConfig:
         key_columns: columns of key codes for each key channel, on average: they go to the channels that queries look at
             most (csrc/format.h). 1 gives each channel one; by default 1.25 for keys of 2 bits, else 1. Rounded down so
             that a head has a multiple of 16.
-        param_bits: 8 stores scales in 8 bits, fits them and rotates values; 16 stores the range of the elements.
+        param_bits: 8 stores scales in 8 bits, fits them and rotates values, as the newest queries tell, which are kept
+            (:mod:`logquant.feedback`); 16 stores the range of the elements.
 
     Raises:
         ValueError: naming the field, what it was and what it must be.

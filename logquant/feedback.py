@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-# The newest queries of a sequence that say so. More say no more: 8 to 64 are alike.
+# The newest queries of a sequence that say so: 64 say little more, and are to be kept.
 QUERIES = 16
 # Tokens that are worked on at once: float32 copies of a long prompt would raise the peak.
 _AT_ONCE = 2048
