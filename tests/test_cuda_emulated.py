@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from logquant import LogQuantConfig, reference
 from logquant.reference import PageFormat
 from tests import emulated
-from tests.strategies import dtypes, formats, key_weights, seeds, tokens
+from tests.strategies import dtypes, formats, key_weights, seeds, tokens, value_feedback
 from tests.test_ops import Problem
 
 if emulated.cuda_include() is None:
@@ -134,16 +134,19 @@ def test_every_operator_in_every_order(fmt, dtype, seed, pages, exact, group, qu
         fmt, packed=pages * fmt.page_tokens, exact=exact, group=group, queries=queries, dtype=dtype, seed=seed
     )
     k, v = tokens(fmt, seed, batch=1, heads=2, count=3 * fmt.page_tokens, dtype=dtype)
-    weights = key_weights(seed, batch=1, heads=2, count=3 * fmt.page_tokens)
+    shape = {"batch": 1, "heads": 2, "count": 3 * fmt.page_tokens}
+    weights, feedback = key_weights(seed, **shape), value_feedback(fmt, seed, **shape)
+    options = {"key_map": problem.key_map, "key_weights": weights, "value_feedback": feedback}
     with emulated.machine(**machine):
         check(problem, slack=1e-6)
-        packed = emulated.quantize(k, v, fmt, key_map=problem.key_map, key_weights=weights)
+        packed = emulated.quantize(k, v, fmt, **options)
         restored = emulated.dequantize(packed, fmt, dtype=dtype, key_map=problem.key_map)
         window = [k.clone(), v.clone(), torch.zeros_like(packed)]
         step = {"page": 1, "tokens": 3 * fmt.page_tokens, "start": 1, "step": 2, "count": fmt.page_tokens}
         step["key_weights"] = None if weights is None else weights[..., : fmt.page_tokens]
+        step["value_feedback"] = None if feedback is None else feedback[:, :, : fmt.page_tokens]
         emulated.evict_(*window, fmt, **step, key_map=problem.key_map)
-    assert torch.equal(packed, reference.quantize(k, v, fmt, key_map=problem.key_map, key_weights=weights))
+    assert torch.equal(packed, reference.quantize(k, v, fmt, **options))
     for got, want in zip(
         restored, reference.dequantize(packed, fmt, dtype=dtype, key_map=problem.key_map), strict=True
     ):

@@ -21,7 +21,8 @@ struct IndexedRows {
 
 template <class T>
 __global__ void __launch_bounds__(kQuantizeThreads, 4)
-    quantize_pages(__grid_constant__ const QuantizeArgs args, bool k_aligned, bool v_aligned) {
+    quantize_pages(__grid_constant__ const QuantizeArgs args, __grid_constant__ const FeedbackTile tile, bool k_aligned,
+                   bool v_aligned) {
   LOGQUANT_DYNAMIC_SHARED(shared);
   const PageFormat& f = args.format;
   const int64_t p = blockIdx.x / 2, head = blockIdx.y, batch = blockIdx.z;
@@ -44,7 +45,11 @@ __global__ void __launch_bounds__(kQuantizeThreads, 4)
                                            head * args.key_weights.head_stride + p * f.page_tokens;
     quantize_keys(f, source(args.k, k_aligned), map, weights, page, shared);
   } else {
-    quantize_values(f, source(args.v, v_aligned), page, shared);
+    const float* const feedback = args.value_feedback.data == nullptr
+                                      ? nullptr
+                                      : args.value_feedback.data + batch * args.value_feedback.batch_stride +
+                                            head * args.value_feedback.head_stride + p * f.page_tokens * f.page_tokens;
+    quantize_values(f, source(args.v, v_aligned), tile, feedback, page, shared);
   }
 }
 
@@ -54,8 +59,9 @@ cudaError_t quantize(const QuantizeArgs& args, cudaStream_t stream) {
   const int bytes = element_bytes(args.k.dtype);
   const dim3 grid(2 * args.page_count, args.heads, args.batch);
   return with_element(args.k.dtype, [&](auto element) {
-    return ptx::launch(&quantize_pages<decltype(element)>, grid, kQuantizeThreads, quantizer_shared(args.format),
-                       stream, args, rows_aligned(args.k, bytes), rows_aligned(args.v, bytes));
+    return ptx::launch(&quantize_pages<decltype(element)>, grid, kQuantizeThreads,
+                       quantizer_shared(args.format, args.value_feedback.data != nullptr), stream, args,
+                       feedback_tile(args.format), rows_aligned(args.k, bytes), rows_aligned(args.v, bytes));
   });
 }
 
