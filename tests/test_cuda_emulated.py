@@ -179,6 +179,45 @@ def test_codes_do_not_depend_on_the_order_of_threads(settings, param_bits):
         assert torch.equal(got[:, :, :64], want[:, :, :64])
 
 
+@pytest.mark.parametrize(
+    ("shape", "shared"),
+    [
+        ((128, 128, 64), 40),
+        ((256, 256, 64), 40),
+        ((16, 160, 128, 2, 4, 16, 160), 96),
+        ((16, 512, 64, 2, 2, 16, 256), 96),
+        ((16, 512, 128, 2, 2, 16, 256), 96),  # from here on in strips
+        ((16, 448, 128, 2, 2, 16, 224), 96),
+        ((16, 1024, 32, 2, 8, 16, 1024), 96),
+        ((16, 1024, 128, 2, 8, 16, 1024), 96),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("settings", MACHINES[:3], ids=str)
+def test_feedback_in_groups_of_every_size(shape, shared, settings):
+    """Four blocks an SM, if groups are not large, and no more KB than every GPU has."""
+    fmt = PageFormat(*shape, key_param_bits=8, value_param_bits=8)
+    k, v = tokens(fmt, 3, batch=1, heads=2, count=fmt.page_tokens)
+    v[0, 0, 5, 3] = torch.nan
+    feedback = value_feedback(fmt, 3, batch=1, heads=2, count=fmt.page_tokens)
+    emulated.counters()
+    with emulated.machine(**settings):
+        pages = emulated.quantize(k, v, fmt, value_feedback=feedback)
+    assert emulated.counters()["shared_bytes"] <= shared << 10
+    assert torch.equal(pages, reference.quantize(k, v, fmt, value_feedback=feedback))
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0, -4.0])
+@pytest.mark.parametrize("page_tokens", [64, 128])
+def test_feedback_beyond_what_fp32_holds(page_tokens, factor):
+    fmt = PageFormat(64, page_tokens=page_tokens, key_param_bits=8, value_param_bits=8)
+    k, v = tokens(fmt, 3, batch=1, heads=2, count=page_tokens)
+    v[0, 0, 5, 3] = torch.nan
+    feedback = torch.full((1, 1, page_tokens, page_tokens), factor)
+    pages = emulated.quantize(k, v, fmt, value_feedback=feedback)
+    assert torch.equal(pages, reference.quantize(k, v, fmt, value_feedback=feedback))
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("fmt", TENSOR_FORMATS, ids=name_of)
 def test_attend_on_tensor_cores(fmt, dtype):

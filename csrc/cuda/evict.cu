@@ -57,10 +57,6 @@ __global__ void __launch_bounds__(kQuantizeThreads, 4)
       args.key_weights.data == nullptr
           ? nullptr
           : args.key_weights.data + batch * args.key_weights.batch_stride + head * args.key_weights.head_stride;
-  const float* const feedback = args.value_feedback.data == nullptr
-                                    ? nullptr
-                                    : args.value_feedback.data + batch * args.value_feedback.batch_stride +
-                                          head * args.value_feedback.head_stride;
   uint32_t* page =
       reinterpret_cast<uint32_t*>(args.pages.data) + batch * args.pages.batch_stride + head * args.pages.head_stride;
   for (int64_t first = 0; first < args.count; first += f.page_tokens, page += args.pages.page_stride) {
@@ -69,7 +65,11 @@ __global__ void __launch_bounds__(kQuantizeThreads, 4)
     if (keys) {
       quantize_keys(f, source, map, weights == nullptr ? nullptr : weights + first, page, shared);
     } else {
-      quantize_values(f, source, tile, feedback == nullptr ? nullptr : feedback + first * f.page_tokens, page, shared);
+      const float* const feedback = args.value_feedback.data == nullptr
+                                        ? nullptr
+                                        : args.value_feedback.data + batch * args.value_feedback.batch_stride +
+                                              head * args.value_feedback.head_stride + first * f.page_tokens;
+      quantize_values(f, source, tile, feedback, page, shared);
     }
     __syncthreads();
   }

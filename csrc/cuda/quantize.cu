@@ -2,8 +2,10 @@
 // by the index, which is how the log window's selection is fused in) and writes its sections of the page.
 //
 // Grid (2 * pages, heads, batch), 256 threads. Memory: each token once from DRAM (again from L1), each page once to it:
-// 512 + 80 bytes a token for dim 128, fp16, 2 bits. Budget: 64 registers, 11 KB of shared memory for dim 128, 36 KB
-// where parameters are fitted, so that four blocks fit on an SM; it runs once in the life of a token.
+// 512 + 80 bytes a token for dim 128, fp16, 2 bits. With feedback the values' tokens are read twice more, from L1 or
+// L2, and half of the factors twice: 144 bytes a token. Budget: 64 registers, 11 KB of shared memory for dim 128, 36 KB
+// where parameters are fitted, 38 KB with feedback, so that four blocks fit on an SM; it runs once in the life of a
+// token.
 
 #include "quantizer.cuh"
 

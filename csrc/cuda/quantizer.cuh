@@ -4,7 +4,7 @@
 // the __f*_rn, which nvcc does not fuse). 16-bit parameters are minimum and maximum, 8-bit ones come from the search of
 // fit.cuh. The source is read twice, parameters then codes; a page of a head (16 KB of keys for 64 tokens of dim 128)
 // stays in L1 in between. Rotated values are read once and kept in shared memory. With feedback they are read three
-// times, the second and third time from L1 or L2, and so is the page's 16 KB of factors, twice.
+// times, again from L1 or L2, and the half of the factors that counts (8 KB for 64 tokens) twice.
 #pragma once
 
 #include "fit.cuh"
@@ -65,33 +65,34 @@ LOGQUANT_HOST_DEVICE constexpr int value_fit_warps(const PageFormat& f) {
   return warps < 1 ? 1 : warps > kQuantizeWarps ? kQuantizeWarps : warps;
 }
 
-// What a block works on at a time where values are fed back: `span` channels, whole groups, of which the `rows` tokens
-// that are fitted together lie in shared memory, and `strip` channels of all tokens, whole Hadamard blocks. They are
-// the same where a group of all tokens fits, and then span is as many groups as leave room for four blocks on an SM
-// (128 channels of 64 tokens). Of a larger group strips are computed again for each set of rows.
+// What a block works on at a time where values are fed back. Of `span` channels (whole groups) it fits `rows` tokens at
+// a time; errors are passed on within `strip` channels (whole Hadamard blocks) of all tokens. Both lie in shared
+// memory. They are the same where all tokens of a group fit there, and a span is then as many groups as leave room for
+// four blocks on an SM: 128 channels of 64 tokens take 38 KB. A larger group (from 176 channels of 128 tokens on) is
+// cut into strips, and these are computed again for each set of rows.
 struct FeedbackTile {
-  int span, strip, rows;
+  int span, strip, rows, groups;  // groups: of a span
   LOGQUANT_HOST_DEVICE constexpr bool whole() const { return span == strip; }
 };
-inline constexpr int kFeedbackTokens = 8;        // that take off their errors together
-inline constexpr int kFeedbackBytes = 96 << 10;  // no device has less
+inline constexpr int kFeedbackTokens = 8;        // whose errors are passed on together
+inline constexpr int kFeedbackBytes = 96 << 10;  // every device has as much
 inline constexpr int kFeedbackRowBytes = 33 << 10;
 
 constexpr int feedback_bytes(const PageFormat& f, const FeedbackTile& tile) {
   const int strip = f.page_tokens * fit_pitch(tile.strip), rows = tile.whole() ? 0 : tile.rows * fit_pitch(tile.span);
-  const int groups = 2 * f.page_tokens * (tile.span / f.value_group) * static_cast<int>(sizeof(Group));
+  const int groups = 2 * f.page_tokens * tile.groups * static_cast<int>(sizeof(Group));
   return static_cast<int>(sizeof(float)) * (strip + rows + f.page_tokens * kFeedbackTokens) + groups;
 }
 constexpr FeedbackTile feedback_tile(const PageFormat& f) {
   const int group = f.value_group, tokens = f.page_tokens;
-  FeedbackTile tile{group, group, tokens};
+  FeedbackTile tile{group, group, tokens, 1};
   if (feedback_bytes(f, tile) > kFeedbackBytes) {
-    tile = {group, f.hadamard_block(), kFitGroups};
+    tile = {group, f.hadamard_block(), kFitGroups, 1};
     while (2 * tile.rows * fit_pitch(group) * static_cast<int>(sizeof(float)) <= kFeedbackRowBytes) tile.rows *= 2;
     return tile;
   }
   for (int span = group; span <= f.value_dim; span += group) {
-    const FeedbackTile larger{span, span, tokens};
+    const FeedbackTile larger{span, span, tokens, span / group};
     if (f.value_dim % span == 0 && feedback_bytes(f, larger) <= kFitBytes) tile = larger;
   }
   return tile;
@@ -354,10 +355,12 @@ LOGQUANT_DEVICE void feed_back_among(float* x, int pitch, const Group* groups, f
   }
 }
 
-// What the first `tokens` tokens of `channels` channels become when each token's error is taken off the later ones, in
-// place. A thread takes a channel, kFeedbackTokens tokens at a time: it codes these and keeps their errors, then takes
-// all of them off each later token. x: [token][channel]; groups_at(c): the groups [token] of a channel; feedback:
-// [token] [later token]; factors: room for those of the tokens at hand, [later token][token].
+// Takes each token's error off the later ones, in place, for the first `tokens` tokens of `channels` channels. A thread
+// has a channel: it codes kFeedbackTokens tokens and keeps their errors, then takes all of them off each later token;
+// that is 2.8 instructions a product, with neighbouring channels in neighbouring banks and the factors broadcast.
+//
+// x: [token][channel]; groups_at(c): the groups [token] of a channel; feedback: [token][later token]; factors: room for
+// those of the tokens at hand, [later token][token].
 template <class GroupsAt>
 LOGQUANT_DEVICE void feed_back(const PageFormat& f, float* x, int pitch, int channels, int tokens, GroupsAt groups_at,
                                const float* feedback, float* factors) {
@@ -373,9 +376,11 @@ LOGQUANT_DEVICE void feed_back(const PageFormat& f, float* x, int pitch, int cha
       float* const own = x + first * pitch + c;
       float errors[kFeedbackTokens];
       feed_back_among(own, pitch, groups_at(c) + first, levels, factors, errors);
-#pragma unroll 4
-      for (int s = kFeedbackTokens; s < later; ++s) {
-        own[s * pitch] = less_errors<kFeedbackTokens>(own[s * pitch], factors + s * kFeedbackTokens, errors);
+      for (int s = kFeedbackTokens; s < later; s += 4) {
+#pragma unroll
+        for (int i = s; i < s + 4; ++i) {
+          own[i * pitch] = less_errors<kFeedbackTokens>(own[i * pitch], factors + i * kFeedbackTokens, errors);
+        }
       }
     }
     __syncthreads();
@@ -389,13 +394,13 @@ LOGQUANT_DEVICE void quantize_fed_back_values(const PageFormat& f, const PageSou
                                               const FeedbackTile& tile, const float* feedback, uint32_t* page,
                                               unsigned char* shared) {
   const int bits = f.value_bits, elements = elements_per_word(bits), tokens = f.page_tokens;
-  const int pitch = fit_pitch(tile.strip), row_pitch = fit_pitch(tile.span), fitted = tile.span / f.value_group;
+  const int pitch = fit_pitch(tile.strip), row_pitch = fit_pitch(tile.span);
   const int self = threadIdx.x, lane = self % 32, warp = self / 32;
   const float levels = static_cast<float>(code_mask(bits));
   float* const x = reinterpret_cast<float*>(shared);                                   // [token][channel of the strip]
   float* const factors = x + tokens * pitch;                                           // [later token][token]
   Group* const groups = reinterpret_cast<Group*>(factors + tokens * kFeedbackTokens);  // [round][group][token]
-  float* const rows = tile.whole() ? x : reinterpret_cast<float*>(groups + 2 * fitted * tokens);
+  float* const rows = tile.whole() ? x : reinterpret_cast<float*>(groups + 2 * tile.groups * tokens);
   uint8_t* const scales = reinterpret_cast<uint8_t*>(page + f.value_params());
 
   for (int span = 0; span < f.value_dim; span += tile.span) {
@@ -403,7 +408,7 @@ LOGQUANT_DEVICE void quantize_fed_back_values(const PageFormat& f, const PageSou
     for (int round = 0; round < 3; ++round) {
       const bool last = round == 2;
       const int step = last ? tokens : tile.rows;
-      const Group* const old = groups + (round - 1) * fitted * tokens;
+      const Group* const old = groups + (last ? tile.groups * tokens : 0);  // of the round before
       for (int from = 0; from < tokens; from += step) {
         const int until = from + step;
         for (int strip = 0; strip < tile.span; strip += tile.strip) {
@@ -425,6 +430,7 @@ LOGQUANT_DEVICE void quantize_fed_back_values(const PageFormat& f, const PageSou
             feed_back(f, x, pitch, tile.strip, until, groups_at, feedback, factors);
           }
           if (last) {
+#pragma unroll 1
             for (int i = self; i < f.value_code_rows() * tile.strip; i += kQuantizeThreads) {
               const int row = i / tile.strip, c = i % tile.strip;
               const Group* const own = old + (strip + c) / f.value_group * tokens + row * elements;
@@ -435,6 +441,7 @@ LOGQUANT_DEVICE void quantize_fed_back_values(const PageFormat& f, const PageSou
             }
             __syncthreads();
           } else if (!tile.whole()) {
+#pragma unroll 1
             for (int i = self; i < step * tile.strip; i += kQuantizeThreads) {
               const int t = i / tile.strip, c = i % tile.strip;
               rows[t * row_pitch + strip + c] = x[(from + t) * pitch + c];
@@ -443,14 +450,15 @@ LOGQUANT_DEVICE void quantize_fed_back_values(const PageFormat& f, const PageSou
           }
         }
         if (last) continue;
-        for (int i = warp * kFitGroups; i < fitted * step; i += kQuantizeWarps * kFitGroups) {
+        for (int i = warp * kFitGroups; i < tile.groups * step; i += kQuantizeWarps * kFitGroups) {
           const int group = i / step, t = i % step + lane / kFitLanes, part = lane % kFitLanes;
-          const Fit fit =
-              fit_values({rows + t * row_pitch + group * f.value_group + part, nullptr, f.value_group}, levels);
+          Fit fit = fit_values({rows + t * row_pitch + group * f.value_group + part, nullptr, f.value_group}, levels);
+          // Poisoned is what was: large factors make numbers of any size, and more.
+          const int at = group * tokens + from + t;
+          if (round > 0) fit.finite = groups[at].scale > 0.0f;
           if (part == 0) {
-            groups[(round * fitted + group) * tokens + from + t] = group_of(fit);
-            scales[(span / f.value_group + group) * tokens + from + t] =
-                static_cast<uint8_t>(fit.finite ? fit.byte : kPoisonScale);
+            groups[round * tile.groups * tokens + at] = group_of(fit);
+            scales[span / f.value_group * tokens + at] = static_cast<uint8_t>(fit.finite ? fit.byte : kPoisonScale);
           }
         }
         __syncthreads();

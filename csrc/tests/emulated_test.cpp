@@ -199,6 +199,7 @@ int main() {
     run(format(96, 64, 128, 2, 8, 112), 3, 70, 2, 33, "prefill");
     run(fitted(format(80, 96, 32, 4, 8, 96)), 5, 33, 1, 2, "general");
     run(fitted(format(96, 64, 128, 2, 2, 112)), 3, 70, 2, 33, "prefill");
+    run({64, 256, 128, 2, 2, 64, 256, 8, 8}, 2, 1, 1, 1, "general");  // more than values are fed back at once
   }
   std::puts("1 passed, 0 failed");
   return 0;
