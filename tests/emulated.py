@@ -179,6 +179,7 @@ def quantize(
     index: Tensor | None = None,
     key_map: Tensor | None = None,
     key_weights: Tensor | None = None,
+    value_feedback: Tensor | None = None,
 ) -> Tensor:
     k, v = _dense(k), _dense(v)
     key_weights = None if key_weights is None else _dense(key_weights)
@@ -187,6 +188,7 @@ def quantize(
     count = (tokens if index is None else index.shape[1]) // fmt.page_tokens
     pages = torch.empty(batch, heads, count, fmt.words, dtype=torch.int32)
     numbers = [*_format(fmt), *_tokens(k), *_tokens(v), *_pages(pages), *_per_head(key_map), *_per_head(key_weights)]
+    numbers += _per_head(value_feedback)
     if pages.numel():
         _call("quantize", [*numbers, *_rows(index), batch, heads, count, tokens])
     return pages
@@ -218,11 +220,12 @@ def evict_(
     count: int,
     key_map: Tensor | None = None,
     key_weights: Tensor | None = None,
+    value_feedback: Tensor | None = None,
 ) -> None:
     target = pages[:, :, page:]
     key_weights = None if key_weights is None else _dense(key_weights)
     numbers = [*_format(fmt), *_tokens(window_k), *_tokens(window_v), *_pages(target), *_per_head(key_map)]
-    numbers += _per_head(key_weights)
+    numbers += [*_per_head(key_weights), *_per_head(value_feedback)]
     _call("evict", [*numbers, *window_k.shape[:2], tokens, start, step, count])
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from logquant import LogQuantConfig, reference
 from logquant.reference import PageFormat
 from tests import emulated
-from tests.strategies import dtypes, formats, key_weights, seeds, tokens
+from tests.strategies import dtypes, formats, key_weights, seeds, tokens, value_feedback
 from tests.test_ops import Problem
 
 if emulated.cuda_include() is None:
@@ -134,16 +134,19 @@ def test_every_operator_in_every_order(fmt, dtype, seed, pages, exact, group, qu
         fmt, packed=pages * fmt.page_tokens, exact=exact, group=group, queries=queries, dtype=dtype, seed=seed
     )
     k, v = tokens(fmt, seed, batch=1, heads=2, count=3 * fmt.page_tokens, dtype=dtype)
-    weights = key_weights(seed, batch=1, heads=2, count=3 * fmt.page_tokens)
+    shape = {"batch": 1, "heads": 2, "count": 3 * fmt.page_tokens}
+    weights, feedback = key_weights(seed, **shape), value_feedback(fmt, seed, **shape)
+    options = {"key_map": problem.key_map, "key_weights": weights, "value_feedback": feedback}
     with emulated.machine(**machine):
         check(problem, slack=1e-6)
-        packed = emulated.quantize(k, v, fmt, key_map=problem.key_map, key_weights=weights)
+        packed = emulated.quantize(k, v, fmt, **options)
         restored = emulated.dequantize(packed, fmt, dtype=dtype, key_map=problem.key_map)
         window = [k.clone(), v.clone(), torch.zeros_like(packed)]
         step = {"page": 1, "tokens": 3 * fmt.page_tokens, "start": 1, "step": 2, "count": fmt.page_tokens}
         step["key_weights"] = None if weights is None else weights[..., : fmt.page_tokens]
+        step["value_feedback"] = None if feedback is None else feedback[:, :, : fmt.page_tokens]
         emulated.evict_(*window, fmt, **step, key_map=problem.key_map)
-    assert torch.equal(packed, reference.quantize(k, v, fmt, key_map=problem.key_map, key_weights=weights))
+    assert torch.equal(packed, reference.quantize(k, v, fmt, **options))
     for got, want in zip(
         restored, reference.dequantize(packed, fmt, dtype=dtype, key_map=problem.key_map), strict=True
     ):
@@ -174,6 +177,45 @@ def test_codes_do_not_depend_on_the_order_of_threads(settings, param_bits):
     assert torch.equal(window[2], expected[2])
     for got, want in zip(window[:2], expected[:2], strict=True):
         assert torch.equal(got[:, :, :64], want[:, :, :64])
+
+
+@pytest.mark.parametrize(
+    ("shape", "shared"),
+    [
+        ((128, 128, 64), 40),
+        ((256, 256, 64), 40),
+        ((16, 160, 128, 2, 4, 16, 160), 96),
+        ((16, 512, 64, 2, 2, 16, 256), 96),
+        ((16, 512, 128, 2, 2, 16, 256), 96),  # from here on in strips
+        ((16, 448, 128, 2, 2, 16, 224), 96),
+        ((16, 1024, 32, 2, 8, 16, 1024), 96),
+        ((16, 1024, 128, 2, 8, 16, 1024), 96),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("settings", MACHINES[:3], ids=str)
+def test_feedback_in_groups_of_every_size(shape, shared, settings):
+    """Four blocks an SM, if groups are not large, and no more KB than every GPU has."""
+    fmt = PageFormat(*shape, key_param_bits=8, value_param_bits=8)
+    k, v = tokens(fmt, 3, batch=1, heads=2, count=fmt.page_tokens)
+    v[0, 0, 5, 3] = torch.nan
+    feedback = value_feedback(fmt, 3, batch=1, heads=2, count=fmt.page_tokens)
+    emulated.counters()
+    with emulated.machine(**settings):
+        pages = emulated.quantize(k, v, fmt, value_feedback=feedback)
+    assert emulated.counters()["shared_bytes"] <= shared << 10
+    assert torch.equal(pages, reference.quantize(k, v, fmt, value_feedback=feedback))
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0, -4.0])
+@pytest.mark.parametrize("page_tokens", [64, 128])
+def test_feedback_beyond_what_fp32_holds(page_tokens, factor):
+    fmt = PageFormat(64, page_tokens=page_tokens, key_param_bits=8, value_param_bits=8)
+    k, v = tokens(fmt, 3, batch=1, heads=2, count=page_tokens)
+    v[0, 0, 5, 3] = torch.nan
+    feedback = torch.full((1, 1, page_tokens, page_tokens), factor)
+    pages = emulated.quantize(k, v, fmt, value_feedback=feedback)
+    assert torch.equal(pages, reference.quantize(k, v, fmt, value_feedback=feedback))
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -41,7 +41,8 @@ LOGQUANT_DEVICE void close_gaps(T* window, int64_t stride, int dim, bool aligned
 
 template <class T>
 __global__ void __launch_bounds__(kQuantizeThreads, 4)
-    evict_window(__grid_constant__ const EvictArgs args, bool k_aligned, bool v_aligned) {
+    evict_window(__grid_constant__ const EvictArgs args, __grid_constant__ const FeedbackTile tile, bool k_aligned,
+                 bool v_aligned) {
   LOGQUANT_DYNAMIC_SHARED(shared);
   const PageFormat& f = args.format;
   const bool keys = blockIdx.x == 0;
@@ -64,7 +65,11 @@ __global__ void __launch_bounds__(kQuantizeThreads, 4)
     if (keys) {
       quantize_keys(f, source, map, weights == nullptr ? nullptr : weights + first, page, shared);
     } else {
-      quantize_values(f, source, page, shared);
+      const float* const feedback = args.value_feedback.data == nullptr
+                                        ? nullptr
+                                        : args.value_feedback.data + batch * args.value_feedback.batch_stride +
+                                              head * args.value_feedback.head_stride + first * f.page_tokens;
+      quantize_values(f, source, tile, feedback, page, shared);
     }
     __syncthreads();
   }
@@ -77,8 +82,8 @@ cudaError_t evict(const EvictArgs& args, cudaStream_t stream) {
   const int bytes = element_bytes(args.k.dtype);
   return with_element(args.k.dtype, [&](auto element) {
     return ptx::launch(&evict_window<decltype(element)>, dim3(2, args.heads, args.batch), kQuantizeThreads,
-                       quantizer_shared(args.format), stream, args, rows_aligned(args.k, bytes),
-                       rows_aligned(args.v, bytes));
+                       quantizer_shared(args.format, args.value_feedback.data != nullptr), stream, args,
+                       feedback_tile(args.format), rows_aligned(args.k, bytes), rows_aligned(args.v, bytes));
   });
 }
 

@@ -149,13 +149,13 @@ LOGQUANT_DEVICE Fit fit_keys(const Elements& e, Exact levels, Exact lift) {
   return best;
 }
 
-// As above, without weights; zero_byte is not used.
+// As above, without weights; zero_byte is not used. Byte 0 if an element is not finite, or too large to be squared.
 LOGQUANT_DEVICE Fit fit_values(const Elements& e, Exact levels) {
   const Exact middle = levels * 0.5f;
   const Range range = range_of(e);
   const Exact high = fmaxf(-range.low, range.high);
 
-  Fit best{range.finite()};
+  Fit best{range.finite(), 0, 0, byte_scale(0), Exact(byte_scale(0)) * (-middle.value)};
   Exact error = INFINITY;
   const auto offer = [&](Exact new_scale) {
     const int byte = scale_byte(new_scale, kScaleMiddles);

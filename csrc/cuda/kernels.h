@@ -16,6 +16,7 @@ using cpu::MutablePages;
 using cpu::MutableTokens;
 using cpu::Pages;
 using cpu::Tokens;
+using cpu::ValueFeedback;
 
 struct QuantizeArgs : cpu::QuantizeArgs {
   int64_t tokens = 0;  // of k and v: what an index must stay below

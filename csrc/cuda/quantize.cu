@@ -2,8 +2,10 @@
 // by the index, which is how the log window's selection is fused in) and writes its sections of the page.
 //
 // Grid (2 * pages, heads, batch), 256 threads. Memory: each token once from DRAM (again from L1), each page once to it:
-// 512 + 80 bytes a token for dim 128, fp16, 2 bits. Budget: 64 registers, 11 KB of shared memory for dim 128, 36 KB
-// where parameters are fitted, so that four blocks fit on an SM; it runs once in the life of a token.
+// 512 + 80 bytes a token for dim 128, fp16, 2 bits. With feedback the values' tokens are read twice more, from L1 or
+// L2, and half of the factors twice: 144 bytes a token. Budget: 64 registers, 11 KB of shared memory for dim 128, 36 KB
+// where parameters are fitted, 38 KB with feedback, so that four blocks fit on an SM; it runs once in the life of a
+// token.
 
 #include "quantizer.cuh"
 
@@ -21,7 +23,8 @@ struct IndexedRows {
 
 template <class T>
 __global__ void __launch_bounds__(kQuantizeThreads, 4)
-    quantize_pages(__grid_constant__ const QuantizeArgs args, bool k_aligned, bool v_aligned) {
+    quantize_pages(__grid_constant__ const QuantizeArgs args, __grid_constant__ const FeedbackTile tile, bool k_aligned,
+                   bool v_aligned) {
   LOGQUANT_DYNAMIC_SHARED(shared);
   const PageFormat& f = args.format;
   const int64_t p = blockIdx.x / 2, head = blockIdx.y, batch = blockIdx.z;
@@ -44,7 +47,11 @@ __global__ void __launch_bounds__(kQuantizeThreads, 4)
                                            head * args.key_weights.head_stride + p * f.page_tokens;
     quantize_keys(f, source(args.k, k_aligned), map, weights, page, shared);
   } else {
-    quantize_values(f, source(args.v, v_aligned), page, shared);
+    const float* const feedback = args.value_feedback.data == nullptr
+                                      ? nullptr
+                                      : args.value_feedback.data + batch * args.value_feedback.batch_stride +
+                                            head * args.value_feedback.head_stride + p * f.page_tokens * f.page_tokens;
+    quantize_values(f, source(args.v, v_aligned), tile, feedback, page, shared);
   }
 }
 
@@ -54,8 +61,9 @@ cudaError_t quantize(const QuantizeArgs& args, cudaStream_t stream) {
   const int bytes = element_bytes(args.k.dtype);
   const dim3 grid(2 * args.page_count, args.heads, args.batch);
   return with_element(args.k.dtype, [&](auto element) {
-    return ptx::launch(&quantize_pages<decltype(element)>, grid, kQuantizeThreads, quantizer_shared(args.format),
-                       stream, args, rows_aligned(args.k, bytes), rows_aligned(args.v, bytes));
+    return ptx::launch(&quantize_pages<decltype(element)>, grid, kQuantizeThreads,
+                       quantizer_shared(args.format, args.value_feedback.data != nullptr), stream, args,
+                       feedback_tile(args.format), rows_aligned(args.k, bytes), rows_aligned(args.v, bytes));
   });
 }
 

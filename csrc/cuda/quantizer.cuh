@@ -3,7 +3,8 @@
 // Bit for bit the quantiser of logquant/reference.py: every operation is one correctly rounded fp32 operation (hence
 // the __f*_rn, which nvcc does not fuse). 16-bit parameters are minimum and maximum, 8-bit ones come from the search of
 // fit.cuh. The source is read twice, parameters then codes; a page of a head (16 KB of keys for 64 tokens of dim 128)
-// stays in L1 in between. Rotated values are read once and kept in shared memory.
+// stays in L1 in between. Rotated values are read once and kept in shared memory. With feedback they are read three
+// times, again from L1 or L2, and the half of the factors that counts (8 KB for 64 tokens) twice.
 #pragma once
 
 #include "fit.cuh"
@@ -64,14 +65,48 @@ LOGQUANT_HOST_DEVICE constexpr int value_fit_warps(const PageFormat& f) {
   return warps < 1 ? 1 : warps > kQuantizeWarps ? kQuantizeWarps : warps;
 }
 
+// What a block works on at a time where values are fed back. Of `span` channels (whole groups) it fits `rows` tokens at
+// a time; errors are passed on within `strip` channels (whole Hadamard blocks) of all tokens. Both lie in shared
+// memory. They are the same where all tokens of a group fit there, and a span is then as many groups as leave room for
+// four blocks on an SM: 128 channels of 64 tokens take 38 KB. A larger group (from 176 channels of 128 tokens on) is
+// cut into strips, and these are computed again for each set of rows.
+struct FeedbackTile {
+  int span, strip, rows, groups;  // groups: of a span
+  LOGQUANT_HOST_DEVICE constexpr bool whole() const { return span == strip; }
+};
+inline constexpr int kFeedbackTokens = 8;        // whose errors are passed on together
+inline constexpr int kFeedbackBytes = 96 << 10;  // every device has as much
+inline constexpr int kFeedbackRowBytes = 33 << 10;
+
+constexpr int feedback_bytes(const PageFormat& f, const FeedbackTile& tile) {
+  const int strip = f.page_tokens * fit_pitch(tile.strip), rows = tile.whole() ? 0 : tile.rows * fit_pitch(tile.span);
+  const int groups = 2 * f.page_tokens * tile.groups * static_cast<int>(sizeof(Group));
+  return static_cast<int>(sizeof(float)) * (strip + rows + f.page_tokens * kFeedbackTokens) + groups;
+}
+constexpr FeedbackTile feedback_tile(const PageFormat& f) {
+  const int group = f.value_group, tokens = f.page_tokens;
+  FeedbackTile tile{group, group, tokens, 1};
+  if (feedback_bytes(f, tile) > kFeedbackBytes) {
+    tile = {group, f.hadamard_block(), kFitGroups, 1};
+    while (2 * tile.rows * fit_pitch(group) * static_cast<int>(sizeof(float)) <= kFeedbackRowBytes) tile.rows *= 2;
+    return tile;
+  }
+  for (int span = group; span <= f.value_dim; span += group) {
+    const FeedbackTile larger{span, span, tokens, span / group};
+    if (f.value_dim % span == 0 && feedback_bytes(f, larger) <= kFitBytes) tile = larger;
+  }
+  return tile;
+}
+
 // Shared memory of quantize_keys and quantize_values, in bytes.
-inline int quantizer_shared(const PageFormat& f) {
+inline int quantizer_shared(const PageFormat& f, bool feedback) {
   const int range = 4 * kQuantizeThreads * static_cast<int>(sizeof(Range));
   const int key_fit =
       static_cast<int>(sizeof(float)) * (f.page_tokens + kQuantizeWarps * kFitGroups * fit_pitch(f.page_tokens));
   const int keys =
       f.head_dim * static_cast<int>(sizeof(Group) + 2 * sizeof(float)) + (f.key_param_bits == 16 ? range : key_fit);
   const int values = f.value_param_bits == 16 ? f.value_groups() * f.page_tokens * static_cast<int>(sizeof(Group))
+                     : feedback               ? feedback_bytes(f, feedback_tile(f))
                                               : value_fit_warps(f) * value_fit_bytes(f);
   return keys > values ? keys : values;
 }
@@ -290,13 +325,158 @@ LOGQUANT_DEVICE void quantize_rotated_values(const PageFormat& f, const PageSour
   }
 }
 
+// x less the errors of `count` tokens.
+template <int count>
+LOGQUANT_DEVICE float less_errors(float x, const float* factors, const float (&errors)[kFeedbackTokens]) {
+#pragma unroll
+  for (int first = 0; first < count; first += 4) {
+    const Float4 four = load4(factors + first, true);
+#pragma unroll
+    for (int i = first; i < min(first + 4, count); ++i) {
+      x = __fsub_rn(x, __fmul_rn(four.x[i - first], errors[i]));
+    }
+  }
+  return x;
+}
+
+// Codes the first of kFeedbackTokens tokens of a channel, then the next. x: [token], `pitch` apart; factors: [later
+// token][token], from the first of the tokens on.
+template <int token = 0>
+LOGQUANT_DEVICE void feed_back_among(float* x, int pitch, const Group* groups, float levels, const float* factors,
+                                     float (&errors)[kFeedbackTokens]) {
+  if constexpr (token < kFeedbackTokens) {
+    const float own = less_errors<token>(x[token * pitch], factors + token * kFeedbackTokens, errors);
+    const Group group = groups[token];
+    const float code = static_cast<float>(code_of(own, group, levels));
+    const float error = __fsub_rn(own, __fadd_rn(group.zero, __fmul_rn(group.scale, code)));
+    errors[token] = group.scale > 0.0f ? error : 0.0f;  // a poisoned group has none
+    x[token * pitch] = own;
+    feed_back_among<token + 1>(x, pitch, groups, levels, factors, errors);
+  }
+}
+
+// Takes each token's error off the later ones, in place, for the first `tokens` tokens of `channels` channels. A thread
+// has a channel: it codes kFeedbackTokens tokens and keeps their errors, then takes all of them off each later token;
+// that is 2.8 instructions a product, with neighbouring channels in neighbouring banks and the factors broadcast.
+//
+// x: [token][channel]; groups_at(c): the groups [token] of a channel; feedback: [token][later token]; factors: room for
+// those of the tokens at hand, [later token][token].
+template <class GroupsAt>
+LOGQUANT_DEVICE void feed_back(const PageFormat& f, float* x, int pitch, int channels, int tokens, GroupsAt groups_at,
+                               const float* feedback, float* factors) {
+  const float levels = static_cast<float>(code_mask(f.value_bits));
+  for (int first = 0; first < tokens; first += kFeedbackTokens) {
+    const int later = tokens - first;
+    for (int i = threadIdx.x; i < kFeedbackTokens * later; i += kQuantizeThreads) {
+      const int t = i / later, s = i % later;
+      factors[s * kFeedbackTokens + t] = valid_feedback(feedback[(first + t) * f.page_tokens + first + s]);
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < channels; c += kQuantizeThreads) {
+      float* const own = x + first * pitch + c;
+      float errors[kFeedbackTokens];
+      feed_back_among(own, pitch, groups_at(c) + first, levels, factors, errors);
+      for (int s = kFeedbackTokens; s < later; s += 4) {
+#pragma unroll
+        for (int i = s; i < s + 4; ++i) {
+          own[i * pitch] = less_errors<kFeedbackTokens>(own[i * pitch], factors + i * kFeedbackTokens, errors);
+        }
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// The same with feedback. Three rounds: scales are fitted to the values, then to what feedback with these makes of
+// them, and then codes come from feedback with the new scales.
 template <class T, class Rows>
-LOGQUANT_DEVICE void quantize_values(const PageFormat& f, const PageSource<T, Rows>& source, uint32_t* page,
-                                     unsigned char* shared) {
-  if (f.value_param_bits == 8) {
+LOGQUANT_DEVICE void quantize_fed_back_values(const PageFormat& f, const PageSource<T, Rows>& source,
+                                              const FeedbackTile& tile, const float* feedback, uint32_t* page,
+                                              unsigned char* shared) {
+  const int bits = f.value_bits, elements = elements_per_word(bits), tokens = f.page_tokens;
+  const int pitch = fit_pitch(tile.strip), row_pitch = fit_pitch(tile.span);
+  const int self = threadIdx.x, lane = self % 32, warp = self / 32;
+  const float levels = static_cast<float>(code_mask(bits));
+  float* const x = reinterpret_cast<float*>(shared);                                   // [token][channel of the strip]
+  float* const factors = x + tokens * pitch;                                           // [later token][token]
+  Group* const groups = reinterpret_cast<Group*>(factors + tokens * kFeedbackTokens);  // [round][group][token]
+  float* const rows = tile.whole() ? x : reinterpret_cast<float*>(groups + 2 * tile.groups * tokens);
+  uint8_t* const scales = reinterpret_cast<uint8_t*>(page + f.value_params());
+
+  for (int span = 0; span < f.value_dim; span += tile.span) {
+#pragma unroll 1
+    for (int round = 0; round < 3; ++round) {
+      const bool last = round == 2;
+      const int step = last ? tokens : tile.rows;
+      const Group* const old = groups + (last ? tile.groups * tokens : 0);  // of the round before
+      for (int from = 0; from < tokens; from += step) {
+        const int until = from + step;
+        for (int strip = 0; strip < tile.span; strip += tile.strip) {
+          const int quads = tile.strip / 4, total = until * quads;
+          for (int j = self; j - lane < total; j += kQuantizeThreads) {  // all lanes, for the rotation
+            const int t = j / quads, c = j % quads * 4;
+            Float4 four = {};
+            if (j < total) {
+              four = load4(source.data + source.row(t) * source.stride + span + strip + c, source.aligned);
+            }
+#pragma unroll
+            for (int k = 0; k < 4; ++k) four.x[k] = settled(four.x[k]);
+            four = rotated(four, f.hadamard_block());
+            if (j < total) store4(x + t * pitch + c, four, true);
+          }
+          __syncthreads();
+          if (round > 0) {
+            const auto groups_at = [&](int c) { return old + (strip + c) / f.value_group * tokens; };
+            feed_back(f, x, pitch, tile.strip, until, groups_at, feedback, factors);
+          }
+          if (last) {
+#pragma unroll 1
+            for (int i = self; i < f.value_code_rows() * tile.strip; i += kQuantizeThreads) {
+              const int row = i / tile.strip, c = i % tile.strip;
+              const Group* const own = old + (strip + c) / f.value_group * tokens + row * elements;
+              const float* const at = x + row * elements * pitch + c;
+              uint32_t word = 0;
+              for (int e = 0; e < elements; ++e) word |= place(code_of(at[e * pitch], own[e], levels), bits, e);
+              page[f.value_codes() + row * f.value_dim + span + strip + c] = word;
+            }
+            __syncthreads();
+          } else if (!tile.whole()) {
+#pragma unroll 1
+            for (int i = self; i < step * tile.strip; i += kQuantizeThreads) {
+              const int t = i / tile.strip, c = i % tile.strip;
+              rows[t * row_pitch + strip + c] = x[(from + t) * pitch + c];
+            }
+            __syncthreads();
+          }
+        }
+        if (last) continue;
+        for (int i = warp * kFitGroups; i < tile.groups * step; i += kQuantizeWarps * kFitGroups) {
+          const int group = i / step, t = i % step + lane / kFitLanes, part = lane % kFitLanes;
+          Fit fit = fit_values({rows + t * row_pitch + group * f.value_group + part, nullptr, f.value_group}, levels);
+          // Poisoned is what was: large factors make numbers of any size, and more.
+          const int at = group * tokens + from + t;
+          if (round > 0) fit.finite = groups[at].scale > 0.0f;
+          if (part == 0) {
+            groups[round * tile.groups * tokens + at] = group_of(fit);
+            scales[span / f.value_group * tokens + at] = static_cast<uint8_t>(fit.finite ? fit.byte : kPoisonScale);
+          }
+        }
+        __syncthreads();
+      }
+    }
+  }
+}
+
+// feedback: [token][later token], or nullptr
+template <class T, class Rows>
+LOGQUANT_DEVICE void quantize_values(const PageFormat& f, const PageSource<T, Rows>& source, const FeedbackTile& tile,
+                                     const float* feedback, uint32_t* page, unsigned char* shared) {
+  if (f.value_param_bits == 16) {
+    quantize_plain_values(f, source, page, shared);
+  } else if (feedback == nullptr) {
     quantize_rotated_values(f, source, page, shared);
   } else {
-    quantize_plain_values(f, source, page, shared);
+    quantize_fed_back_values(f, source, tile, feedback, page, shared);
   }
 }
 

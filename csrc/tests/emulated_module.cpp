@@ -55,6 +55,10 @@ class Reader {
     x.data = pointer<const float>();
     strides(x.batch_stride, x.head_stride);
   }
+  void feedback(cuda::ValueFeedback& x) {
+    x.data = pointer<const float>();
+    strides(x.batch_stride, x.head_stride);
+  }
   template <class... Strides>
   void strides(Strides&... s) {
     ((s = number()), ...);
@@ -92,6 +96,7 @@ const char* emulated_quantize(const int64_t* numbers) {
   in.pages(a.pages);
   in.map(a.key_map);
   in.weights(a.key_weights);
+  in.feedback(a.value_feedback);
   a.index = in.pointer<const int32_t>();
   in.strides(a.index_batch_stride, a.batch, a.heads, a.page_count, a.tokens);
   return guarded([&] { return cuda::quantize(a, nullptr); });
@@ -118,6 +123,7 @@ const char* emulated_evict(const int64_t* numbers) {
   in.pages(a.pages);
   in.map(a.key_map);
   in.weights(a.key_weights);
+  in.feedback(a.value_feedback);
   in.strides(a.batch, a.heads, a.tokens, a.start, a.step, a.count);
   return guarded([&] { return cuda::evict(a, nullptr); });
 }

@@ -75,6 +75,10 @@ void run(const PageFormat& f, int64_t page_count, int64_t window, int64_t group,
   std::vector<float> weights(kHeads * packed);
   for (float& weight : weights) weight = std::uniform_real_distribution<float>(-0.1f, 4.0f)(random);
   const cpu::KeyWeights key_weights{weights.data(), 0, packed};
+  std::vector<float> factors(kHeads * packed * f.page_tokens);
+  for (float& factor : factors) factor = std::normal_distribution<float>(0.0f, 0.2f)(random);
+  cpu::ValueFeedback value_feedback;
+  if (f.value_param_bits == 8) value_feedback = {factors.data(), 0, packed * f.page_tokens};
 
   const cpu::Dtype dtype = cpu::Dtype::kBFloat16;
   std::vector<int32_t> pages(rows * head_words), expected(pages.size());
@@ -86,6 +90,7 @@ void run(const PageFormat& f, int64_t page_count, int64_t window, int64_t group,
   quantize.pages = {pages.data(), kHeads * head_words, head_words, f.words()};
   quantize.key_map = key_map;
   quantize.key_weights = key_weights;
+  quantize.value_feedback = value_feedback;
   quantize.batch = kBatch;
   quantize.heads = kHeads;
   quantize.page_count = page_count;
@@ -148,6 +153,7 @@ void run(const PageFormat& f, int64_t page_count, int64_t window, int64_t group,
   evict.format = f;
   evict.key_map = key_map;
   evict.key_weights = key_weights;
+  evict.value_feedback = value_feedback;
   evict.batch = kBatch;
   evict.heads = kHeads;
   evict.tokens = packed;
@@ -193,6 +199,7 @@ int main() {
     run(format(96, 64, 128, 2, 8, 112), 3, 70, 2, 33, "prefill");
     run(fitted(format(80, 96, 32, 4, 8, 96)), 5, 33, 1, 2, "general");
     run(fitted(format(96, 64, 128, 2, 2, 112)), 3, 70, 2, 33, "prefill");
+    run({64, 256, 128, 2, 2, 64, 256, 8, 8}, 2, 1, 1, 1, "general");  // more than values are fed back at once
   }
   std::puts("1 passed, 0 failed");
   return 0;
