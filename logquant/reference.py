@@ -444,7 +444,8 @@ def _fed_back(x: Tensor, scale: Tensor, levels: int, feedback: Tensor, counts: T
     zero, most = scale * (-0.5 * levels), torch.full_like(scale, levels)
     for t in range(x.shape[3]):
         own = x[:, :, :, t]
-        codes[:, :, :, t] = code = _fitted_code(own, scale[:, :, :, t], zero[:, :, :, t], most[:, :, :, t])
+        code = _fitted_code(own, scale[:, :, :, t], zero[:, :, :, t], most[:, :, :, t])
+        codes[:, :, :, t] = code = code.nan_to_num(0.0)  # large factors make numbers of any size, and more
         error = own - (zero[:, :, :, t] + scale[:, :, :, t] * code)
         error = error.where(counts[:, :, :, t].unsqueeze(-1), 0.0)
         x[:, :, :, t + 1 :] -= factors[:, :, :, t, t + 1 :] * error.unsqueeze(3)

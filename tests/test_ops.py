@@ -98,6 +98,25 @@ def test_quantize_extreme_values(backend, dtype, fmt):
 
 
 @backends
+@pytest.mark.parametrize("factor", [4.0, -4.0, 2.0])
+@pytest.mark.parametrize(
+    "fmt",
+    [FITTED, PageFormat(128, page_tokens=128, value_bits=4, value_group=32, key_param_bits=8, value_param_bits=8)],
+    ids=str,
+)
+def test_feedback_without_bounds_stays_bit_for_bit(backend, fmt, factor):
+    """Factors that make errors grow until fp32 overflows."""
+    count = 2 * fmt.page_tokens
+    k, v = tokens(fmt, 0, batch=1, heads=2, count=count)
+    options = {"value_feedback": torch.full((1, 2, count, fmt.page_tokens), factor)}
+    if fmt.has_map:
+        options["key_map"] = column_map(fmt, 0, batch=1, heads=1)
+    with on(backend):
+        packed = ops.quantize(k, v, fmt, **options)
+    assert torch.equal(packed, reference.quantize(k, v, fmt, **options))
+
+
+@backends
 def test_quantize_reads_strided_tensors(backend):
     fmt = PageFormat(64)
     k, v = tokens(fmt, 1, batch=2, heads=3, count=64)

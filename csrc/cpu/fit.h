@@ -116,14 +116,14 @@ struct ValueFit {
   F32 scale, zero;
 };
 
-// x: [count][kLanes], finite.
+// x: [count][kLanes], finite. Byte 0 if they are too large to be squared.
 LOGQUANT_INLINE ValueFit fit_values(const float* x, int count, float levels) {
   const auto x_at = [&](int i) __attribute__((always_inline)) { return load(x + i * kLanes); };
   const F32 most = splat(levels), middle = splat(0.5f * levels);
   F32 high = splat(0.0f);
   for (int i = 0; i < count; ++i) high = max(abs(x_at(i)), high);
 
-  ValueFit best{splat(0), splat(1.0f), splat(0.0f)};
+  ValueFit best{splat(0), byte_scale(splat(0)), byte_scale(splat(0)) * (-0.5f * levels)};
   F32 error = splat(kInfinity);
   const auto offer = [&](F32 scale) __attribute__((noinline)) {
     const I32 byte = scale_byte(scale, kScaleMiddles);
