@@ -72,7 +72,7 @@ def check_error(call: Any, message: str, error: type[Exception] = RuntimeError) 
             r"value_feedback must have shape \[2, 2, 64, 64\] .* got \[1, 1, 64, 32\]",
         ),
         (dict(fmt=FITTED, value_feedback=torch.ones(1, 1, 1, 64)), "value_feedback must have 64 tokens, got 1"),
-        (dict(fmt=FITTED, value_feedback=torch.ones(1, 1, 64, 64).double()), "value_feedback must be Float, got Doub"),
+        (dict(fmt=FITTED, value_feedback=torch.ones(1, 1, 64, 64).double()), "value_feedback must be Float"),
         (dict(fmt=FITTED, value_feedback=torch.ones(1, 1, 64, 64).mT), "value_feedback must be contiguous in its last"),
     ],
 )
