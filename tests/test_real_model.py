@@ -64,7 +64,7 @@ def test_two_bits_answer_from_the_packed_part_of_the_prompt(smollm2, smollm2_tok
 
 @pytest.mark.slow
 def test_bytes_held_at_8000_tokens(smollm2, prompt):
-    """Pages and column maps as the format says and a window of 4 + 3W tokens, to the byte."""
+    """Pages and column maps as the format says, a window of 4 + 3W tokens and the newest 16 queries, to the byte."""
     smollm2.set_attn_implementation("logquant")
     cache = LogQuantCache(smollm2.config)
     with torch.no_grad():
@@ -74,7 +74,8 @@ def test_bytes_held_at_8000_tokens(smollm2, prompt):
     pages = (8000 - 4 - 2 * 64) // 64
     head_dim, columns = 64, 80
     keys, values = 64 * columns * 2 // 32 + 2 * head_dim // 4, 64 * 2 // 32 * head_dim + 64 // 4
-    assert cache.nbytes == heads * (pages * 4 * (keys + values) + 2 * (4 + 3 * 64) * head_dim * 4 + 2 * columns)
+    window, queries = 2 * (4 + 3 * 64) * head_dim * 4, 16 * 3 * head_dim * 4
+    assert cache.nbytes == heads * (pages * 4 * (keys + values) + window + queries + 2 * columns)
     assert cache.nbytes == heads * cache.quantization.head_nbytes(8000, head_dim, itemsize=4, query_heads=3)
     assert cache.full_precision_nbytes == heads * 8000 * 2 * head_dim * 4
     assert all(isinstance(layer, LogQuantLayer) for layer in cache.layers)
