@@ -412,17 +412,12 @@ class LogQuantLayer(CacheLayerMixin):
 
     def _newest_with(self, attended: Attended | None, new: int, real: Tensor | None, recallable: int) -> Newest | None:
         """The newest queries, and as many more as a :meth:`crop` may take back."""
-        if attended is None or self.format.key_param_bits == self.format.value_param_bits == 16:
+        if attended is None or attended.query.shape[2] != new or not self.format.is_fitted:
             return self._newest
-        query = attended.query.detach()
-        if query.shape[2] != new:
-            return self._newest
-        count = QUERIES + recallable
-        newest = Newest.of(query, real, attended.scale, attended.softcap).keep(count)
-        older = count - newest.query.shape[2]
-        if self._newest is None or older <= 0:
-            return newest.map(Tensor.clone)  # lest a prompt's many stay
-        return self._newest.keep(older).then(newest).keep(count)
+        newest, count = Newest.of(attended.query.detach(), real, attended.scale, attended.softcap), QUERIES + recallable
+        if self._newest is None:
+            return newest.keep(count).map(Tensor.clone)  # lest a prompt's many stay
+        return self._newest.then(newest, count)
 
     def _real_columns(self, pending: _Pending) -> Tensor | None:
         """Which of the pending columns hold a token, bool ``[B, new]``; None if all do."""
@@ -517,7 +512,7 @@ class LogQuantLayer(CacheLayerMixin):
         if newest is None or not len(move.leaving):
             return None
         tokens, leaving = self._tokens_of(keys, move, real)
-        return Attention(newest.map(lambda t: t[move.rows]).keep(QUERIES), tokens, leaving, self.format.page_tokens)
+        return Attention(newest.map(lambda t: t[move.rows]).keep(QUERIES), tokens, leaving)
 
     def _fit_options(self, attention: Attention | None, tokens: slice) -> dict[str, Tensor]:
         """What the quantiser is told about some of the tokens that leave."""

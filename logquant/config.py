@@ -177,6 +177,5 @@ class LogQuantConfig:
         window = self.window_slots(tokens if packed == 0 else self.window_capacity)
         key_map = 2 * fmt.key_columns if fmt.has_map else 0
         stored = self.store_pages(pages) if decoding and pages else pages
-        fitted = fmt.key_param_bits == 8 or fmt.value_param_bits == 8
-        queries = min(tokens, QUERIES) * query_heads * fmt.head_dim * itemsize if fitted else 0
+        queries = min(tokens, QUERIES) * query_heads * fmt.head_dim * itemsize if fmt.is_fitted else 0
         return key_map + queries + stored * fmt.nbytes + window * (fmt.head_dim + fmt.value_dim) * itemsize

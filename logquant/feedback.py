@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,7 @@ _AT_ONCE = 2048
 _DAMPING = 0.3
 
 
-@dataclass(frozen=True)
-class Newest:
+class Newest(NamedTuple):
     """The newest queries of each sequence of a batch.
 
     Attributes:
@@ -56,22 +55,25 @@ class Newest:
         """The newest ``count`` of each sequence; perhaps in the same memory."""
         if self.real is None:
             query = self.query[:, :, -count:]
-            return replace(self, query=query, columns=min(self.columns, query.shape[2]))
+            return self._replace(query=query, columns=min(self.columns, query.shape[2]))
         place = torch.arange(self.real.shape[1], device=self.real.device)
         order = torch.where(self.real, place, place - len(place)).argsort(1)[:, -count:]
         query = self.query.gather(2, order[:, None, :, None].expand(-1, self.query.shape[1], -1, self.query.shape[3]))
         aligned = bool((order == place[-order.shape[1] :]).all())
         real = self.real.gather(1, order)
         columns = min(self.columns, query.shape[2]) if aligned else 0
-        return replace(self, query=query, real=None if real.all() else real, columns=columns)
+        return self._replace(query=query, real=None if real.all() else real, columns=columns)
 
-    def then(self, newer: Newest) -> Newest:
-        """These, then newer ones."""
-        real = None
-        if self.real is not None or newer.real is not None:
-            real = torch.cat([x._all_real() if x.real is None else x.real for x in (self, newer)], 1)
+    def then(self, newer: Newest, count: int) -> Newest:
+        """The newest ``count`` of these and newer ones, in memory of their own."""
         columns = newer.columns + (self.columns if newer.columns == newer.query.shape[2] else 0)
-        return replace(newer, query=torch.cat([self.query, newer.query], 2), real=real, columns=columns)
+        if self.real is None and newer.real is None:
+            older = max(0, count - newer.query.shape[2])
+            parts = self.query[:, :, max(0, self.query.shape[2] - older) :], newer.query[:, :, -count:]
+            return newer._replace(query=torch.cat(parts, 2), columns=min(columns, count))
+        real = torch.cat([x._all_real() if x.real is None else x.real for x in (self, newer)], 1)
+        both = newer._replace(query=torch.cat([self.query, newer.query], 2), real=real, columns=columns)
+        return both.keep(count)
 
     def _all_real(self) -> Tensor:
         return torch.ones(self.query.shape[0], self.query.shape[2], dtype=torch.bool, device=self.query.device)
@@ -84,11 +86,11 @@ class Newest:
             return None
         left = self.query.shape[2] - columns
         real = None if self.real is None else self.real[:, :left]
-        return replace(self, query=self.query[:, :, :left], real=real, columns=self.columns - columns)
+        return self._replace(query=self.query[:, :, :left], real=real, columns=self.columns - columns)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Newest:
         """With ``function`` applied to what has a row for each sequence."""
-        return replace(self, query=function(self.query), real=None if self.real is None else function(self.real))
+        return self._replace(query=function(self.query), real=None if self.real is None else function(self.real))
 
     def fits(self, batch: int, kv_heads: int, head_dim: int) -> bool:
         """Whether these can be the queries of a layer with keys of this shape."""
@@ -110,16 +112,15 @@ class Attention:
     Args:
         newest: at most :data:`QUERIES`, of these sequences; those of padding attend to all tokens alike.
         keys: ``[B, H, T, D]``, all that are still exact.
-        leaving: int32 ``[N]``, indices of keys, N a multiple of ``page_tokens``.
-        page_tokens: tokens of a page.
+        leaving: int32 ``[N]``, indices of keys.
     """
 
-    def __init__(self, newest: Newest, keys: Tensor, leaving: Tensor, page_tokens: int) -> None:
+    def __init__(self, newest: Newest, keys: Tensor, leaving: Tensor) -> None:
         query = newest.query.float()
         if newest.real is not None:
             query = query * newest.real[:, None, :, None]
         self._query = query.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)  # [B, H, queries of a KV head, D]
-        self._newest, self._keys, self._leaving, self.page_tokens = newest, keys, leaving, page_tokens
+        self._newest, self._keys, self._leaving = newest, keys, leaving
 
     def _scores(self, keys: Tensor) -> Tensor:
         out: Tensor = self._newest.scale * (self._query @ keys.float().mT)
@@ -132,7 +133,7 @@ class Attention:
         return torch.stack(parts).logsumexp(0).unsqueeze(-1)
 
     def __getitem__(self, tokens: slice) -> Tensor:
-        """Of some of the tokens that leave, whole pages: softmax weights, float32 ``[B, H, queries, n]``."""
+        """Of some of the tokens that leave: softmax weights, float32 ``[B, H, queries, n]``."""
         keys = self._keys.index_select(2, self._leaving[tokens])
         return (self._scores(keys) - self._lse).exp()
 

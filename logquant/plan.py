@@ -26,7 +26,7 @@ class HeadShape:
 
     count: int
     dim: int
-    group: int = 1
+    group: int
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,11 @@ class PageFormat:
         return self.value_dim // self.value_group
 
     @property
+    def is_fitted(self) -> bool:
+        """Whether parameters of keys or values are searched, not the range of the elements."""
+        return self.key_param_bits == 8 or self.value_param_bits == 8
+
+    @property
     def hadamard_block(self) -> int:
         """Channels of a value that are rotated together; 1 where values are stored as they are."""
         return largest_block(self.value_group) if self.value_param_bits == 8 else 1

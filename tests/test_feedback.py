@@ -14,8 +14,8 @@ from tests.strategies import seeds
 FITTED = PageFormat(64, key_param_bits=8, value_param_bits=8)
 
 
-def attention_of(queries: Tensor, keys: Tensor, leaving: Tensor, **options) -> feedback.Attention:
-    return feedback.Attention(feedback.Newest.of(queries, None, 0.25, 0.0), keys, leaving, 32)
+def attention_of(queries: Tensor, keys: Tensor, leaving: Tensor) -> feedback.Attention:
+    return feedback.Attention(feedback.Newest.of(queries, None, 0.25, 0.0), keys, leaving)
 
 
 def test_attention_is_that_of_a_softmax_over_all_keys():
@@ -65,7 +65,7 @@ def test_attention_over_quantised_values_is_closer_with_feedback():
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 4, 32, 64), torch.randn(1, 2, 512, 64), torch.randn(1, 2, 512, 64)
     known, later = q[:, :, :16], q[:, :, 16:] * 0.1 + q[:, :, :16]
-    attention = feedback.Attention(feedback.Newest.of(known, None, 0.25, 0.0), k, torch.arange(512).int(), 64)
+    attention = feedback.Attention(feedback.Newest.of(known, None, 0.25, 0.0), k, torch.arange(512).int())
     weights = (0.25 * later.unflatten(1, (2, 2)) @ k.mT.unsqueeze(2)).softmax(-1)
     errors = []
     for options in ({}, {"value_feedback": feedback.value_feedback(attention[:], 64)}):
@@ -95,8 +95,7 @@ def test_the_newest_queries_of_each_row_are_kept(seed, lengths, portions):
             continue
         mask = real[:, first:last]
         part = feedback.Newest.of(query[:, :, first:last], None if mask.all() else mask, 1.0, 0.0)
-        newest = part if newest is None else newest.then(part)
-        newest = newest.keep(16)
+        newest = part.keep(16) if newest is None else newest.then(part, 16)
     shown: list[int] = []
     for first, last in zip([0, *portions], [*portions, 40], strict=True):
         shown += range(min(first, last), max(first, last))
@@ -113,5 +112,5 @@ def test_cropped_queries_are_those_before():
     assert newest.crop(0) is newest and newest.crop(20) is None
     padded = feedback.Newest.of(query, rows_of([30], 1)[1], 1.0, 0.0).keep(20)
     assert padded.crop(1) is None, "which columns are left is not known"
-    after = padded.then(feedback.Newest.of(query[:, :, :3], None, 1.0, 0.0))
+    after = padded.then(feedback.Newest.of(query[:, :, :3], None, 1.0, 0.0), 23)
     assert torch.equal(after.crop(2).query[:, :, -1], query[:, :, 0]) and after.crop(3) is None

@@ -36,7 +36,7 @@ def attend(layer: LogQuantLayer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
 def options_of(layer: LogQuantLayer, q: Tensor, k: Tensor, leaving: Tensor) -> dict[str, Tensor]:
     """What the quantiser is told when the last of ``q`` are the newest queries and ``k`` the exact keys."""
     newest = feedback.Newest.of(q[:, :, -feedback.QUERIES :], None, 0.125, 0.0)
-    part = feedback.Attention(newest, k, leaving, 64)[:]
+    part = feedback.Attention(newest, k, leaving)[:]
     return {"key_weights": feedback.key_weights(part, 64), "value_feedback": feedback.value_feedback(part, 64)}
 
 
