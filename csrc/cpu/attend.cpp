@@ -591,10 +591,7 @@ void attend_rows(const AttendArgs& args, const AttendPlan& plan, const Range& ra
   Block<NR> sizes(f, measure);
   Arena arena(thread_scratch(measure.used()));
   Block<NR> b(f, arena);
-  const int16_t* const map =
-      args.key_map.data == nullptr
-          ? nullptr
-          : args.key_map.data + range.batch * args.key_map.batch_stride + range.kv_head * args.key_map.head_stride;
+  const int16_t* const map = args.key_map.of(range.batch, range.kv_head);
   load_queries(args, range, map, b);
   for (int i = 0; i < NR * f.key_columns; i += kLanes) store(b.q_scaled + i, splat(0.0f));
   for (int i = 0; i < NR * f.value_dim; i += kLanes) store(b.sums + i, splat(0.0f));

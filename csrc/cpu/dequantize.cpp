@@ -90,9 +90,7 @@ void dequantize_page(const DequantizeArgs& args, int64_t task) {
                              4 * (3 * int64_t{f.head_dim} + 2 * int64_t{f.value_zeros()} + 16 * int64_t{f.value_dim})));
   const int32_t* const page =
       args.pages.data + batch * args.pages.batch_stride + head * args.pages.head_stride + p * args.pages.page_stride;
-  const int16_t* const map = args.key_map.data == nullptr ? nullptr
-                                                          : args.key_map.data + batch * args.key_map.batch_stride +
-                                                                head * args.key_map.head_stride;
+  const int16_t* const map = args.key_map.of(batch, head);
   const auto out = [&](const MutableTokens& x) {
     const int64_t first = batch * x.batch_stride + head * x.head_stride + p * f.page_tokens * x.token_stride;
     return static_cast<char*>(x.data) + first * element_bytes(x.dtype);

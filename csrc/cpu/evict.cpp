@@ -29,25 +29,15 @@ void evict_head(const EvictArgs& args, int64_t task) {
   };
   char* const k = base(args.k);
   char* const v = base(args.v);
-  const int16_t* const map = args.key_map.data == nullptr ? nullptr
-                                                          : args.key_map.data + batch * args.key_map.batch_stride +
-                                                                head * args.key_map.head_stride;
-  const float* const weights =
-      args.key_weights.data == nullptr
-          ? nullptr
-          : args.key_weights.data + batch * args.key_weights.batch_stride + head * args.key_weights.head_stride;
-  const float* const feedback = args.value_feedback.data == nullptr
-                                    ? nullptr
-                                    : args.value_feedback.data + batch * args.value_feedback.batch_stride +
-                                          head * args.value_feedback.head_stride;
+  const int16_t* const map = args.key_map.of(batch, head);
   int32_t* page = args.pages.data + batch * args.pages.batch_stride + head * args.pages.head_stride;
   for (int64_t first = 0; first < args.count; first += f.page_tokens, page += args.pages.page_stride) {
     Arena arena(thread_scratch(quantizer_scratch(f)));
     int64_t* const rows = arena.take<int64_t>(f.page_tokens);
     for (int t = 0; t < f.page_tokens; ++t) rows[t] = args.start + args.step * (first + t);
     quantize_one_page(f, args.k.dtype, {k, v, args.k.token_stride, args.v.token_stride, rows}, map,
-                      weights == nullptr ? nullptr : weights + first,
-                      feedback == nullptr ? nullptr : feedback + first * f.page_tokens, page, arena);
+                      args.key_weights.of(batch, head, first),
+                      args.value_feedback.of(batch, head, first * f.page_tokens), page, arena);
   }
   const int64_t bytes = element_bytes(args.k.dtype);
   close_gaps(k, f.head_dim * bytes, args.k.token_stride * bytes, args);

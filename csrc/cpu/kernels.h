@@ -41,25 +41,25 @@ struct MutablePages {
   int64_t batch_stride = 0, head_stride = 0, page_stride = 0;
 };
 
-// The column map [batch, head, C] (format.h), columns contiguous; data == nullptr is the identity.
-struct KeyMap {
-  const int16_t* data = nullptr;
+// Something that each head may have of its own, or share, by strides of 0; data == nullptr is a default.
+template <class T>
+struct PerHead {
+  const T* data = nullptr;
   int64_t batch_stride = 0, head_stride = 0;
+
+  // A head's own, from element `first` on.
+  LOGQUANT_HOST_DEVICE constexpr const T* of(int64_t batch, int64_t head, int64_t first = 0) const {
+    return data == nullptr ? nullptr : data + batch * batch_stride + head * head_stride + first;
+  }
 };
 
-// How much an error of each token's key counts where parameters are fitted (reference.py): [batch, head, token taken],
-// tokens contiguous; data == nullptr is 1 for all.
-struct KeyWeights {
-  const float* data = nullptr;
-  int64_t batch_stride = 0, head_stride = 0;
-};
-
-// How much of a token's error each later token of its page takes off (reference.py): [batch, head, token taken,
-// page_tokens], the last two contiguous; data == nullptr is nothing.
-struct ValueFeedback {
-  const float* data = nullptr;
-  int64_t batch_stride = 0, head_stride = 0;
-};
+// The column map [C] of a head (format.h); by default the identity.
+using KeyMap = PerHead<int16_t>;
+// How much an error of each token's key counts where parameters are fitted (reference.py): [token taken]; by default 1.
+using KeyWeights = PerHead<float>;
+// How much of a token's error each later token of its page takes off (reference.py): [token taken, page_tokens]; by
+// default nothing.
+using ValueFeedback = PerHead<float>;
 
 struct QuantizeArgs {
   PageFormat format;

@@ -20,17 +20,9 @@ void quantize_page(const QuantizeArgs& args, int64_t task) {
     const int64_t first = batch * x.batch_stride + head * x.head_stride;
     return static_cast<const char*>(x.data) + first * element_bytes(x.dtype);
   };
-  const int16_t* const map = args.key_map.data == nullptr ? nullptr
-                                                          : args.key_map.data + batch * args.key_map.batch_stride +
-                                                                head * args.key_map.head_stride;
-  const float* const weights = args.key_weights.data == nullptr
-                                   ? nullptr
-                                   : args.key_weights.data + batch * args.key_weights.batch_stride +
-                                         head * args.key_weights.head_stride + p * f.page_tokens;
-  const float* const feedback = args.value_feedback.data == nullptr
-                                    ? nullptr
-                                    : args.value_feedback.data + batch * args.value_feedback.batch_stride +
-                                          head * args.value_feedback.head_stride + p * f.page_tokens * f.page_tokens;
+  const int16_t* const map = args.key_map.of(batch, head);
+  const float* const weights = args.key_weights.of(batch, head, p * f.page_tokens);
+  const float* const feedback = args.value_feedback.of(batch, head, p * f.page_tokens * f.page_tokens);
   int32_t* const page =
       args.pages.data + batch * args.pages.batch_stride + head * args.pages.head_stride + p * args.pages.page_stride;
   quantize_one_page(f, args.k.dtype, {base(args.k), base(args.v), args.k.token_stride, args.v.token_stride, rows}, map,

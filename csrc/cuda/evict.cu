@@ -50,25 +50,16 @@ __global__ void __launch_bounds__(kQuantizeThreads, 4)
   const MutableTokens& x = keys ? args.k : args.v;
   const bool aligned = keys ? k_aligned : v_aligned;
   T* const window = static_cast<T*>(x.data) + batch * x.batch_stride + head * x.head_stride;
-  const int16_t* const map = args.key_map.data == nullptr ? nullptr
-                                                          : args.key_map.data + batch * args.key_map.batch_stride +
-                                                                head * args.key_map.head_stride;
-  const float* const weights =
-      args.key_weights.data == nullptr
-          ? nullptr
-          : args.key_weights.data + batch * args.key_weights.batch_stride + head * args.key_weights.head_stride;
+  const int16_t* const map = args.key_map.of(batch, head);
   uint32_t* page =
       reinterpret_cast<uint32_t*>(args.pages.data) + batch * args.pages.batch_stride + head * args.pages.head_stride;
   for (int64_t first = 0; first < args.count; first += f.page_tokens, page += args.pages.page_stride) {
     const PageSource<T, SteppedRows> source{
         window, x.token_stride, aligned, {args.start + args.step * first, args.step}};
     if (keys) {
-      quantize_keys(f, source, map, weights == nullptr ? nullptr : weights + first, page, shared);
+      quantize_keys(f, source, map, args.key_weights.of(batch, head, first), page, shared);
     } else {
-      const float* const feedback = args.value_feedback.data == nullptr
-                                        ? nullptr
-                                        : args.value_feedback.data + batch * args.value_feedback.batch_stride +
-                                              head * args.value_feedback.head_stride + first * f.page_tokens;
+      const float* const feedback = args.value_feedback.of(batch, head, first * f.page_tokens);
       quantize_values(f, source, tile, feedback, page, shared);
     }
     __syncthreads();

@@ -10,13 +10,11 @@
 namespace logquant::cuda {
 
 using cpu::Dtype;
-using cpu::KeyMap;
-using cpu::KeyWeights;
 using cpu::MutablePages;
 using cpu::MutableTokens;
 using cpu::Pages;
+using cpu::PerHead;
 using cpu::Tokens;
-using cpu::ValueFeedback;
 
 struct QuantizeArgs : cpu::QuantizeArgs {
   int64_t tokens = 0;  // of k and v: what an index must stay below

@@ -38,19 +38,11 @@ __global__ void __launch_bounds__(kQuantizeThreads, 4)
                                       x.token_stride, aligned, rows};
   };
   if (blockIdx.x % 2 == 0) {
-    const int16_t* const map = args.key_map.data == nullptr ? nullptr
-                                                            : args.key_map.data + batch * args.key_map.batch_stride +
-                                                                  head * args.key_map.head_stride;
-    const float* const weights = args.key_weights.data == nullptr
-                                     ? nullptr
-                                     : args.key_weights.data + batch * args.key_weights.batch_stride +
-                                           head * args.key_weights.head_stride + p * f.page_tokens;
+    const int16_t* const map = args.key_map.of(batch, head);
+    const float* const weights = args.key_weights.of(batch, head, p * f.page_tokens);
     quantize_keys(f, source(args.k, k_aligned), map, weights, page, shared);
   } else {
-    const float* const feedback = args.value_feedback.data == nullptr
-                                      ? nullptr
-                                      : args.value_feedback.data + batch * args.value_feedback.batch_stride +
-                                            head * args.value_feedback.head_stride + p * f.page_tokens * f.page_tokens;
+    const float* const feedback = args.value_feedback.of(batch, head, p * f.page_tokens * f.page_tokens);
     quantize_values(f, source(args.v, v_aligned), tile, feedback, page, shared);
   }
 }

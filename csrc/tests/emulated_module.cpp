@@ -47,16 +47,9 @@ class Reader {
     x.data = pointer<int32_t>();
     strides(x.batch_stride, x.head_stride, x.page_stride);
   }
-  void map(cuda::KeyMap& x) {
-    x.data = pointer<const int16_t>();
-    strides(x.batch_stride, x.head_stride);
-  }
-  void weights(cuda::KeyWeights& x) {
-    x.data = pointer<const float>();
-    strides(x.batch_stride, x.head_stride);
-  }
-  void feedback(cuda::ValueFeedback& x) {
-    x.data = pointer<const float>();
+  template <class T>
+  void per_head(cuda::PerHead<T>& x) {
+    x.data = pointer<const T>();
     strides(x.batch_stride, x.head_stride);
   }
   template <class... Strides>
@@ -94,9 +87,9 @@ const char* emulated_quantize(const int64_t* numbers) {
   in.tokens(a.k);
   in.tokens(a.v);
   in.pages(a.pages);
-  in.map(a.key_map);
-  in.weights(a.key_weights);
-  in.feedback(a.value_feedback);
+  in.per_head(a.key_map);
+  in.per_head(a.key_weights);
+  in.per_head(a.value_feedback);
   a.index = in.pointer<const int32_t>();
   in.strides(a.index_batch_stride, a.batch, a.heads, a.page_count, a.tokens);
   return guarded([&] { return cuda::quantize(a, nullptr); });
@@ -109,7 +102,7 @@ const char* emulated_dequantize(const int64_t* numbers) {
   in.tokens(a.k);
   in.tokens(a.v);
   in.pages(a.pages);
-  in.map(a.key_map);
+  in.per_head(a.key_map);
   in.strides(a.batch, a.heads, a.page_count);
   return guarded([&] { return cuda::dequantize(a, nullptr); });
 }
@@ -121,9 +114,9 @@ const char* emulated_evict(const int64_t* numbers) {
   in.tokens(a.k);
   in.tokens(a.v);
   in.pages(a.pages);
-  in.map(a.key_map);
-  in.weights(a.key_weights);
-  in.feedback(a.value_feedback);
+  in.per_head(a.key_map);
+  in.per_head(a.key_weights);
+  in.per_head(a.value_feedback);
   in.strides(a.batch, a.heads, a.tokens, a.start, a.step, a.count);
   return guarded([&] { return cuda::evict(a, nullptr); });
 }
@@ -136,7 +129,7 @@ cuda::AttendArgs attend_args(Reader& in) {
   in.pages(a.pages);
   in.tokens(a.window_k);
   in.tokens(a.window_v);
-  in.map(a.key_map);
+  in.per_head(a.key_map);
   a.scale = in.real();
   a.softcap = in.real();
   a.page_table = in.pointer<const int32_t>();
