@@ -402,8 +402,9 @@ LOGQUANT_INLINE void softmax(const AttendArgs& args, int tokens, bool biased, Bl
 }
 
 // ---------------------------------------------------------------------------------------------------------- values
-// Folds the value scales of a group into the weights: int16 codes with one scale per row; sums up the zeros.
-template <int NR>
+// Folds the value scales of a group into the weights: int16 codes with one scale per row; sums up the zeros, and what
+// rounding took, as for queries.
+template <int NR, int bits>
 LOGQUANT_INLINE void fold_weights(const PageFormat& f, const int32_t* page, bool biased, int group, float* scale,
                                   int16_t* codes, Block<NR>& b) {
   const int tokens = f.page_tokens, groups = f.value_groups();
@@ -420,7 +421,6 @@ LOGQUANT_INLINE void fold_weights(const PageFormat& f, const int32_t* page, bool
       zero_sums[r] = fma(weight, zero, zero_sums[r]);
     }
   }
-  for (int r = 0; r < NR; ++r) store(b.zero_sums + (r * groups + group) * kLanes, zero_sums[r]);
   float inverse[kMaxRows + kLanes];
   reduce_rows<NR>(largest, Max{}, [&](int r, F32 tops) {
     tops += 1e-30f;
@@ -429,10 +429,12 @@ LOGQUANT_INLINE void fold_weights(const PageFormat& f, const int32_t* page, bool
   });
   for (int r = 0; r < NR; ++r) {
     const F32 factor = splat(inverse[r]);
+    F32 rounding = splat(0.0f);
     for (int t = 0; t < tokens; t += kLanes) {
-      const F32 x = load(b.scaled_weights + r * tokens + t) * factor;
-      store_u16(reinterpret_cast<uint16_t*>(codes + r * tokens + t), round_to_int(x));
+      store_codes(codes + r * tokens + t, load(b.scaled_weights + r * tokens + t) * factor, rounding);
     }
+    constexpr float kMiddle = 0.5f * static_cast<float>(code_mask(bits));
+    store(b.zero_sums + (r * groups + group) * kLanes, fma(rounding, splat(kMiddle * scale[r]), zero_sums[r]));
   }
 }
 
@@ -443,8 +445,8 @@ LOGQUANT_INLINE void add_values(const PageFormat& f, const int32_t* page, bool b
   // Every group is folded before the first is summed: they wait for their divisions together.
   const int scale_size = kMaxRows + kLanes, codes_size = NR * f.page_tokens;
   for (int group = 0; group < f.value_groups(); ++group) {
-    fold_weights<NR>(f, page, biased, group, b.weight_scale + group * scale_size, b.weight_codes + group * codes_size,
-                     b);
+    fold_weights<NR, bits>(f, page, biased, group, b.weight_scale + group * scale_size,
+                           b.weight_codes + group * codes_size, b);
   }
   for (int group = 0; group < f.value_groups(); ++group) {
     const float* const scale = b.weight_scale + group * scale_size;
