@@ -87,8 +87,14 @@ LOGQUANT_HOST_DEVICE constexpr uint32_t place(uint32_t code, int bits, int eleme
 }
 
 // An entry of the column map (int16): the channel a column belongs to and which digit of the channel's code it holds.
-LOGQUANT_HOST_DEVICE constexpr int column_channel(int entry) { return entry >> 2; }
-LOGQUANT_HOST_DEVICE constexpr int column_digit(int entry) { return entry & 3; }
+template <class Int>  // or a vector of them
+LOGQUANT_HOST_DEVICE constexpr Int column_channel(Int entry) {
+  return entry >> 2;
+}
+template <class Int>
+LOGQUANT_HOST_DEVICE constexpr Int column_digit(Int entry) {
+  return entry & 3;
+}
 
 struct PageFormat {
   int head_dim = 0;     // D, channels of a key
@@ -102,8 +108,10 @@ struct PageFormat {
   int value_param_bits = 16;
 
   // Digit `digit` of a channel with `columns` columns weighs 2^digit_exponent stored scales.
-  LOGQUANT_HOST_DEVICE constexpr int digit_exponent(int digit, int columns) const {
-    return key_bits * digit - (key_param_bits == 16 ? 0 : key_bits * columns - 2);
+  template <class Int>  // or vectors of them
+  LOGQUANT_HOST_DEVICE constexpr Int digit_exponent(Int digit, Int columns) const {
+    const Int exponent = key_bits * digit;
+    return key_param_bits == 16 ? exponent : exponent - key_bits * columns + 2;
   }
 
   LOGQUANT_HOST_DEVICE constexpr int key_code_words() const { return key_columns * key_bits / kWordBits; }

@@ -44,6 +44,9 @@ template <int NR>
 struct Block {
   float *q, *q_columns;   // [NR][D], [NR][C]: times scale * log2(e), or scale / softcap
   float* q_scaled;        // [NR][C]: q_columns / score_scale
+  float* column_weight;   // [C]: of its digit
+  float* most_scale;      // [C]: the largest key scale that overflows no row's codes
+  float* key_middle;      // [D]: the middle of the range of a channel's code, in scales
   float* sums;            // [NR][Dv]
   float* zero_sums;       // [NR][groups][kLanes]: what value zeros add to every channel of a group
   float* denominators;    // [NR][kLanes]
@@ -51,7 +54,7 @@ struct Block {
   float* bias;            // [NR][kUnitTokens]: of masks
   float* key_scale;       // [D]
   float* column_scale;    // [C]
-  float* scaled_weights;  // [NR][G]: weights times the value scales of one group
+  float* value_scale;     // [G]: of one group
   float* weight_scale;    // [groups][NR], rows padded to kMaxRows + kLanes
   int32_t* channels;      // [C]: of each column
   int32_t* columns_of;    // [D]: how many columns a channel has
@@ -67,16 +70,19 @@ struct Block {
     q = arena.take<float>(NR * f.head_dim);
     q_columns = arena.take<float>(NR * f.key_columns);
     q_scaled = arena.take<float>(NR * f.key_columns);
+    column_weight = arena.take<float>(f.key_columns);
+    most_scale = arena.take<float>(f.key_columns);
+    key_middle = arena.take<float>(f.head_dim);
     sums = arena.take<float>(NR * f.value_dim);
     zero_sums = arena.take<float>(NR * groups * kLanes);
     denominators = arena.take<float>(NR * kLanes);
     weights = arena.take<float>(NR * kUnitTokens);
     bias = arena.take<float>(NR * kUnitTokens);
-    key_scale = arena.take<float>(f.head_dim);
+    key_scale = arena.take<float>(f.head_dim < kTablePadding ? kTablePadding : f.head_dim);
     column_scale = arena.take<float>(f.key_columns);
-    scaled_weights = arena.take<float>(NR * tokens);
     channels = arena.take<int32_t>(f.key_columns);
     columns_of = arena.take<int32_t>(f.head_dim);
+    value_scale = arena.take<float>(tokens);
     words = arena.take<int32_t>(f.key_code_words() * tokens);
     q_codes = arena.take<int16_t>(NR * f.key_columns);
     weight_codes = arena.take<int16_t>(groups * NR * tokens);
@@ -98,21 +104,41 @@ LOGQUANT_INLINE void reduce_rows(const F32 (&v)[NR], Op op, F&& f) {
 }
 
 // ------------------------------------------------------------------------------------------------------------ keys
-// [G][KW] words to [KW][G]: log2(KW) rounds of separating even from odd elements.
-template <int KW>
+// Every M-th lane of M vectors, from lane U on; M odd.
+template <int M, int U, int... lane>
+LOGQUANT_INLINE I32 every_mth(const I32* v, std::integer_sequence<int, lane...>) {
+  I32 x = v[0];
+  unroll<(M + 1) / 2>([&](auto pair) __attribute__((always_inline)) {
+    constexpr int kFirst = 2 * pair * kLanes, kSecond = 2 * pair + 1 < M ? 2 * pair + 1 : 2 * pair;
+    constexpr auto kFrom = [](int i) { return i * M + U - kFirst; };
+    constexpr auto kHere = [](int i) { return i * M + U >= kFirst && i * M + U < kFirst + 2 * kLanes; };
+    const I32 picked = __builtin_shufflevector(v[2 * pair], v[kSecond], (kHere(lane) ? kFrom(lane) : -1)...);
+    const I32 here = {(kHere(lane) ? -1 : 0)...};
+    x = pair == 0 ? picked : select(here, picked, x);
+  });
+  return x;
+}
+
+// [G][M * N] words to [M * N][G], N a power of two, M odd: log2(N) rounds of separating even from odd elements, then
+// every M-th.
+template <int M, int N>
 LOGQUANT_INLINE void transpose_words(const int32_t* in, int32_t* out, int tokens) {
   constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
+  constexpr int kWords = M * N;
   for (int t = 0; t < tokens; t += kLanes) {
-    I32 v[KW], next[KW];
-    for (int i = 0; i < KW; ++i) v[i] = load(in + t * KW + i * kLanes);
-    for (int round = 1; round < KW; round *= 2) {
-      for (int i = 0; i < KW / 2; ++i) {
+    I32 v[kWords], next[kWords];
+    for (int i = 0; i < kWords; ++i) v[i] = load(in + t * kWords + i * kLanes);
+    for (int round = 1; round < N; round *= 2) {
+      for (int i = 0; i < kWords / 2; ++i) {
         next[i] = every_second<0>(v[2 * i], v[2 * i + 1], lanes);
-        next[KW / 2 + i] = every_second<1>(v[2 * i], v[2 * i + 1], lanes);
+        next[kWords / 2 + i] = every_second<1>(v[2 * i], v[2 * i + 1], lanes);
       }
-      for (int i = 0; i < KW; ++i) v[i] = next[i];
+      for (int i = 0; i < kWords; ++i) v[i] = next[i];
     }
-    for (int w = 0; w < KW; ++w) store(out + w * tokens + t, v[w]);
+    unroll<kWords>([&](auto w) __attribute__((always_inline)) {
+      constexpr int kHigh = w / N, kLow = w % N;
+      store(out + w * tokens + t, every_mth<M, kHigh>(v + kLow * M, lanes));
+    });
   }
 }
 
@@ -142,40 +168,67 @@ LOGQUANT_INLINE void load_key_words(const PageFormat& f, const int32_t* page, in
   const int count = f.key_code_words(), tokens = f.page_tokens;
   switch (count) {
     case 4:
-      return transpose_words<4>(in, out, tokens);
+      return transpose_words<1, 4>(in, out, tokens);
+    case 5:
+      return transpose_words<5, 1>(in, out, tokens);
+    case 6:
+      return transpose_words<3, 2>(in, out, tokens);
+    case 7:
+      return transpose_words<7, 1>(in, out, tokens);
     case 8:
-      return transpose_words<8>(in, out, tokens);
+      return transpose_words<1, 8>(in, out, tokens);
+    case 9:
+      return transpose_words<9, 1>(in, out, tokens);
+    case 10:
+      return transpose_words<5, 2>(in, out, tokens);
+    case 12:
+      return transpose_words<3, 4>(in, out, tokens);
     case 16:
-      return transpose_words<16>(in, out, tokens);
+      return transpose_words<1, 16>(in, out, tokens);
+    case 20:
+      return transpose_words<5, 4>(in, out, tokens);
     default:
       return transpose_any(in, out, count, tokens);
   }
 }
 
-// Writes kLanes of a row's codes; adds to rounding what they lack of x.
-LOGQUANT_INLINE void store_codes(int16_t* codes, F32 x, F32& rounding) {
-  const I32 rounded = round_to_int(x);
-  rounding += x - to_float(rounded);
-  store_u16(reinterpret_cast<uint16_t*>(codes), rounded);
+// Rounds `count` elements x(j) .. x(j + kLanes - 1) to int16 codes; returns the codes' sum, lane by lane.
+template <class X>
+LOGQUANT_INLINE I32 store_codes(int16_t* codes, int count, X&& x) {
+  I32 sum = splat(0);
+  int j = 0;
+  for (; j + 2 * kLanes <= count; j += 2 * kLanes) {
+    const I32 low = round_to_int(x(j)), high = round_to_int(x(j + kLanes));
+    sum += low + high;
+    store_s16(codes + j, low, high);
+  }
+  if (j < count) {
+    const I32 last = round_to_int(x(j));
+    sum += last;
+    store_u16(reinterpret_cast<uint16_t*>(codes + j), last);
+  }
+  return sum;
 }
 
-// Gives row r a scale that its q times the page's key scales fits, with some room for the next pages. Returns the sum
-// of what rounding took.
+// Gives the rows whose q times the page's key scales does not fit a scale that it does, with some room for the next
+// pages.
 template <int NR>
-__attribute__((noinline)) F32 refit_queries(int columns, const float* scales, float most, int r, Block<NR>& b) {
-  F32 largest = splat(0.0f), rounding = splat(0.0f);
-  for (int j = 0; j < columns; j += kLanes) {
-    largest = max_abs(largest, load(b.q_columns + r * columns + j) * load(scales + j));
+__attribute__((noinline)) void refit_queries(int columns, const float* scales, float most, Block<NR>& b) {
+  for (int r = 0; r < NR; ++r) {
+    const float* const q = b.q_columns + r * columns;
+    F32 largest = splat(0.0f);
+    for (int j = 0; j < columns; j += kLanes) largest = max_abs(largest, load(q + j) * load(scales + j));
+    const float top = reduce(largest, Max{});
+    if (b.score_scale[r] != 0.0f && top <= most * b.score_scale[r]) continue;
+    b.score_scale[r] = (1.125f * top + 1e-30f) / most;
+    const F32 inverse = splat(1.0f / b.score_scale[r]);
+    for (int j = 0; j < columns; j += kLanes) store(b.q_scaled + r * columns + j, load(q + j) * inverse);
   }
-  const float top = 1.125f * reduce(largest, Max{}) + 1e-30f;
-  b.score_scale[r] = top / most;
-  const F32 inverse = splat(most / top);
   for (int j = 0; j < columns; j += kLanes) {
-    const F32 x = load(b.q_columns + r * columns + j) * inverse;
-    store(b.q_scaled + r * columns + j, x);
-    store_codes(b.q_codes + r * columns + j, x * load(scales + j), rounding);
+    F32 largest = splat(1e-30f);
+    for (int r = 0; r < NR; ++r) largest = max_abs(largest, load(b.q_scaled + r * columns + j));
+    store(b.most_scale + j, splat(0.999999f * most) / largest);
   }
-  return rounding;
 }
 
 // Folds the page's key scales into q: int16 codes with one scale per row, and the sum of q times the zeros. The scale
@@ -184,31 +237,27 @@ __attribute__((noinline)) F32 refit_queries(int columns, const float* scales, fl
 template <int NR, int bits>
 LOGQUANT_INLINE void fold_queries(const PageFormat& f, const int32_t* page, bool has_map, float most, Block<NR>& b) {
   const int dim = f.head_dim, columns = f.key_columns;
-  F32 largest[NR] = {}, zeros[NR] = {}, rounding[NR] = {};
+  F32 zeros[NR] = {};
   for (int c = 0; c < dim; c += kLanes) {
     const Params p = key_params_at(f, page, c);
     store(b.key_scale + c, p.scale);
-    for (int r = 0; r < NR; ++r) zeros[r] = fma(load(b.q + r * dim + c), p.zero, zeros[r]);
+    const F32 middle = fma(p.scale, load(b.key_middle + c), p.zero);
+    for (int r = 0; r < NR; ++r) zeros[r] = fma(load(b.q + r * dim + c), middle, zeros[r]);
   }
   const float* scales = b.key_scale;
   if (has_map) {
-    for (int j = 0; j < columns; j += kLanes) store(b.column_scale + j, gather(b.key_scale, load(b.channels + j)));
+    lookup(b.key_scale, dim, b.channels, columns, b.column_scale);
     scales = b.column_scale;
   }
-  for (int j = 0; j < columns; j += kLanes) {
-    const F32 scale = load(scales + j);
-    for (int r = 0; r < NR; ++r) {
-      const F32 x = load(b.q_scaled + r * columns + j) * scale;
-      largest[r] = max_abs(largest[r], x);
-      store_codes(b.q_codes + r * columns + j, x, rounding[r]);
-    }
-  }
+  bool too_large = false;
+  for (int j = 0; j < columns; j += kLanes) too_large |= any_above(load(scales + j), load(b.most_scale + j));
+  if (too_large) refit_queries<NR>(columns, scales, most, b);
   constexpr float kMiddle = 0.5f * static_cast<float>(code_mask(bits));
   for (int r = 0; r < NR; ++r) {
-    if (b.score_scale[r] == 0.0f || any_above(largest[r], splat(most))) {
-      rounding[r] = refit_queries<NR>(columns, scales, most, r, b);
-    }
-    zeros[r] = fma(rounding[r], splat(kMiddle * b.score_scale[r]), zeros[r]);
+    const I32 codes = store_codes(b.q_codes + r * columns, columns, [&](int j) __attribute__((always_inline)) {
+      return load(b.q_scaled + r * columns + j) * load(scales + j);
+    });
+    zeros[r] = fma(to_float(codes), splat(-kMiddle * b.score_scale[r]), zeros[r]);
   }
   reduce_rows<NR>(zeros, Add{}, [&](int r, F32 sums) { store(b.score_zero + r, sums); });
 }
@@ -407,18 +456,24 @@ LOGQUANT_INLINE void softmax(const AttendArgs& args, int tokens, bool biased, Bl
 template <int NR, int bits>
 LOGQUANT_INLINE void fold_weights(const PageFormat& f, const int32_t* page, bool biased, int group, float* scale,
                                   int16_t* codes, Block<NR>& b) {
+  constexpr float kMiddle = 0.5f * static_cast<float>(code_mask(bits));
   const int tokens = f.page_tokens, groups = f.value_groups();
+  // 8-bit parameters have their zero where the middle of the codes stands for 0.
+  const bool symmetric = f.value_param_bits == 8;
   F32 largest[NR] = {}, zero_sums[NR];
   for (int r = 0; r < NR; ++r) zero_sums[r] = load(b.zero_sums + (r * groups + group) * kLanes);
   for (int t = 0; t < tokens; t += kLanes) {
     const auto [scale_t, zero_t] = value_params_at(f, page, group * tokens + t);
+    store(b.value_scale + t, scale_t);
+    const F32 middle = fma(scale_t, splat(kMiddle), zero_t);
+    const bool counts = !symmetric || any_above(zero_t, splat(kInfinity));
     for (int r = 0; r < NR; ++r) {
-      const F32 weight = load(b.weights + r * kUnitTokens + t), scaled = weight * scale_t;
-      store(b.scaled_weights + r * tokens + t, scaled);
-      largest[r] = max_abs(largest[r], scaled);
+      const F32 weight = load(b.weights + r * kUnitTokens + t);
+      largest[r] = max(largest[r], weight * scale_t);
+      if (!counts) continue;
       // A token that the row does not see must not poison it with a NaN.
-      const F32 zero = biased ? select(weight == splat(0.0f), splat(0.0f), zero_t) : zero_t;
-      zero_sums[r] = fma(weight, zero, zero_sums[r]);
+      const F32 seen = biased ? select(weight == splat(0.0f), splat(0.0f), middle) : middle;
+      zero_sums[r] = fma(weight, seen, zero_sums[r]);
     }
   }
   float inverse[kMaxRows + kLanes];
@@ -429,12 +484,10 @@ LOGQUANT_INLINE void fold_weights(const PageFormat& f, const int32_t* page, bool
   });
   for (int r = 0; r < NR; ++r) {
     const F32 factor = splat(inverse[r]);
-    F32 rounding = splat(0.0f);
-    for (int t = 0; t < tokens; t += kLanes) {
-      store_codes(codes + r * tokens + t, load(b.scaled_weights + r * tokens + t) * factor, rounding);
-    }
-    constexpr float kMiddle = 0.5f * static_cast<float>(code_mask(bits));
-    store(b.zero_sums + (r * groups + group) * kLanes, fma(rounding, splat(kMiddle * scale[r]), zero_sums[r]));
+    const I32 sum = store_codes(codes + r * tokens, tokens, [&](int t) __attribute__((always_inline)) {
+      return load(b.weights + r * kUnitTokens + t) * load(b.value_scale + t) * factor;
+    });
+    store(b.zero_sums + (r * groups + group) * kLanes, fma(to_float(sum), splat(-kMiddle * scale[r]), zero_sums[r]));
   }
 }
 
@@ -520,13 +573,39 @@ LOGQUANT_INLINE void window_values(const PageFormat& f, const void* v, int64_t s
 }
 
 // ------------------------------------------------------------------------------------------------------------ task
+// What each column of the keys stands for: its channel, its weight, and the middle of each channel's codes.
+template <int NR>
+void load_columns(const PageFormat& f, const int16_t* map, Block<NR>& b) {
+  int32_t middles[8] = {};  // by the number of columns, as bits
+  for (int n = 1; n * f.key_bits <= kMaxCodeBits; ++n) {
+    float weights = 0.0f;
+    for (int digit = 0; digit < n; ++digit) weights += digit_weight(f, digit, n);
+    middles[n] = bits_as<int32_t>(0.5f * static_cast<float>(code_mask(f.key_bits)) * weights);
+  }
+  count_columns(f, map, b.columns_of);
+  for (int c = 0; c < f.head_dim; c += kLanes) {
+    store(b.key_middle + c, bits_as<F32>(lookup(middles, load(b.columns_of + c))));
+  }
+  for (int j = 0; j < f.key_columns; j += kLanes) {
+    if (map == nullptr) {
+      store(b.column_weight + j, splat(digit_weight(f, 0, 1)));
+      continue;
+    }
+    const I32 column = load_u16(reinterpret_cast<const uint16_t*>(map + j)), channel = column_channel(column);
+    store(b.channels + j, channel);
+    const I32 exponent = f.digit_exponent(column_digit(column), gather(b.columns_of, channel));
+    store(b.column_weight + j, bits_as<F32>((exponent + 127) << 23));
+  }
+}
+
 template <int NR>
 void load_queries(const AttendArgs& args, const Range& range, const int16_t* map, Block<NR>& b) {
   const PageFormat& f = args.format;
   const float factor = args.softcap > 0.0f ? args.scale / args.softcap : args.scale * kLog2e;
-  if (map != nullptr) count_columns(f, map, b.columns_of);
+  load_columns<NR>(f, map, b);
   for (int r = 0; r < NR; ++r) {
     float* const q = b.q + r * f.head_dim;
+    float* const q_columns = b.q_columns + r * f.key_columns;
     if (r >= range.rows) {
       for (int c = 0; c < f.head_dim; c += kLanes) store(q + c, splat(0.0f));
     } else {
@@ -539,17 +618,14 @@ void load_queries(const AttendArgs& args, const Range& range, const int16_t* map
         }
       });
     }
-    if (map == nullptr) continue;
-    for (int j = 0; j < f.key_columns; ++j) {
-      const int channel = column_channel(map[j]);
-      b.q_columns[r * f.key_columns + j] = q[channel] * digit_weight(f, column_digit(map[j]), b.columns_of[channel]);
+    const float* columns = q;
+    if (map != nullptr) {
+      lookup(q, f.head_dim, b.channels, f.key_columns, q_columns);
+      columns = q_columns;
     }
-  }
-  if (map == nullptr) {
-    const float weight = digit_weight(f, 0, 1);
-    for (int i = 0; i < NR * f.head_dim; i += kLanes) store(b.q_columns + i, load(b.q + i) * weight);
-  } else {
-    for (int j = 0; j < f.key_columns; ++j) b.channels[j] = column_channel(map[j]);
+    for (int j = 0; j < f.key_columns; j += kLanes) {
+      store(q_columns + j, load(columns + j) * load(b.column_weight + j));
+    }
   }
 }
 
@@ -588,14 +664,14 @@ void store_partials(const AttendArgs& args, const AttendPlan& plan, const Range&
 
 template <int NR>
 void attend_rows(const AttendArgs& args, const AttendPlan& plan, const Range& range, int64_t head, int64_t split) {
-  const PageFormat& f = args.format;
+  const PageFormat f = args.format;  // a copy, so that no store can change it: sizes are computed once
   Arena measure(nullptr);
   Block<NR> sizes(f, measure);
   Arena arena(thread_scratch(measure.used()));
   Block<NR> b(f, arena);
   const int16_t* const map = args.key_map.of(range.batch, range.kv_head);
   load_queries(args, range, map, b);
-  for (int i = 0; i < NR * f.key_columns; i += kLanes) store(b.q_scaled + i, splat(0.0f));
+  for (int i = 0; i < f.key_columns; i += kLanes) store(b.most_scale + i, splat(-1.0f));  // the first page refits
   for (int i = 0; i < NR * f.value_dim; i += kLanes) store(b.sums + i, splat(0.0f));
   for (int i = 0; i < NR * f.value_groups() * kLanes; i += kLanes) store(b.zero_sums + i, splat(0.0f));
   for (int i = 0; i < NR * kLanes; i += kLanes) store(b.denominators + i, splat(0.0f));
@@ -631,13 +707,15 @@ void attend_rows(const AttendArgs& args, const AttendPlan& plan, const Range& ra
       ahead.end = ahead.at + 4 * f.words();
     }
     load_key_words(f, page, b.words);
-    with_bits(f.key_bits, [&](auto bits) {
+    with_bits(f.key_bits, [&](auto bits) __attribute__((always_inline)) {
       fold_queries<NR, bits>(f, page, map != nullptr, most, b);
       key_scores<NR, bits>(f, b, ahead, lines);
     });
     const bool biased = has_bias && load_bias(args, range, p * f.page_tokens, f.page_tokens, b);
     softmax<NR>(args, f.page_tokens, biased, b);
-    with_bits(f.value_bits, [&](auto bits) { add_values<NR, bits>(f, page, biased, b, ahead, lines); });
+    with_bits(f.value_bits, [&](auto bits) __attribute__((always_inline)) {
+      add_values<NR, bits>(f, page, biased, b, ahead, lines);
+    });
   }
 
   if (f.hadamard_block() > 1 && first < page_end) rotate_back<NR>(f, b);

@@ -46,7 +46,7 @@ void* thread_scratch(size_t bytes) {
 
 AttendPlan::AttendPlan(const AttendArgs& args) {
   // Enough tasks for the largest machines, and splits long enough (512 tokens) to be worth their merge.
-  constexpr int64_t kTasks = 256, kMinUnits = 8;
+  constexpr int64_t kTasks = 128, kMinUnits = 8;
   rows = static_cast<int>(args.group * args.queries);
   row_blocks = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
   units = args.page_count + (args.window_tokens + kWindowBlock - 1) / kWindowBlock;

@@ -224,6 +224,39 @@ LOGQUANT_INLINE void store_half(uint16_t* p, F32 x) {
 }
 #endif
 
+// The low halves of 32-bit lanes, of two vectors.
+LOGQUANT_INLINE void store_s16(int16_t* p, I32 low, I32 high) {
+  typedef int16_t I16 __attribute__((vector_size(4 * kLanes)));
+  const I16 x = [&]<int... lane>(std::integer_sequence<int, lane...>) __attribute__((always_inline)) {
+    return __builtin_shufflevector(bits_as<I16>(low), bits_as<I16>(high), (2 * lane)...);
+  }(std::make_integer_sequence<int, 2 * kLanes>{});
+  __builtin_memcpy(p, &x, sizeof(x));
+}
+
+// out[j] = table[index[j]]; gathers are slow, so the table is held in registers where it fits: reads up to
+// kTablePadding elements of it, whatever is in them.
+constexpr int kTablePadding = 128;
+LOGQUANT_INLINE void lookup(const float* table, int size, const int32_t* index, int count, float* out) {
+#if defined(LOGQUANT_AVX512)
+  const auto in_registers = [&](auto halves) __attribute__((always_inline)) {
+    __m512 v[halves];
+    for (int i = 0; i < halves; ++i) v[i] = load(table + i * kLanes);
+    for (int j = 0; j < count; j += kLanes) {
+      const __m512i lanes = bits_as<__m512i>(load(index + j));
+      __m512 x = _mm512_permutex2var_ps(v[0], lanes, v[1]);
+      for (int i = 2; i < halves; i += 2) {
+        const __mmask16 here = _mm512_cmpge_epi32_mask(lanes, _mm512_set1_epi32(i * kLanes));
+        x = _mm512_mask_mov_ps(x, here, _mm512_permutex2var_ps(v[i], lanes, v[i + 1]));
+      }
+      store(out + j, x);
+    }
+  };
+  if (size <= 4 * kLanes) return in_registers(std::integral_constant<int, 4>{});
+  if (size <= 8 * kLanes) return in_registers(std::integral_constant<int, 8>{});
+#endif
+  for (int j = 0; j < count; j += kLanes) store(out + j, gather(table, load(index + j)));
+}
+
 // The low bytes of 32-bit lanes.
 LOGQUANT_INLINE void store_u8(uint8_t* p, I32 x) {
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(x[i]);
