@@ -1,14 +1,17 @@
-// The kernels without torch, on several threads: every instruction set of this machine gives the same pages, and
-// attention over them is that of a plain loop in double. Meant for sanitizers, above all TSan; the full tests are in
-// tests/, in Python.
+// The kernels without torch, on several threads: every instruction set of this machine quantises, dequantises and
+// evicts bit for bit alike, with the bits that every other machine has, too, and attention is that of a plain loop in
+// double. Meant for sanitizers, above all TSan, and for processors that are emulated; the full tests are in tests/, in
+// Python.
 
 #include "cpu/kernels.h"
 
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <thread>
 #include <vector>
@@ -40,52 +43,180 @@ void on_threads(int64_t count, const cpu::Task& task) {
   for (std::thread& thread : threads) thread.join();
 }
 
-// [batch, heads, tokens, dim], contiguous.
-template <class View>
-View view(std::vector<float>& x, int64_t heads, int64_t tokens, int64_t dim) {
-  return {x.data(), cpu::Dtype::kFloat32, heads * tokens * dim, tokens * dim, dim};
+// Of all that main() quantises, dequantises and evicts, on every processor. A change of the format, of the quantiser or
+// of this test changes it.
+constexpr uint64_t kChecksum = 0xAF32590CC6D88220u;
+uint64_t checksum = 0xCBF29CE484222325u;
+
+// FNV-1a.
+template <class T>
+void add_to_checksum(const std::vector<T>& x) {
+  const auto* const bytes = reinterpret_cast<const unsigned char*>(x.data());
+  for (size_t i = 0; i < x.size() * sizeof(T); ++i) checksum = (checksum ^ bytes[i]) * 0x100000001B3u;
 }
 
-void run(const PageFormat& f, int64_t page_count, int64_t window) {
-  std::mt19937 random(static_cast<unsigned>(f.head_dim + page_count));
-  std::normal_distribution<float> normal;
-  const auto tensor = [&](int64_t size) {
-    std::vector<float> x(static_cast<size_t>(size));
-    for (float& value : x) value = normal(random);
-    return x;
-  };
-  const int64_t packed = page_count * f.page_tokens, rows = kBatch * kHeads;
-  std::vector<float> k = tensor(rows * packed * f.head_dim), v = tensor(rows * packed * f.value_dim);
-  std::vector<float> window_k = tensor(rows * window * f.head_dim), window_v = tensor(rows * window * f.value_dim);
-  std::vector<float> q = tensor(rows * kGroup * kQueries * f.head_dim);
-  std::vector<float> dense_k(k.size()), dense_v(v.size());
-  std::vector<int32_t> first_pages;
-  const int64_t head_words = page_count * f.words();
+// From integers, which are the same on every machine: about normal, and exact in every dtype; what a float32 has room
+// for besides is random.
+float draw(std::mt19937& random, cpu::Dtype dtype) {
+  int sum = -126;
+  for (int i = 0; i < 4; ++i) sum += static_cast<int>(random() >> 26);
+  const float x = static_cast<float>(sum) / 32.0f;
+  return dtype == cpu::Dtype::kFloat32 ? x + static_cast<float>(random() >> 16) * 0x1p-21f : x;
+}
+
+uint32_t element_of(float x, cpu::Dtype dtype) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  if (dtype == cpu::Dtype::kFloat32) return bits;
+  if (dtype == cpu::Dtype::kBFloat16) return bits >> 16;
+  return x == 0.0f ? 0 : (bits >> 16 & 0x8000) | ((bits & 0x7FFFFFFF) - (112u << 23)) >> 13;
+}
+
+// Any bits at all: subnormals, and in some channels infinities and NaNs, of which a half would have too many.
+uint32_t raw_element(std::mt19937& random, cpu::Dtype dtype) {
+  const uint32_t bits = static_cast<uint32_t>(random());
+  return dtype == cpu::Dtype::kFloat16 && random() % 16 != 0 ? bits & 0xBFFF : bits;
+}
+
+// [batch, heads, tokens, dim], contiguous.
+struct Tensor {
+  cpu::Dtype dtype;
+  int64_t heads, tokens, dim;
+  std::vector<char> data;
+
+  Tensor(cpu::Dtype dtype, int64_t heads, int64_t tokens, int64_t dim)
+      : dtype(dtype), heads(heads), tokens(tokens), dim(dim) {
+    data.resize(static_cast<size_t>(kBatch * heads * tokens * dim * bytes()));
+  }
+
+  int64_t bytes() const { return dtype == cpu::Dtype::kFloat32 ? 4 : 2; }
+
+  template <class View>
+  View view() {
+    return {data.data(), dtype, heads * tokens * dim, tokens * dim, dim};
+  }
+
+  // Random elements; what they are as floats is put into values.
+  void fill(std::mt19937& random, bool raw, std::vector<float>* values = nullptr) {
+    for (size_t at = 0; at < data.size(); at += static_cast<size_t>(bytes())) {
+      const float x = draw(random, dtype);
+      const uint32_t element = raw ? raw_element(random, dtype) : element_of(x, dtype);
+      std::memcpy(data.data() + at, &element, static_cast<size_t>(bytes()));  // little-endian
+      if (values != nullptr) values->push_back(x);
+    }
+  }
+};
+
+struct Case {
+  PageFormat format;
+  int64_t page_count, window;
+  cpu::Dtype dtype;
+  bool raw = false;  // any bits for elements, and no attention
+};
+
+void run(const Case& c) {
+  const PageFormat& f = c.format;
+  std::mt19937 random(static_cast<unsigned>(f.head_dim + c.page_count));
+  const int64_t packed = c.page_count * f.page_tokens, window = c.window, rows = kBatch * kHeads;
+  const int64_t head_words = c.page_count * f.words();
+  Tensor k(c.dtype, kHeads, packed, f.head_dim), v(c.dtype, kHeads, packed, f.value_dim);
+  Tensor window_k(c.dtype, kHeads, window, f.head_dim), window_v(c.dtype, kHeads, window, f.value_dim);
+  Tensor queries(cpu::Dtype::kFloat32, kHeads * kGroup, kQueries, f.head_dim);
+  std::vector<float> q, exact_k, exact_v;
+  k.fill(random, c.raw);
+  v.fill(random, c.raw);
+  window_k.fill(random, false, &exact_k);
+  window_v.fill(random, false, &exact_v);
+  queries.fill(random, false, &q);
+
+  // Of eight channels one has four columns and one has none.
+  std::vector<int16_t> map;
+  for (int channel = 0; f.key_columns != f.head_dim && channel < f.head_dim; ++channel) {
+    const int columns = channel % 8 == 0 ? 4 : channel % 8 == 1 ? 0 : 1;
+    for (int digit = 0; digit < columns; ++digit) map.push_back(static_cast<int16_t>(channel << 2 | digit));
+  }
+  std::vector<float> weights(static_cast<size_t>(rows * packed)), feedback(weights.size() * f.page_tokens);
+  for (float& x : weights) x = static_cast<float>(1 + (random() >> 28));
+  for (float& x : feedback) x = draw(random, cpu::Dtype::kFloat32) * 0x1p-5f;
+  const cpu::KeyMap key_map{map.empty() ? nullptr : map.data()};
+  const cpu::KeyWeights key_weights{weights.data(), kHeads * packed, packed};
+  const cpu::ValueFeedback value_feedback{feedback.data(), kHeads * packed * f.page_tokens, packed * f.page_tokens};
+
+  struct Results {
+    std::vector<int32_t> pages, evicted_pages;
+    std::vector<char> k, v, evicted_k, evicted_v;
+
+    bool operator==(const Results&) const = default;
+  } first;
 
   for (const cpu::Kernels* set : cpu::available_kernels()) {
     std::vector<int32_t> pages(static_cast<size_t>(rows * head_words));
     cpu::QuantizeArgs quantize;
     quantize.format = f;
-    quantize.k = view<cpu::Tokens>(k, kHeads, packed, f.head_dim);
-    quantize.v = view<cpu::Tokens>(v, kHeads, packed, f.value_dim);
+    quantize.k = k.view<cpu::Tokens>();
+    quantize.v = v.view<cpu::Tokens>();
     quantize.pages = {pages.data(), kHeads * head_words, head_words, f.words()};
+    quantize.key_map = key_map;
+    quantize.key_weights = key_weights;
+    quantize.value_feedback = value_feedback;
     quantize.batch = kBatch;
     quantize.heads = kHeads;
-    quantize.page_count = page_count;
+    quantize.page_count = c.page_count;
     set->quantize(quantize, on_threads);
-    if (first_pages.empty()) first_pages = pages;
-    check(pages == first_pages, "pages differ from those of the first instruction set", set->name, f);
 
-    cpu::DequantizeArgs dequantize;
-    dequantize.format = f;
-    dequantize.pages = {pages.data(), kHeads * head_words, head_words, f.words()};
-    dequantize.k = view<cpu::MutableTokens>(dense_k, kHeads, packed, f.head_dim);
-    dequantize.v = view<cpu::MutableTokens>(dense_v, kHeads, packed, f.value_dim);
-    dequantize.batch = kBatch;
-    dequantize.heads = kHeads;
-    dequantize.page_count = page_count;
-    set->dequantize(dequantize, on_threads);
+    const auto dequantized = [&](cpu::Dtype dtype) {
+      std::pair out{Tensor(dtype, kHeads, packed, f.head_dim), Tensor(dtype, kHeads, packed, f.value_dim)};
+      cpu::DequantizeArgs dequantize;
+      dequantize.format = f;
+      dequantize.pages = {pages.data(), kHeads * head_words, head_words, f.words()};
+      dequantize.key_map = key_map;
+      dequantize.k = out.first.view<cpu::MutableTokens>();
+      dequantize.v = out.second.view<cpu::MutableTokens>();
+      dequantize.batch = kBatch;
+      dequantize.heads = kHeads;
+      dequantize.page_count = c.page_count;
+      set->dequantize(dequantize, on_threads);
+      return out;
+    };
+    auto [restored_k, restored_v] = dequantized(c.dtype);
+    // The sign of a NaN that went through a rotation is nobody's business.
+    if (c.raw && f.hadamard_block() > 1) restored_v.data.clear();
 
+    // One eviction of every second token of the first two pages' worth.
+    Tensor thinned_k = k, thinned_v = v;
+    std::vector<int32_t> evicted_pages(pages.size());
+    cpu::EvictArgs evict;
+    evict.format = f;
+    evict.k = thinned_k.view<cpu::MutableTokens>();
+    evict.v = thinned_v.view<cpu::MutableTokens>();
+    evict.pages = {evicted_pages.data(), kHeads * head_words, head_words, f.words()};
+    evict.key_map = key_map;
+    evict.key_weights = key_weights;
+    evict.value_feedback = value_feedback;
+    evict.batch = kBatch;
+    evict.heads = kHeads;
+    evict.tokens = packed;
+    evict.start = 1;
+    evict.step = 2;
+    evict.count = f.page_tokens;
+    set->evict(evict, on_threads);
+    const int64_t row_bytes = f.head_dim * k.bytes();
+    for (int64_t t = 0; t < packed - f.page_tokens; ++t) {
+      const int64_t from = t < f.page_tokens ? 2 * t : t + f.page_tokens;
+      check(std::memcmp(&thinned_k.data[t * row_bytes], &k.data[from * row_bytes], row_bytes) == 0,
+            "wrong token after an eviction", set->name, f);
+    }
+
+    Results results{pages, evicted_pages, restored_k.data, restored_v.data, thinned_k.data, thinned_v.data};
+    if (first.pages.empty()) {
+      first = std::move(results);
+    } else {
+      check(results.pages == first.pages, "pages differ from those of the first instruction set", set->name, f);
+      check(results == first, "dequantised or evicted tokens differ from those of the first instruction set", set->name,
+            f);
+    }
+    if (c.raw) continue;
+
+    auto [dense_k, dense_v] = dequantized(cpu::Dtype::kFloat32);
     std::vector<float> out(static_cast<size_t>(rows * kGroup * kQueries * f.value_dim));
     std::vector<float> lse(static_cast<size_t>(rows * kGroup * kQueries));
     cpu::AttendArgs attend;
@@ -94,17 +225,20 @@ void run(const PageFormat& f, int64_t page_count, int64_t window) {
     attend.kv_heads = kHeads;
     attend.group = kGroup;
     attend.queries = kQueries;
-    attend.q = view<cpu::Tokens>(q, kHeads * kGroup, kQueries, f.head_dim);
-    attend.pages = dequantize.pages;
-    attend.page_count = page_count;
-    attend.window_k = view<cpu::Tokens>(window_k, kHeads, window, f.head_dim);
-    attend.window_v = view<cpu::Tokens>(window_v, kHeads, window, f.value_dim);
+    attend.q = queries.view<cpu::Tokens>();
+    attend.pages = {pages.data(), kHeads * head_words, head_words, f.words()};
+    attend.key_map = key_map;
+    attend.page_count = c.page_count;
+    attend.window_k = window_k.view<cpu::Tokens>();
+    attend.window_v = window_v.view<cpu::Tokens>();
     attend.window_tokens = window;
     attend.scale = 1.0f / std::sqrt(static_cast<float>(f.head_dim));
     attend.out = out.data();
     attend.lse = lse.data();
     set->attend(attend, on_threads);
 
+    const auto* const packed_k = reinterpret_cast<const float*>(dense_k.data.data());
+    const auto* const packed_v = reinterpret_cast<const float*>(dense_v.data.data());
     for (int64_t row = 0; row < rows * kGroup * kQueries; ++row) {
       const int64_t head = row / (kGroup * kQueries);
       std::vector<double> sum(static_cast<size_t>(f.value_dim));
@@ -112,39 +246,23 @@ void run(const PageFormat& f, int64_t page_count, int64_t window) {
       for (int64_t t = 0; t < packed + window; ++t) {
         const bool in_pages = t < packed;
         const int64_t token = in_pages ? head * packed + t : head * window + t - packed;
-        const float* key = (in_pages ? dense_k : window_k).data() + token * f.head_dim;
-        const float* value = (in_pages ? dense_v : window_v).data() + token * f.value_dim;
+        const float* key = (in_pages ? packed_k : exact_k.data()) + token * f.head_dim;
+        const float* value = (in_pages ? packed_v : exact_v.data()) + token * f.value_dim;
         double score = 0;
-        for (int c = 0; c < f.head_dim; ++c) score += static_cast<double>(q[row * f.head_dim + c]) * key[c];
+        for (int i = 0; i < f.head_dim; ++i) score += static_cast<double>(q[row * f.head_dim + i]) * key[i];
         const double weight = std::exp(score * attend.scale);
         denominator += weight;
-        for (int c = 0; c < f.value_dim; ++c) sum[c] += weight * value[c];
+        for (int i = 0; i < f.value_dim; ++i) sum[i] += weight * value[i];
       }
       check(std::abs(lse[row] - std::log(denominator)) < 1e-3, "wrong log-sum-exp", set->name, f);
-      for (int c = 0; c < f.value_dim; ++c) {
-        check(std::abs(out[row * f.value_dim + c] - sum[c] / denominator) < 1e-3, "wrong output", set->name, f);
+      for (int i = 0; i < f.value_dim; ++i) {
+        check(std::abs(out[row * f.value_dim + i] - sum[i] / denominator) < 1e-3, "wrong output", set->name, f);
       }
     }
-
-    // One eviction of every second token of the first two pages' worth.
-    std::vector<float> thinned_k = k, thinned_v = v;
-    cpu::EvictArgs evict;
-    evict.format = f;
-    evict.k = view<cpu::MutableTokens>(thinned_k, kHeads, packed, f.head_dim);
-    evict.v = view<cpu::MutableTokens>(thinned_v, kHeads, packed, f.value_dim);
-    evict.pages = {pages.data(), kHeads * head_words, head_words, f.words()};
-    evict.batch = kBatch;
-    evict.heads = kHeads;
-    evict.tokens = packed;
-    evict.start = 1;
-    evict.step = 2;
-    evict.count = f.page_tokens;
-    set->evict(evict, on_threads);
-    for (int64_t t = 0; t < packed - f.page_tokens; ++t) {
-      const int64_t from = t < f.page_tokens ? 2 * t : t + f.page_tokens;
-      check(thinned_k[t * f.head_dim] == k[from * f.head_dim], "wrong token after an eviction", set->name, f);
-    }
   }
+  add_to_checksum(first.pages);
+  add_to_checksum(first.evicted_pages);
+  for (const auto* bytes : {&first.k, &first.v, &first.evicted_k, &first.evicted_v}) add_to_checksum(*bytes);
 }
 
 PageFormat format(int head_dim, int value_dim, int page_tokens, int key_bits, int value_bits, int value_group) {
@@ -161,13 +279,26 @@ PageFormat format(int head_dim, int value_dim, int page_tokens, int key_bits, in
 }  // namespace
 
 int main() {
-  run(format(128, 128, 64, 2, 2, 64), 20, 100);
-  run(format(64, 64, 32, 2, 2, 64), 40, 1);
-  run(format(80, 80, 64, 4, 2, 80), 10, 33);
-  run(format(192, 128, 128, 8, 4, 32), 10, 64);
-  for (PageFormat f : {format(64, 64, 64, 2, 2, 64), format(128, 96, 32, 2, 4, 96)}) {
-    f.key_param_bits = f.value_param_bits = 8;
-    run(f, 20, 100);
+  constexpr auto kFloat32 = cpu::Dtype::kFloat32, kFloat16 = cpu::Dtype::kFloat16, kBFloat16 = cpu::Dtype::kBFloat16;
+  run({format(128, 128, 64, 2, 2, 64), 20, 100, kFloat32});
+  run({format(64, 64, 32, 2, 2, 64), 40, 1, kFloat16});
+  run({format(80, 80, 64, 4, 2, 80), 10, 33, kBFloat16});
+  run({format(192, 128, 128, 8, 4, 32), 10, 64, kFloat32});
+  PageFormat fitted = format(64, 64, 64, 2, 2, 64), wide = format(128, 96, 32, 2, 4, 96);
+  fitted.key_columns = 80;
+  for (PageFormat* f : {&fitted, &wide}) f->key_param_bits = f->value_param_bits = 8;
+  run({fitted, 20, 100, kFloat32});
+  run({wide, 20, 100, kBFloat16});
+  for (const cpu::Dtype dtype : {kFloat32, kFloat16, kBFloat16}) {
+    run({format(64, 64, 64, 2, 2, 64), 4, 0, dtype, true});
+    run({fitted, 4, 0, dtype, true});
+  }
+  std::printf("instruction sets:");
+  for (const cpu::Kernels* set : cpu::available_kernels()) std::printf(" %s", set->name);
+  std::printf("; checksum %016llx\n", static_cast<unsigned long long>(checksum));
+  if (checksum != kChecksum) {
+    std::fprintf(stderr, "on other processors it is %016llx\n", static_cast<unsigned long long>(kChecksum));
+    return 1;
   }
   std::puts("1 passed, 0 failed");
   return 0;

@@ -1,0 +1,153 @@
+// What simd.h promises of an instruction set, against the same in plain numbers. Compiled once per set, as the kernels
+// are; a set that this machine does not run is skipped.
+
+#include "cpu/simd.h"
+
+#include <bit>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+
+namespace logquant::cpu::LOGQUANT_ISA {
+namespace {
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+constexpr int kSkipped = 77;  // CMakeLists.txt
+
+void check(bool ok, const char* what) {
+  if (ok) return;
+  std::fprintf(stderr, "%s\n", what);
+  std::exit(1);
+}
+
+bool same(float a, float b) { return a == b || (a != a && b != b); }
+
+F32 only(int lane, float x, float others) {
+  F32 v = splat(others);
+  v[lane] = x;
+  return v;
+}
+
+void test_floats() {
+  const float numbers[] = {0.0f, 1.0f, -1.0f, 2.5f, -3e38f, 1e-40f, kInfinity, -kInfinity, kNan};
+  for (const float a : numbers) {
+    for (const float b : numbers) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const F32 x = only(lane, a, 1.0f), y = only(lane, b, 1.0f);
+        check(same(min(x, y)[lane], a < b ? a : b), "min");
+        check(same(max(x, y)[lane], a > b ? a : b), "max");
+        check(any_above(x, y) == !(a <= b), "any_above");
+        if (a >= 0.0f && b == b) check(max_abs(x, y)[lane] == std::fmax(a, std::fabs(b)), "max_abs");
+      }
+    }
+  }
+  F32 counted;
+  for (int i = 0; i < kLanes; ++i) counted[i] = static_cast<float>(i + 1);
+  check(reduce(counted, Min{}) == 1.0f && reduce(counted, Max{}) == kLanes, "reduce");
+  check(reduce(counted, Add{}) == kLanes * (kLanes + 1) / 2, "reduce");
+  for (int i = -70000; i <= 70000; ++i) {
+    const float x = 0.5f * static_cast<float>(i);  // half of them ties
+    check(round_to_int(splat(x))[i & (kLanes - 1)] == static_cast<int>(std::nearbyint(x)), "round_to_int");
+    check(to_float(splat(i))[i & (kLanes - 1)] == static_cast<float>(i), "to_float");
+  }
+}
+
+float float_of(int half) {
+  const int exponent = half >> 10 & 31, fraction = half & 1023;
+  const float magnitude = exponent == 31  ? (fraction == 0 ? kInfinity : kNan)
+                          : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                                          : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
+  return half & 0x8000 ? -magnitude : magnitude;
+}
+
+int stored_half(float x) {
+  float in[kLanes];
+  uint16_t out[kLanes];
+  for (float& lane : in) lane = x;  // splat(-0.0f) is 0.0f
+  store_half(out, load(in));
+  for (const uint16_t half : out) check(half == out[0], "store_half: lanes differ");
+  return out[0];
+}
+
+void test_halves() {
+  for (int first = 0; first < 0x10000; first += kLanes) {
+    uint16_t halves[kLanes];
+    for (int i = 0; i < kLanes; ++i) halves[i] = static_cast<uint16_t>(first + i);
+    const F32 x = load_half(halves);
+    for (int i = 0; i < kLanes; ++i) {
+      check(same(x[i], float_of(first + i)) && std::signbit(x[i]) == (first + i >= 0x8000), "load_half");
+    }
+  }
+  // Around the border between each half and the next one; past the largest comes infinity.
+  for (int half = 0; half < 0x7C00; ++half) {
+    const float next = half == 0x7BFF ? 65536.0f : float_of(half + 1), border = 0.5f * (float_of(half) + next);
+    for (const int sign : {0, 0x8000}) {
+      const float factor = sign == 0 ? 1.0f : -1.0f;
+      check(stored_half(factor * float_of(half)) == (half | sign), "store_half: exact");
+      check(stored_half(factor * std::nextafter(border, 0.0f)) == (half | sign), "store_half: down");
+      check(stored_half(factor * border) == ((half + (half & 1)) | sign), "store_half: to even");
+      check(stored_half(factor * std::nextafter(border, kInfinity)) == ((half + 1) | sign), "store_half: up");
+    }
+  }
+  check(stored_half(kInfinity) == 0x7C00 && stored_half(-3e38f) == 0xFC00, "store_half: infinity");
+  check(stored_half(kNan) == kPoison, "store_half: NaN");
+}
+
+void test_integers() {
+  std::mt19937 random(0);
+  int32_t table[64];
+  for (int32_t& x : table) x = static_cast<int32_t>(random());
+  const int32_t (&eight)[8] = *reinterpret_cast<const int32_t (*)[8]>(table);
+  for (int round = 0; round < 1000; ++round) {
+    I32 sum, codes, index;
+    for (int i = 0; i < kLanes; ++i) {
+      sum[i] = static_cast<int32_t>(random() >> 4);
+      codes[i] = static_cast<int32_t>(random() & 0x00FF00FF);
+      index[i] = static_cast<int32_t>(random() % 64);
+    }
+    const int32_t pair = static_cast<int32_t>(random());
+    const int low = static_cast<int16_t>(pair), high = pair >> 16;
+    const I32 dots = dot_pairs(sum, codes, splat(pair)), gathered = gather(table, index),
+              found = lookup(eight, index & 7);
+    // Unaligned.
+    const auto* const bytes = reinterpret_cast<const uint8_t*>(table) + 1 + round % 8;
+    const auto* const shorts = reinterpret_cast<const uint16_t*>(table) + 1 + round % 8;
+    const I32 wide_bytes = load_u8(bytes), wide_shorts = load_u16(shorts);
+    uint8_t narrow_bytes[kLanes];
+    uint16_t narrow_shorts[kLanes + 1];
+    store_u8(narrow_bytes, gathered);
+    store_u16(narrow_shorts + 1, gathered);
+    for (int i = 0; i < kLanes; ++i) {
+      check(dots[i] == sum[i] + (codes[i] & 0xFFFF) * low + (codes[i] >> 16) * high, "dot_pairs");
+      check(gathered[i] == table[index[i]], "gather");
+      check(found[i] == table[index[i] & 7], "lookup");
+      uint16_t expected;
+      std::memcpy(&expected, shorts + i, sizeof(expected));
+      check(wide_bytes[i] == bytes[i] && wide_shorts[i] == expected, "load_u8 or load_u16");
+      check(narrow_bytes[i] == static_cast<uint8_t>(gathered[i]), "store_u8");
+      check(narrow_shorts[i + 1] == static_cast<uint16_t>(gathered[i]), "store_u16");
+    }
+  }
+}
+
+}  // namespace
+}  // namespace logquant::cpu::LOGQUANT_ISA
+
+#define LOGQUANT_NAME_OF(isa) #isa
+#define LOGQUANT_NAME(isa) LOGQUANT_NAME_OF(isa)
+
+int main() {
+  using namespace logquant::cpu;
+  using namespace logquant::cpu::LOGQUANT_ISA;
+  bool available = false;
+  for (const Kernels* set : available_kernels()) available |= std::strcmp(set->name, LOGQUANT_NAME(LOGQUANT_ISA)) == 0;
+  if (!available) return kSkipped;
+  test_floats();
+  test_halves();
+  test_integers();
+  std::puts("1 passed, 0 failed");
+  return 0;
+}
