@@ -65,7 +65,7 @@ sanitize: venv
 	cd build/asan/lib && $(ASAN_ENV) ../../../$(BIN)/python -c "import torch, logquant._C as c; print(c.__file__); assert 'asan' in c.__file__"
 	cd build/asan/lib && $(ASAN_ENV) ../../../$(BIN)/python -m pytest -q -p no:cacheprovider -k "not emulated" tests/test_ops.py tests/test_bad_input.py
 	for kinds in thread address,undefined; do \
-	  $(BIN)/cmake -S . -B build/$$kinds -G Ninja -DLOGQUANT_SANITIZE=$$kinds -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja && \
+	  $(BIN)/cmake -S . -B build/$$kinds -G Ninja -DLOGQUANT_SANITIZE=$$kinds -DLOGQUANT_EVEX_VNNI=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja && \
 	  $(BIN)/cmake --build build/$$kinds && $(BIN)/ctest --test-dir build/$$kinds --output-on-failure || exit 1; \
 	done
 

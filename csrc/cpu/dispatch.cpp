@@ -10,6 +10,10 @@
 #include <string>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "kernels.h"
 #include "tasks.h"
 
@@ -99,6 +103,20 @@ struct InstructionSet {
   bool supported;
 };
 
+#if defined(__x86_64__)
+// Whether avxvnni was compiled in its AVX-512 encoding, for tests (CMakeLists.txt).
+#ifndef LOGQUANT_EVEX_VNNI
+#define LOGQUANT_EVEX_VNNI 0
+#endif
+
+// Not every compiler's __builtin_cpu_supports knows it. It needs nothing of the system that AVX2 does not need.
+bool has_avxvnni() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && eax >= 1 &&
+         __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1) != 0;
+}
+#endif
+
 // From the slowest to the fastest.
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> sets = [] {
@@ -107,11 +125,13 @@ const std::vector<InstructionSet>& instruction_sets() {
     __builtin_cpu_init();
     const bool has_avx2 =
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                            __builtin_cpu_supports("avx512vnni");
+    const bool evex = LOGQUANT_EVEX_VNNI;
     all.push_back({LOGQUANT_KERNELS(avx2), has_avx2});
-    all.push_back(
-        {LOGQUANT_KERNELS(avx512), has_avx2 && __builtin_cpu_supports("avx512f") &&
-                                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")});
+    all.push_back({LOGQUANT_KERNELS(avxvnni), evex ? has_avx512 : has_avx2 && has_avxvnni()});
+    all.push_back({LOGQUANT_KERNELS(avx512), has_avx512});
 #endif
     return all;
   }();

@@ -64,6 +64,7 @@ struct AttendPlan {
 LOGQUANT_DECLARE_TASKS(portable)
 #if defined(__x86_64__)
 LOGQUANT_DECLARE_TASKS(avx2)
+LOGQUANT_DECLARE_TASKS(avxvnni)
 LOGQUANT_DECLARE_TASKS(avx512)
 #endif
 
