@@ -8,12 +8,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test test-slow lint format sanitize clean
+.PHONY: help venv build demo test test-slow test-arm lint format sanitize clean
 
 help:
 	@echo "make demo       environment, build, and a real model writing text with the LogQuant cache"
 	@echo "make test       environment, build, and all quick tests"
 	@echo "make test-slow  the tests that take long"
+	@echo "make test-arm   the kernels' tests on an emulated ARM processor (needs g++-aarch64-linux-gnu and qemu-user)"
 	@echo "make lint       ruff, mypy, clang-format, typos"
 	@echo "make sanitize   the operators' tests, the kernels and the emulated CUDA kernels under ASan, UBSan and TSan"
 	@echo "make clean      remove .venv and all that was built"
@@ -43,6 +44,16 @@ test: build
 
 test-slow: build
 	$(BIN)/python -m pytest -m slow
+
+# On an ARM machine, `make test` tests NEON.
+test-arm: venv
+	@for program in aarch64-linux-gnu-g++ qemu-aarch64; do \
+	  command -v $$program > /dev/null && continue; \
+	  echo "make test-arm needs $$program: apt-get install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; \
+	done
+	$(BIN)/cmake -S . -B build/aarch64 -G Ninja --toolchain cmake/aarch64.cmake -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja
+	$(BIN)/cmake --build build/aarch64 --target kernels_test simd_test_portable simd_test_neon
+	$(BIN)/ctest --test-dir build/aarch64 --tests-regex '^(kernels|simd)' --verbose
 
 lint: venv
 	$(BIN)/ruff check

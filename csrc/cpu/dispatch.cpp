@@ -132,6 +132,8 @@ const std::vector<InstructionSet>& instruction_sets() {
     all.push_back({LOGQUANT_KERNELS(avx2), has_avx2});
     all.push_back({LOGQUANT_KERNELS(avxvnni), evex ? has_avx512 : has_avx2 && has_avxvnni()});
     all.push_back({LOGQUANT_KERNELS(avx512), has_avx512});
+#elif defined(__aarch64__)
+    all.push_back({LOGQUANT_KERNELS(neon), true});
 #endif
     return all;
   }();

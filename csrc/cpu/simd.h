@@ -1,8 +1,10 @@
 // A small vector abstraction: kLanes floats or 32-bit integers, on the compilers' vector extensions.
 //
-// Every kernel source is compiled once per instruction set, with LOGQUANT_ISA naming it. What a set compiles lives in
-// an unnamed namespace inside a namespace of that name, and calls no shared inline function (no std containers or
-// algorithms): the linker keeps one copy of an inline function, and it could be the one with AVX-512 in it.
+// Every kernel source is compiled once per instruction set, with LOGQUANT_ISA naming it. The compiler's options say
+// which instructions it may use; on aarch64, where NEON is always there, LOGQUANT_NEON says whether it should. What a
+// set compiles lives in an unnamed namespace inside a namespace of that name, and calls no shared inline function (no
+// std containers or algorithms): the linker keeps one copy of an inline function, and it could be the one with AVX-512
+// in it.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +12,7 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#elif defined(__ARM_NEON)
+#elif defined(LOGQUANT_NEON)
 #include <arm_neon.h>
 #endif
 
@@ -85,7 +87,7 @@ LOGQUANT_INLINE I32 select(I32 mask, I32 yes, I32 no) { return mask ? yes : no; 
 LOGQUANT_INLINE F32 abs(F32 x) { return bits_as<F32>(bits_as<I32>(x) & 0x7FFFFFFF); }
 LOGQUANT_INLINE I32 is_nonfinite(F32 x) { return (bits_as<I32>(x) & 0x7F800000) == 0x7F800000; }
 
-// Of min and max with a NaN, the second argument comes out; any_above is true for a NaN.
+// Of min and max with a NaN, the second argument comes out; of max_abs, either; any_above is true for a NaN.
 #if defined(LOGQUANT_AVX512)
 LOGQUANT_INLINE F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
 LOGQUANT_INLINE F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
@@ -165,6 +167,50 @@ LOGQUANT_INLINE void store_u16(uint16_t* p, I32 x) {
   const __m256i low = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bits_as<__m256i>(x), even), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(low));
 }
+#elif defined(LOGQUANT_NEON)
+// Not FMIN, FMAX, FMINNM, FMAXNM: those give the NaN always, or the number always.
+LOGQUANT_INLINE F32 min(F32 a, F32 b) { return a < b ? a : b; }
+LOGQUANT_INLINE F32 max(F32 a, F32 b) { return a > b ? a : b; }
+LOGQUANT_INLINE F32 max_abs(F32 a, F32 b) {
+  return bits_as<F32>(vmaxnmq_f32(bits_as<float32x4_t>(a), vabsq_f32(bits_as<float32x4_t>(b))));
+}
+LOGQUANT_INLINE F32 fma(F32 a, F32 b, F32 c) {
+  return bits_as<F32>(vfmaq_f32(bits_as<float32x4_t>(c), bits_as<float32x4_t>(a), bits_as<float32x4_t>(b)));
+}
+LOGQUANT_INLINE F32 to_float(I32 x) { return bits_as<F32>(vcvtq_f32_s32(bits_as<int32x4_t>(x))); }
+LOGQUANT_INLINE I32 round_to_int(F32 x) { return bits_as<I32>(vcvtnq_s32_f32(bits_as<float32x4_t>(x))); }
+LOGQUANT_INLINE bool any_above(F32 x, F32 limit) { return vminvq_u32(bits_as<uint32x4_t>(x <= limit)) == 0; }
+// b is one pair in every lane, and smlal multiplies by an element of a register: the pair is loaded and not spread,
+// and a's two halves are narrowed once for all rows.
+LOGQUANT_INLINE I32 dot_pairs(I32 sum, I32 a, I32 b) {
+  const int32x4_t codes = bits_as<int32x4_t>(a);
+  const int16x4_t pair = vcreate_s16(static_cast<uint32_t>(b[0]));
+  const int32x4_t even = vmlal_lane_s16(bits_as<int32x4_t>(sum), vmovn_s32(codes), pair, 0);
+  return bits_as<I32>(vmlal_lane_s16(even, vshrn_n_s32(codes, 16), pair, 1));
+}
+template <class T>
+LOGQUANT_INLINE auto gather(const T* p, I32 index) {
+  typedef T V __attribute__((vector_size(4 * kLanes)));
+  return V{p[index[0]], p[index[1]], p[index[2]], p[index[3]]};
+}
+LOGQUANT_INLINE I32 lookup(const int32_t (&table)[8], I32 index) {
+  const uint8_t* const bytes = reinterpret_cast<const uint8_t*>(table);
+  const uint8x16x2_t v = {{vld1q_u8(bytes), vld1q_u8(bytes + 16)}};
+  return bits_as<I32>(vqtbl2q_u8(v, bits_as<uint8x16_t>(index * 0x04040404 + 0x03020100)));
+}
+LOGQUANT_INLINE F32 load_half(const uint16_t* p) {
+  return bits_as<F32>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))));
+}
+LOGQUANT_INLINE void store_half(uint16_t* p, F32 x) {
+  vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(bits_as<float32x4_t>(x))));
+}
+LOGQUANT_INLINE I32 load_u16(const uint16_t* p) { return bits_as<I32>(vmovl_u16(vld1_u16(p))); }
+LOGQUANT_INLINE I32 load_u8(const uint8_t* p) {
+  uint32_t bytes;
+  __builtin_memcpy(&bytes, p, sizeof(bytes));
+  return bits_as<I32>(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(bytes)))));
+}
+LOGQUANT_INLINE void store_u16(uint16_t* p, I32 x) { vst1_u16(p, vmovn_u32(bits_as<uint32x4_t>(x))); }
 #else
 #if defined(__SSE2__)
 LOGQUANT_INLINE F32 min(F32 a, F32 b) { return _mm_min_ps(a, b); }
@@ -179,12 +225,8 @@ LOGQUANT_INLINE F32 min(F32 a, F32 b) { return a < b ? a : b; }
 LOGQUANT_INLINE F32 max(F32 a, F32 b) { return a > b ? a : b; }
 // Rounds to nearest even for |x| < 2^22, and is defined for everything else.
 LOGQUANT_INLINE I32 round_to_int(F32 x) {
-#if defined(__ARM_NEON) && defined(__aarch64__)
-  return bits_as<I32>(vcvtnq_s32_f32(bits_as<float32x4_t>(x)));
-#else
   const F32 magic = splat(12582912.0f);
   return bits_as<I32>(x + magic) - bits_as<I32>(magic);
-#endif
 }
 LOGQUANT_INLINE bool any_above(F32 x, F32 limit) {
   const I32 below = x <= limit;
@@ -196,13 +238,7 @@ LOGQUANT_INLINE I32 dot_pairs(I32 sum, I32 a, I32 b) {
 }
 #endif
 LOGQUANT_INLINE F32 max_abs(F32 a, F32 b) { return max(a, abs(b)); }
-LOGQUANT_INLINE F32 fma(F32 a, F32 b, F32 c) {
-#if defined(__ARM_NEON) && defined(__aarch64__)
-  return bits_as<F32>(vfmaq_f32(bits_as<float32x4_t>(c), bits_as<float32x4_t>(a), bits_as<float32x4_t>(b)));
-#else
-  return a * b + c;
-#endif
-}
+LOGQUANT_INLINE F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
 LOGQUANT_INLINE F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
 template <class T>
 LOGQUANT_INLINE auto gather(const T* p, I32 index) {

@@ -66,6 +66,8 @@ LOGQUANT_DECLARE_TASKS(portable)
 LOGQUANT_DECLARE_TASKS(avx2)
 LOGQUANT_DECLARE_TASKS(avxvnni)
 LOGQUANT_DECLARE_TASKS(avx512)
+#elif defined(__aarch64__)
+LOGQUANT_DECLARE_TASKS(neon)
 #endif
 
 }  // namespace logquant::cpu
