@@ -74,7 +74,7 @@ LOGQUANT_INLINE void unroll(F&& f) {
   }(std::make_integer_sequence<int, N>{});
 }
 
-LOGQUANT_INLINE F32 splat(float x) { return F32{} + x; }
+LOGQUANT_INLINE F32 splat(float x) { return x - F32{}; }  // of -0, too, so it is no addition
 LOGQUANT_INLINE I32 splat(int32_t x) { return I32{} + x; }
 LOGQUANT_INLINE F32 load(const float* p) { return *reinterpret_cast<const F32Unaligned*>(p); }
 LOGQUANT_INLINE I32 load(const int32_t* p) { return *reinterpret_cast<const I32Unaligned*>(p); }
@@ -282,7 +282,8 @@ LOGQUANT_INLINE void store_s16(int16_t* p, I32 low, I32 high) {
 // out[j] = table[index[j]]; gathers are slow, so the table is held in registers where it fits: reads up to
 // kTablePadding elements of it, whatever is in them.
 constexpr int kTablePadding = 128;
-LOGQUANT_INLINE void lookup(const float* table, int size, const int32_t* index, int count, float* out) {
+LOGQUANT_INLINE void lookup(const float* table, [[maybe_unused]] int size, const int32_t* index, int count,
+                            float* out) {
 #if defined(LOGQUANT_AVX512)
   const auto in_registers = [&](auto halves) __attribute__((always_inline)) {
     __m512 v[halves];
