@@ -48,6 +48,8 @@ FLAGS = [
 SANITIZE = [f"-fsanitize={kinds}" for kinds in filter(None, [os.environ.get("LOGQUANT_SANITIZE")])]
 if SANITIZE:
     FLAGS += [*SANITIZE, "-O1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
+    # Every inlined function's variables have a scope of their own: watching them takes gcc minutes a kernel.
+    FLAGS += ["-fno-sanitize-address-use-after-scope"]
 KERNELS = ["quantize", "dequantize", "evict", "attend"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 INSTRUCTION_SETS = {"portable": []}

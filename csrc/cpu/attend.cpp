@@ -192,22 +192,23 @@ LOGQUANT_INLINE void load_key_words(const PageFormat& f, const int32_t* page, in
   }
 }
 
-// Rounds `count` elements x(j) .. x(j + kLanes - 1) to int16 codes; returns the codes' sum, lane by lane.
+// Rounds `count` elements x(j) .. x(j + kLanes - 1) to int16 codes; returns the codes' sum, lane by lane. Of NaNs and
+// infinities come any codes, so the sum may wrap.
 template <class X>
 LOGQUANT_INLINE I32 store_codes(int16_t* codes, int count, X&& x) {
-  I32 sum = splat(0);
+  U32 sum = {};
   int j = 0;
   for (; j + 2 * kLanes <= count; j += 2 * kLanes) {
     const I32 low = round_to_int(x(j)), high = round_to_int(x(j + kLanes));
-    sum += low + high;
+    sum += bits_as<U32>(low) + bits_as<U32>(high);
     store_s16(codes + j, low, high);
   }
   if (j < count) {
     const I32 last = round_to_int(x(j));
-    sum += last;
+    sum += bits_as<U32>(last);
     store_u16(reinterpret_cast<uint16_t*>(codes + j), last);
   }
-  return sum;
+  return bits_as<I32>(sum);
 }
 
 // Gives the rows whose q times the page's key scales does not fit a scale that it does, with some room for the next
