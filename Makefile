@@ -72,12 +72,12 @@ format: venv
 ASAN_ENV = ASAN_OPTIONS=detect_leaks=0 LOGQUANT_HYPOTHESIS=brief OMP_NUM_THREADS=2 \
   LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"
 sanitize: venv
-	LOGQUANT_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-base build/asan --build-lib build/asan/lib
+	LOGQUANT_SANITIZE=address,undefined LOGQUANT_EMULATED_TILES=1 $(BIN)/python setup.py --quiet build --build-base build/asan --build-lib build/asan/lib
 	rm -rf build/asan/lib/tests && cp -r tests build/asan/lib
 	cd build/asan/lib && $(ASAN_ENV) ../../../$(BIN)/python -c "import torch, logquant._C as c; print(c.__file__); assert 'asan' in c.__file__"
 	cd build/asan/lib && $(ASAN_ENV) ../../../$(BIN)/python -m pytest -q -p no:cacheprovider --capture=sys -k "not emulated" tests/test_ops.py tests/test_bad_input.py
 	for kinds in thread address,undefined; do \
-	  $(BIN)/cmake -S . -B build/$$kinds -G Ninja -DLOGQUANT_SANITIZE=$$kinds -DLOGQUANT_EVEX_VNNI=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja && \
+	  $(BIN)/cmake -S . -B build/$$kinds -G Ninja -DLOGQUANT_SANITIZE=$$kinds -DLOGQUANT_EVEX_VNNI=ON -DLOGQUANT_EMULATED_TILES=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja && \
 	  $(BIN)/cmake --build build/$$kinds && $(BIN)/ctest --test-dir build/$$kinds --output-on-failure || exit 1; \
 	done
 

@@ -50,7 +50,10 @@ if SANITIZE:
     FLAGS += [*SANITIZE, "-O1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
     # Every inlined function's variables have a scope of their own: watching them takes gcc minutes a kernel.
     FLAGS += ["-fno-sanitize-address-use-after-scope"]
+# For `make sanitize`, too: LOGQUANT_EMULATED_TILES=1 has any machine with AVX-512 run the set amx, on emulated tiles.
+EMULATED_TILES = ["-DLOGQUANT_EMULATED_TILES=1"] if os.environ.get("LOGQUANT_EMULATED_TILES") == "1" else []
 KERNELS = ["quantize", "dequantize", "evict", "attend"]
+ATTEND_ONLY = ["amx"]  # sets that share everything else with the one before
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 INSTRUCTION_SETS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -59,6 +62,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx512"] = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni"))]
     # gcc's own AVX-512 headers warn.
     INSTRUCTION_SETS["avx512"] += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+    INSTRUCTION_SETS["amx"] = [*INSTRUCTION_SETS["avx512"], *(EMULATED_TILES or ["-mamx-tile", "-mamx-int8"])]
 elif platform.machine() in ("aarch64", "arm64"):
     # gcc's scheduling before register allocation has inner loops spill and copy: a quarter to a half more instructions.
     INSTRUCTION_SETS["neon"] = ["-DLOGQUANT_NEON", "-fno-schedule-insns"]
@@ -134,10 +138,10 @@ class NinjaBuild(build_ext):
             "ops.o": (CSRC / "ops.cpp", binding_flags),
             "arguments.o": (CSRC / "arguments.cpp", binding_flags),
             "module.o": (CSRC / "module.cpp", binding_flags),
-            "dispatch.o": (CSRC / "cpu" / "dispatch.cpp", []),
+            "dispatch.o": (CSRC / "cpu" / "dispatch.cpp", EMULATED_TILES),
         }
         for isa, isa_flags in INSTRUCTION_SETS.items():
-            for kernel in KERNELS:
+            for kernel in ["attend"] if isa in ATTEND_ONLY else KERNELS:
                 source = CSRC / "cpu" / f"{kernel}.cpp"
                 objects[f"{kernel}.{isa}.o"] = (source, [f"-DLOGQUANT_ISA={isa}", *isa_flags])
 

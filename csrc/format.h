@@ -13,7 +13,8 @@
 //
 // Every word runs along the axis that attention sums over. With element e of a word at bit_position(b, e), the
 // expression (word >> b*i) & lane_mask(b) yields elements 2i and 2i+1 as two 16-bit lanes: a half2 operand of
-// mma.m16n8k16, or an int16 pair for vpmaddwd, vpdpwssd and smlal.
+// mma.m16n8k16, or an int16 pair for vpmaddwd, vpdpwssd and smlal. With byte_mask(b) it yields four bytes for tdpbsud:
+// elements 2i, 2i + n, 2i + 1 and 2i + n + 1, where half a word holds n of them.
 //
 // Key columns: a KV head's D key channels are stored as C columns of b-bit digits. A channel with n columns holds one
 // code of b*n bits, split into n digits of weight 2^(b*i); a channel without columns keeps only its mean over the page
@@ -79,6 +80,7 @@ LOGQUANT_HOST_DEVICE constexpr int bit_position(int bits, int element) {
 }
 LOGQUANT_HOST_DEVICE constexpr uint32_t code_mask(int bits) { return (1u << bits) - 1u; }
 LOGQUANT_HOST_DEVICE constexpr uint32_t lane_mask(int bits) { return code_mask(bits) * 0x00010001u; }
+LOGQUANT_HOST_DEVICE constexpr uint32_t byte_mask(int bits) { return code_mask(bits) * 0x01010101u; }
 LOGQUANT_HOST_DEVICE constexpr uint32_t extract(uint32_t word, int bits, int element) {
   return (word >> bit_position(bits, element)) & code_mask(bits);
 }

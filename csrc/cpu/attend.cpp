@@ -4,11 +4,13 @@
 // query token). It walks over units: pages, then blocks of 64 window tokens. Per page and row the key scales are folded
 // into q, which becomes int16 with one scale, so that scores are integer dot products straight on the codes (lanes are
 // tokens); softmax weights times value scales become int16 likewise (lanes are channels). The zeros add one number per
-// row to the scores, and one per value group to the output. Both roundings are of about 1e-5 relative error.
+// row to the scores, and one per value group to the output. Both roundings are of about 1e-5 relative error. With AMX,
+// blocks of several rows have matrix tiles do the dot products (attend_tiles.h), with the same sums.
 //
 // Memory traffic: each page and window token is read once per row block, nothing is written but the split's partial
 // result (value_dim + 2 floats a row). Pages are prefetched a few ahead, spread thinly: a burst would stall.
 
+#include "attend_tiles.h"
 #include "params.h"
 #include "simd.h"
 #include "tasks.h"
@@ -21,7 +23,8 @@ constexpr float kNothingSeen = -1e31f;  // the running maximum before the first 
 constexpr float kHidden = -1e30f;       // additive mask values up to here hide a slot (HIDDEN in reference.py)
 constexpr float kSlack = 8.0f;          // the maximum is raised only when weights would pass 2^8: rarely
 constexpr int kMaxRows = AttendPlan::kRowsPerBlock;
-constexpr int kUnitTokens = 128;  // the largest unit
+constexpr float kMostCode = 32639.0f;  // 0x7F7F: the low byte is a signed one, too (attend_tiles.h)
+constexpr int kUnitTokens = 128;       // the largest unit
 constexpr int kPrefetchPages = 6;
 constexpr int kCacheLine = 64;
 // Vectors of accumulators that fit in the registers, beside the operands.
@@ -275,7 +278,7 @@ template <int NR, int bits>
 constexpr float most_code(int count) {
   constexpr int kLargest = static_cast<int>(code_mask(bits)) << (bits * (kSums<NR, bits> - 1));
   const float most = 2147483520.0f / (static_cast<float>(count / kSums<NR, bits>) * kLargest);
-  return most < 32767.0f ? most : 32767.0f;
+  return most < kMostCode ? most : kMostCode;
 }
 
 // Integer dot products of NR rows of int16 pairs with kBlock vectors of codes, down `count` words of each lane;
@@ -329,6 +332,17 @@ LOGQUANT_INLINE void key_scores(const PageFormat& f, Block<NR>& b, Prefetcher& a
     block(std::integral_constant<int, kVectors<NR>>{}, t);
   }
   if (t < f.page_tokens) block(std::integral_constant<int, 2>{}, t);  // 32 tokens in vectors of 16
+}
+
+// The same, of sums from tiles.
+template <int NR>
+LOGQUANT_INLINE void key_scores(const PageFormat& f, const PageTiles<NR>& tiles, Block<NR>& b) {
+  for (int r = 0; r < NR; ++r) {
+    for (int t = 0; t < f.page_tokens; t += kLanes) {
+      store(b.weights + r * kUnitTokens + t,
+            fma(tiles.keys.sums(r, t), splat(b.score_scale[r]), splat(b.score_zero[r])));
+    }
+  }
 }
 
 // ----------------------------------------------------------------------------------------------------------- masks
@@ -480,8 +494,8 @@ LOGQUANT_INLINE void fold_weights(const PageFormat& f, const int32_t* page, bool
   float inverse[kMaxRows + kLanes];
   reduce_rows<NR>(largest, Max{}, [&](int r, F32 tops) {
     tops += 1e-30f;
-    store(scale + r, tops * (1.0f / 32767.0f));
-    store(inverse + r, 32767.0f / tops);
+    store(scale + r, tops * (1.0f / kMostCode));
+    store(inverse + r, kMostCode / tops);
   });
   for (int r = 0; r < NR; ++r) {
     const F32 factor = splat(inverse[r]);
@@ -502,6 +516,7 @@ LOGQUANT_INLINE void add_values(const PageFormat& f, const int32_t* page, bool b
     fold_weights<NR, bits>(f, page, biased, group, b.weight_scale + group * scale_size,
                            b.weight_codes + group * codes_size, b);
   }
+  if constexpr (kTiled<NR>) return;  // tiles sum
   for (int group = 0; group < f.value_groups(); ++group) {
     const float* const scale = b.weight_scale + group * scale_size;
     const auto block = [&](auto vectors, int c) __attribute__((always_inline)) {
@@ -518,6 +533,20 @@ LOGQUANT_INLINE void add_values(const PageFormat& f, const int32_t* page, bool b
       block(std::integral_constant<int, kVectors<NR>>{}, c);
     }
     for (; c < end; c += kLanes) block(std::integral_constant<int, 1>{}, c);
+  }
+}
+
+// The same once weights are folded, of sums from tiles.
+template <int NR>
+LOGQUANT_INLINE void add_values(const PageFormat& f, const PageTiles<NR>& tiles, Block<NR>& b) {
+  for (int group = 0; group < f.value_groups(); ++group) {
+    const float* const scale = b.weight_scale + group * (kMaxRows + kLanes);
+    for (int r = 0; r < NR; ++r) {
+      for (int c = group * f.value_group; c < (group + 1) * f.value_group; c += kLanes) {
+        float* const p = b.sums + r * f.value_dim + c;
+        store(p, fma(tiles.values.sums(r, c), splat(scale[r]), load(p)));
+      }
+    }
   }
 }
 
@@ -668,8 +697,10 @@ void attend_rows(const AttendArgs& args, const AttendPlan& plan, const Range& ra
   const PageFormat f = args.format;  // a copy, so that no store can change it: sizes are computed once
   Arena measure(nullptr);
   Block<NR> sizes(f, measure);
+  PageTiles<NR> tile_sizes(f, measure);
   Arena arena(thread_scratch(measure.used()));
   Block<NR> b(f, arena);
+  PageTiles<NR> tiles(f, arena);  // after the codes, past whose end it reads
   const int16_t* const map = args.key_map.of(range.batch, range.kv_head);
   load_queries(args, range, map, b);
   for (int i = 0; i < f.key_columns; i += kLanes) store(b.most_scale + i, splat(-1.0f));  // the first page refits
@@ -697,9 +728,18 @@ void attend_rows(const AttendArgs& args, const AttendPlan& plan, const Range& ra
 
   const int64_t first = split * plan.units_per_split, last = smaller(plan.units, first + plan.units_per_split);
   const int64_t page_end = smaller(last, pages);
-  const int steps =
-      (f.page_tokens * f.key_code_words() + f.value_dim * f.value_code_rows()) / (kVectors<NR> * kLanes) + 1;
+  const int step_lanes = kTiled<NR> ? kLanes : kVectors<NR> * kLanes;
+  const int steps = (f.page_tokens * f.key_code_words() + f.value_dim * f.value_code_rows()) / step_lanes + 1;
   const int lines = (4 * f.words() / kCacheLine + steps - 1) / steps;
+  [[maybe_unused]] const auto unpack_keys = [&](const int32_t* page, Prefetcher& ahead) {
+    load_key_words(f, page, b.words);
+    if constexpr (kTiled<NR>) tiles.keys.unpack(b.words, [&] { ahead.lines(lines); });
+  };
+  if constexpr (kTiled<NR>) {
+    tiles.start();
+    Prefetcher nothing;
+    if (first < page_end) unpack_keys(page_at(first), nothing);
+  }
   for (int64_t p = first; p < page_end; ++p) {
     const int32_t* const page = page_at(p);
     Prefetcher ahead;
@@ -707,16 +747,32 @@ void attend_rows(const AttendArgs& args, const AttendPlan& plan, const Range& ra
       ahead.at = reinterpret_cast<const char*>(page_at(p + kPrefetchPages));
       ahead.end = ahead.at + 4 * f.words();
     }
-    load_key_words(f, page, b.words);
+    if constexpr (!kTiled<NR>) load_key_words(f, page, b.words);
     with_bits(f.key_bits, [&](auto bits) __attribute__((always_inline)) {
       fold_queries<NR, bits>(f, page, map != nullptr, most, b);
-      key_scores<NR, bits>(f, b, ahead, lines);
+      if constexpr (!kTiled<NR>) key_scores<NR, bits>(f, b, ahead, lines);
     });
+    if constexpr (kTiled<NR>) {
+      tiles.keys.split(b.q_codes);
+      if (p > first) add_values(f, tiles, b);  // the previous page's
+      tiles.keys.multiply();
+      tiles.values.unpack(page + f.value_codes(), [&] { ahead.lines(lines); });
+      key_scores(f, tiles, b);
+    }
     const bool biased = has_bias && load_bias(args, range, p * f.page_tokens, f.page_tokens, b);
     softmax<NR>(args, f.page_tokens, biased, b);
     with_bits(f.value_bits, [&](auto bits) __attribute__((always_inline)) {
       add_values<NR, bits>(f, page, biased, b, ahead, lines);
     });
+    if constexpr (kTiled<NR>) {
+      tiles.values.split(b.weight_codes);
+      if (p + 1 < page_end) unpack_keys(page_at(p + 1), ahead);
+      tiles.values.multiply();
+    }
+  }
+  if constexpr (kTiled<NR>) {
+    if (first < page_end) add_values(f, tiles, b);
+    tiles.stop();
   }
 
   if (f.hadamard_block() > 1 && first < page_end) rotate_back<NR>(f, b);

@@ -12,6 +12,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 #include "kernels.h"
@@ -92,11 +96,13 @@ void attend(const AttendArgs& args, const ParallelFor& parallel_for) {
   });
 }
 
-#define LOGQUANT_KERNELS(isa)                                                                     \
-  Kernels {                                                                                       \
-    #isa, quantize<isa::quantize_page>, dequantize<isa::dequantize_page>, evict<isa::evict_head>, \
-        attend<isa::attend_split, isa::attend_merge>                                              \
+// attend_isa's attention; all else of another set.
+#define LOGQUANT_KERNELS_OF(attend_isa, isa)                                                             \
+  Kernels {                                                                                              \
+    #attend_isa, quantize<isa::quantize_page>, dequantize<isa::dequantize_page>, evict<isa::evict_head>, \
+        attend<attend_isa::attend_split, attend_isa::attend_merge>                                       \
   }
+#define LOGQUANT_KERNELS(isa) LOGQUANT_KERNELS_OF(isa, isa)
 
 struct InstructionSet {
   Kernels kernels;
@@ -108,12 +114,29 @@ struct InstructionSet {
 #ifndef LOGQUANT_EVEX_VNNI
 #define LOGQUANT_EVEX_VNNI 0
 #endif
+// Whether amx was compiled with emulated tiles, for tests, too.
+#ifndef LOGQUANT_EMULATED_TILES
+#define LOGQUANT_EMULATED_TILES 0
+#endif
 
 // Not every compiler's __builtin_cpu_supports knows it. It needs nothing of the system that AVX2 does not need.
 bool has_avxvnni() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && eax >= 1 &&
          __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1) != 0;
+}
+
+// AMX-TILE, AMX-INT8, and the system's permission, once for the whole process, to use its 8 KiB of registers.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kTile) != 0 && (edx & kInt8) != 0 &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 #endif
 
@@ -128,10 +151,11 @@ const std::vector<InstructionSet>& instruction_sets() {
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                             __builtin_cpu_supports("avx512vnni");
-    const bool evex = LOGQUANT_EVEX_VNNI;
+    const bool evex = LOGQUANT_EVEX_VNNI, emulated_tiles = LOGQUANT_EMULATED_TILES;
     all.push_back({LOGQUANT_KERNELS(avx2), has_avx2});
     all.push_back({LOGQUANT_KERNELS(avxvnni), evex ? has_avx512 : has_avx2 && has_avxvnni()});
     all.push_back({LOGQUANT_KERNELS(avx512), has_avx512});
+    all.push_back({LOGQUANT_KERNELS_OF(amx, avx512), has_avx512 && (emulated_tiles || has_amx())});
 #elif defined(__aarch64__)
     all.push_back({LOGQUANT_KERNELS(neon), true});
 #endif

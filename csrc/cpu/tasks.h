@@ -52,13 +52,17 @@ struct AttendPlan {
   }
 };
 
+#define LOGQUANT_DECLARE_ATTEND(isa)                                               \
+  namespace isa {                                                                  \
+  void attend_split(const AttendArgs& args, const AttendPlan& plan, int64_t task); \
+  void attend_merge(const AttendArgs& args, const AttendPlan& plan, int64_t head); \
+  }
 #define LOGQUANT_DECLARE_TASKS(isa)                                                     \
+  LOGQUANT_DECLARE_ATTEND(isa)                                                          \
   namespace isa {                                                                       \
   void quantize_page(const QuantizeArgs& args, int64_t task); /* batch * head * page */ \
   void dequantize_page(const DequantizeArgs& args, int64_t task);                       \
   void evict_head(const EvictArgs& args, int64_t task); /* batch * head */              \
-  void attend_split(const AttendArgs& args, const AttendPlan& plan, int64_t task);      \
-  void attend_merge(const AttendArgs& args, const AttendPlan& plan, int64_t head);      \
   }
 
 LOGQUANT_DECLARE_TASKS(portable)
@@ -66,6 +70,7 @@ LOGQUANT_DECLARE_TASKS(portable)
 LOGQUANT_DECLARE_TASKS(avx2)
 LOGQUANT_DECLARE_TASKS(avxvnni)
 LOGQUANT_DECLARE_TASKS(avx512)
+LOGQUANT_DECLARE_ATTEND(amx)  // everything else is avx512's
 #elif defined(__aarch64__)
 LOGQUANT_DECLARE_TASKS(neon)
 #endif

@@ -1,7 +1,7 @@
 // The kernels without torch, on several threads: every instruction set of this machine quantises, dequantises and
 // evicts bit for bit alike, with the bits that every other machine has, too, and attention is that of a plain loop in
-// double. Meant for sanitizers, above all TSan, and for processors that are emulated; the full tests are in tests/, in
-// Python.
+// double; with matrix tiles, bit for bit what it is without. Meant for sanitizers, above all TSan, and for processors
+// that are emulated; the full tests are in tests/, in Python.
 
 #include "cpu/kernels.h"
 
@@ -276,6 +276,94 @@ PageFormat format(int head_dim, int value_dim, int page_tokens, int key_bits, in
   return f;
 }
 
+const cpu::Kernels* available(const char* name) {
+  for (const cpu::Kernels* set : cpu::available_kernels()) {
+    if (std::strcmp(set->name, name) == 0) return set;
+  }
+  return nullptr;
+}
+
+int below(std::mt19937& random, int count) { return static_cast<int>(random() % static_cast<unsigned>(count)); }
+
+// Attention of amx and of avx512, bit for bit: over any pages that there can be, in row blocks of every size.
+void compare_tiles(const cpu::Kernels& amx, const cpu::Kernels& avx512, unsigned seed) {
+  std::mt19937 random(seed);
+  const auto dim = [&] { return 16 * (1 + below(random, below(random, 8) == 0 ? 64 : 17)); };
+  PageFormat f = format(dim(), dim(), 32 << below(random, 3), 2 << below(random, 2), 2 << below(random, 2), 16);
+  if (below(random, 4) == 0) (below(random, 2) == 0 ? f.key_bits : f.value_bits) = 8;
+  f.key_param_bits = 8 << below(random, 2);
+  f.value_param_bits = 8 << below(random, 2);
+  const int groups = f.value_dim / 16;
+  do {
+    f.value_group = 16 * (1 + below(random, groups));
+  } while (f.value_dim % f.value_group != 0);
+  std::vector<int16_t> map;
+  if (below(random, 2) == 0) {
+    for (int channel = 0; channel < f.head_dim; ++channel) {
+      const int columns = channel < 16 ? 1 : below(random, kMaxCodeBits / f.key_bits + 1);
+      for (int digit = 0; digit < columns; ++digit) map.push_back(static_cast<int16_t>(channel << 2 | digit));
+    }
+    map.resize(map.size() / 16 * 16);
+    f.key_columns = static_cast<int>(map.size());
+  }
+  check(format_error(f) == nullptr, "a wrong format", "test", f);
+
+  const int64_t page_count = 1 + below(random, 10), packed = page_count * f.page_tokens, window = below(random, 70);
+  const int64_t queries = 1 + below(random, 17), head_words = page_count * f.words();
+  const bool raw = below(random, 4) == 0;
+  Tensor k(cpu::Dtype::kBFloat16, kHeads, packed, f.head_dim), v(cpu::Dtype::kBFloat16, kHeads, packed, f.value_dim);
+  Tensor window_k(k.dtype, kHeads, window, f.head_dim), window_v(k.dtype, kHeads, window, f.value_dim);
+  Tensor q(cpu::Dtype::kFloat32, kHeads, queries, f.head_dim);
+  for (Tensor* x : {&k, &v}) x->fill(random, raw);
+  for (Tensor* x : {&window_k, &window_v, &q}) x->fill(random, false);
+  for (int i = 0; raw && i < 3; ++i) {
+    const float x = std::ldexp(1.0f, 64 + 32 * below(random, 3));
+    std::memcpy(q.data.data() + 4 * below(random, static_cast<int>(q.data.size() / 4)), &x, sizeof(x));
+  }
+  std::vector<int32_t> pages(static_cast<size_t>(kBatch * kHeads * head_words));
+  cpu::QuantizeArgs quantize;
+  quantize.format = f;
+  quantize.k = k.view<cpu::Tokens>();
+  quantize.v = v.view<cpu::Tokens>();
+  quantize.pages = {pages.data(), kHeads * head_words, head_words, f.words()};
+  quantize.key_map = {map.empty() ? nullptr : map.data()};
+  quantize.batch = kBatch;
+  quantize.heads = kHeads;
+  quantize.page_count = page_count;
+  avx512.quantize(quantize, on_threads);
+
+  cpu::AttendArgs attend;
+  attend.format = f;
+  attend.batch = kBatch;
+  attend.kv_heads = kHeads;
+  attend.queries = queries;
+  attend.q = q.view<cpu::Tokens>();
+  attend.pages = {pages.data(), kHeads * head_words, head_words, f.words()};
+  attend.key_map = quantize.key_map;
+  attend.page_count = page_count;
+  attend.window_k = window_k.view<cpu::Tokens>();
+  attend.window_v = window_v.view<cpu::Tokens>();
+  attend.window_tokens = window;
+  attend.scale = below(random, 3) == 0 ? 2.0f : 1.0f / std::sqrt(static_cast<float>(f.head_dim));
+  std::vector<int32_t> query_positions(static_cast<size_t>(kBatch * queries));
+  for (int32_t& x : query_positions) x = below(random, static_cast<int>(packed + window));
+  if (below(random, 2) == 0) {
+    attend.query_positions = query_positions.data();
+    attend.query_positions_batch_stride = queries;
+  }
+  const int64_t rows = kBatch * kHeads * queries;
+  const auto attended = [&](const cpu::Kernels& set) {
+    std::vector<float> out(static_cast<size_t>(rows * (f.value_dim + 1)));
+    attend.out = out.data();
+    attend.lse = out.data() + rows * f.value_dim;
+    set.attend(attend, on_threads);
+    return out;
+  };
+  const std::vector<float> tiled = attended(amx), expected = attended(avx512);
+  check(std::memcmp(tiled.data(), expected.data(), sizeof(float) * tiled.size()) == 0,
+        "attention differs from that of avx512", amx.name, f);
+}
+
 }  // namespace
 
 int main() {
@@ -293,6 +381,8 @@ int main() {
     run({format(64, 64, 64, 2, 2, 64), 4, 0, dtype, true});
     run({fitted, 4, 0, dtype, true});
   }
+  const cpu::Kernels *const amx = available("amx"), *const avx512 = available("avx512");
+  for (unsigned seed = 0; amx != nullptr && seed < 100; ++seed) compare_tiles(*amx, *avx512, seed);
   std::printf("instruction sets:");
   for (const cpu::Kernels* set : cpu::available_kernels()) std::printf(" %s", set->name);
   std::printf("; checksum %016llx\n", static_cast<unsigned long long>(checksum));

@@ -1,5 +1,5 @@
-// What simd.h promises of an instruction set, against the same in plain numbers. Compiled once per set, as the kernels
-// are; a set that this machine does not run is skipped.
+// What simd.h and tiles.h promise of an instruction set, against the same in plain numbers. Compiled once per set, as
+// the kernels are; a set that this machine does not run is skipped.
 
 #include "cpu/simd.h"
 
@@ -10,6 +10,8 @@
 #include <cstring>
 #include <limits>
 #include <random>
+
+#include "cpu/tiles.h"
 
 namespace logquant::cpu::LOGQUANT_ISA {
 namespace {
@@ -133,6 +135,53 @@ void test_integers() {
   }
 }
 
+#if defined(LOGQUANT_TILES)
+// Tiles of several shapes; what lies around them in memory is neither added nor overwritten.
+template <int m, int k, int n>
+void test_tiles(std::mt19937& random) {
+  TileConfig config;
+  config.rows[1] = config.rows[6] = m;
+  config.row_bytes[1] = config.row_bytes[6] = 4 * n;
+  config.rows[4] = m;
+  config.row_bytes[4] = 4 * k;
+  config.rows[7] = k;
+  config.row_bytes[7] = 4 * n;
+  uint8_t a[m][4 * k + 3], b[k][4 * n + 5];
+  int32_t sums[m][n + 1];
+  for (auto& row : a) {
+    for (uint8_t& x : row) x = static_cast<uint8_t>(random());
+  }
+  for (auto& row : b) {
+    for (uint8_t& x : row) x = static_cast<uint8_t>(random());
+  }
+  for (auto& row : sums) {
+    for (int32_t& x : row) x = static_cast<int32_t>(random());
+  }
+  int32_t before[m][n + 1], zeros[m][n];
+  std::memcpy(before, sums, sizeof(sums));
+  std::memset(zeros, 1, sizeof(zeros));
+  tile_configure(config);
+  tile_load<1>(sums, sizeof(sums[0]));
+  tile_load<4>(a, sizeof(a[0]));
+  tile_load<7>(b, sizeof(b[0]));
+  tile_dot<1, 4, 7>();
+  tile_store<1>(sums, sizeof(sums[0]));
+  tile_zero<6>();
+  tile_store<6>(zeros, sizeof(zeros[0]));
+  tile_release();
+  for (int row = 0; row < m; ++row) {
+    for (int column = 0; column <= n; ++column) {
+      uint32_t expected = static_cast<uint32_t>(before[row][column]);
+      for (int i = 0; column < n && i < 4 * k; ++i) {
+        expected += static_cast<uint32_t>(static_cast<int8_t>(a[row][i]) * b[i / 4][4 * column + i % 4]);
+      }
+      check(static_cast<uint32_t>(sums[row][column]) == expected, "tile_dot");
+      check(column == n || zeros[row][column] == 0, "tile_zero");
+    }
+  }
+}
+#endif
+
 }  // namespace
 }  // namespace logquant::cpu::LOGQUANT_ISA
 
@@ -148,6 +197,15 @@ int main() {
   test_floats();
   test_halves();
   test_integers();
+#if defined(LOGQUANT_TILES)
+  std::mt19937 random(1);
+  for (int round = 0; round < 100; ++round) {
+    test_tiles<16, 16, 16>(random);
+    test_tiles<4, 16, 16>(random);
+    test_tiles<3, 5, 7>(random);
+    test_tiles<1, 1, 1>(random);
+  }
+#endif
   std::puts("1 passed, 0 failed");
   return 0;
 }

@@ -1,0 +1,187 @@
+// attend.cpp's integer dot products on matrix tiles (AMX-INT8), for blocks of two query rows and more: of codes of
+// every width, with exactly the sums that dot_codes has.
+//
+// One multiplication of tiles adds A [2 NR][64] bytes times B [16][16][4] bytes to sums [2 NR][16]:
+//   B  16 lanes (tokens, or channels of values) side by side, as dot_codes has them: with b-bit codes, each word makes
+//      8/b rows (word >> b*i) & byte_mask(b), so that 16 rows are 4 words of 2-bit codes. Vector by vector, words
+//      become rows: nothing is shuffled. (Keys come transposed, by load_key_words. To have tokens as rows of A would
+//      take no transposition of the words, but one of the sums, from [token][row]: with 8 rows more shuffles, with 4
+//      rows two thirds as many, and it would be code of its own.)
+//   A  per query row the high and the low bytes of its int16 codes: code = 256 * high + low, both signed, which is why
+//      codes go up to 0x7F7F (kMostCode). Zeros where the words end within 16 rows; there, what B holds counts nothing.
+//
+// Operations per page of 64 tokens and 128 channels of 2 bits, keys and values together, for 4 query rows; of int16,
+// dot_codes does 2048 multiplications (vpdpwssd), 512 ands and 448 shifts, and as many broadcasts as a quarter of the
+// first. Here: 16 multiplications of tiles, 19 loads and 12 stores of tiles; for B 256 ands, 192 shifts, 256 stores;
+// for A and the sums about 300 operations on vectors. With 8 rows the multiplications of int16 double, and here only
+// the work for A and the sums.
+//
+// A tile load waits until what is stored where it reads has left the store buffer, and sums wait for a long pipeline.
+// So attend.cpp does something else between the writing and the loading of tiles: it unpacks a page's values while the
+// scores are summed, and the next page's keys while the values are.
+#pragma once
+
+#include "tasks.h"
+#include "tiles.h"
+
+namespace logquant::cpu::LOGQUANT_ISA {
+namespace {
+
+// Whether blocks of NR rows go through tiles; the format does not matter.
+#if defined(LOGQUANT_TILES)
+template <int NR>
+constexpr bool kTiled = NR > 1;
+#else
+template <int NR>
+constexpr bool kTiled = false;
+#endif
+
+// The two dot products of a page.
+template <int NR, bool = kTiled<NR>>
+struct PageTiles {
+  PageTiles(const PageFormat&, Arena&) {}
+};
+
+#if defined(LOGQUANT_TILES)
+// Dot products of NR rows of int16 codes with the codes of lanes, down `words` words of each lane, as dot_codes has
+// them. With several groups, the rows of codes differ from group to group of lanes.
+template <int NR>
+class TiledDot {
+ public:
+  TiledDot(int bits, int words, int lanes, int groups, Arena& arena)
+      : bits_(bits), words_(words), lanes_(lanes), groups_(groups), steps_((words * (8 / bits) + 15) / 16) {
+    b_ = arena.take<int32_t>(lanes * steps_ * kTileRows);
+    a_ = arena.take<int32_t>(groups * steps_ * kRows * kLanes);
+    sums_ = arena.take<int32_t>(kRows * lanes);
+  }
+
+  // Calls each() once a vector of words.
+  template <class Each>
+  void unpack(const int32_t* words, Each&& each) const {
+    with_bits(bits_, [&](auto bits) __attribute__((always_inline)) {
+      constexpr int kPlaces = 8 / bits, kMask = static_cast<int>(byte_mask(bits));
+      const int64_t count = words_, lanes = lanes_, tiles_size = steps_ * kTileRows * kLanes;
+      int32_t* first = b_;
+      for (int64_t w = 0; w < count; ++w, words += lanes, first += kPlaces * kLanes) {
+        int32_t* rows = first;
+        for (int64_t lane = 0; lane < lanes; lane += kLanes, rows += tiles_size) {
+          each();
+          const I32 x = load(words + lane);
+          unroll<kPlaces>([&](auto i) __attribute__((always_inline)) {
+            store(rows + i * kLanes, (i == 0 ? x : shift_right(x, bits * i)) & kMask);
+          });
+        }
+      }
+    });
+  }
+
+  // codes: [groups][NR][32 / bits * words]. Up to 128 bytes past the last are read.
+  void split(const int16_t* codes) const {
+    I32 lane;
+    for (int i = 0; i < kLanes; ++i) lane[i] = i;
+    with_bits(bits_, [&](auto bits) __attribute__((always_inline)) {
+      constexpr int kPlaces = 8 / bits;
+      const int rows = words_ * kPlaces, total = groups_ * NR, group_size = steps_ * kRows * kLanes;  // rows of B
+      int32_t* const a = a_;
+      for (int row = 0; row < total; ++row) {
+        const int32_t* const pairs = reinterpret_cast<const int32_t*>(codes) + row * 2 * rows;
+        int32_t* out = a + row / NR * group_size + row % NR * kLanes;
+        for (int done = 0; done < rows; done += kLanes, out += kRows * kLanes) {
+          const I32 low = load(pairs + 2 * done), high = load(pairs + 2 * done + kLanes);
+          const I32 here = lane < splat(rows - done);
+          // Of each word, the pairs in the lower and those in the upper bytes of its halves.
+          const I32 even = every_second_run<kPlaces, 0>(low, high) & here;
+          const I32 odd = every_second_run<kPlaces, 1>(low, high) & here;
+          constexpr int kLow = 0x00FF00FF, kHigh = ~kLow;
+          store(out, (shift_right(rounded(even), 8) & kLow) | (rounded(odd) & kHigh));
+          store(out + NR * kLanes, (even & kLow) | ((odd << 8) & kHigh));
+        }
+      }
+    });
+  }
+
+  void multiply() const {
+    for (int group = 0; group < groups_; ++group) {
+      int lane = group * (lanes_ / groups_);
+      const int end = lane + lanes_ / groups_;
+      for (; lane + 4 * kLanes <= end; lane += 4 * kLanes) multiply_tiles<4>(group, lane);
+      for (; lane < end; lane += kLanes) multiply_tiles<1>(group, lane);
+    }
+  }
+
+  // Row r's sums of kLanes lanes.
+  LOGQUANT_INLINE F32 sums(int r, int lane) const {
+    return to_float((load(sums_ + r * lanes_ + lane) << 8) + load(sums_ + (NR + r) * lanes_ + lane));
+  }
+
+  static constexpr TileConfig config() {
+    TileConfig config;
+    for (int i = 0; i < kB + 2; ++i) {
+      config.rows[i] = i < kB ? kRows : kTileRows;
+      config.row_bytes[i] = kTileRowBytes;
+    }
+    return config;
+  }
+
+ private:
+  static constexpr int kRows = 2 * NR;  // high bytes, then low bytes
+  static constexpr int kA = 4, kB = 5;  // tiles: up to 4 of sums, one of A, two of B
+  static_assert(kRows <= kTileRows && kLanes * 4 == kTileRowBytes);
+
+  template <int kRun, int kOdd>
+  static LOGQUANT_INLINE I32 every_second_run(I32 low, I32 high) {
+    return [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+      return __builtin_shufflevector(low, high, (i / kRun * 2 * kRun + kOdd * kRun + i % kRun)...);
+    }(std::make_integer_sequence<int, kLanes>{});
+  }
+
+  // The high bytes that leave signed low bytes.
+  static LOGQUANT_INLINE I32 rounded(I32 pairs) {
+    typedef int16_t I16 __attribute__((vector_size(4 * kLanes)));
+    return bits_as<I32>(bits_as<I16>(pairs) + 128);
+  }
+
+  template <int kCount>
+  LOGQUANT_INLINE void multiply_tiles(int group, int first) const {
+    const int64_t steps = steps_, stride = lanes_;
+    const int32_t* a = a_ + group * steps * kRows * kLanes;
+    const int32_t* b = b_ + first * steps * kTileRows;
+    int32_t* const sums = sums_ + first;
+    unroll<kCount>([&](auto i) __attribute__((always_inline)) { tile_zero<i>(); });
+    for (int64_t step = 0; step < steps; ++step, a += kRows * kLanes, b += kTileRows * kLanes) {
+      tile_load<kA>(a, kTileRowBytes);
+      unroll<kCount>([&](auto i) __attribute__((always_inline)) {
+        tile_load<kB + i % 2>(b + i * steps * kTileRows * kLanes, kTileRowBytes);
+        tile_dot<i, kA, kB + i % 2>();
+      });
+    }
+    unroll<kCount>([&](auto i) __attribute__((always_inline)) {
+      tile_store<i>(sums + i * kLanes, stride * static_cast<int64_t>(sizeof(int32_t)));
+    });
+  }
+
+  int bits_, words_, lanes_, groups_;
+  int steps_;      // multiplications per vector of lanes
+  int32_t* b_;     // [lanes / 16][steps][16][16 lanes]
+  int32_t* a_;     // [groups][steps][2 NR][16]
+  int32_t* sums_;  // [2 NR][lanes]
+};
+
+template <int NR>
+struct PageTiles<NR, true> {
+  TiledDot<NR> keys, values;
+
+  PageTiles(const PageFormat& f, Arena& arena)
+      : keys(f.key_bits, f.key_code_words(), f.page_tokens, 1, arena),
+        values(f.value_bits, f.value_code_rows(), f.value_dim, f.value_groups(), arena) {}
+
+  static void start() {
+    static constexpr TileConfig kConfig = TiledDot<NR>::config();
+    tile_configure(kConfig);
+  }
+  static void stop() { tile_release(); }
+};
+#endif
+
+}  // namespace
+}  // namespace logquant::cpu::LOGQUANT_ISA
