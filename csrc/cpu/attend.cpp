@@ -338,10 +338,10 @@ LOGQUANT_INLINE void key_scores(const PageFormat& f, Block<NR>& b, Prefetcher& a
 template <int NR>
 LOGQUANT_INLINE void key_scores(const PageFormat& f, const PageTiles<NR>& tiles, Block<NR>& b) {
   for (int r = 0; r < NR; ++r) {
-    for (int t = 0; t < f.page_tokens; t += kLanes) {
-      store(b.weights + r * kUnitTokens + t,
-            fma(tiles.keys.sums(r, t), splat(b.score_scale[r]), splat(b.score_zero[r])));
-    }
+    float* const row = b.weights + r * kUnitTokens;
+    const F32 scale = splat(b.score_scale[r]), zero = splat(b.score_zero[r]);
+    tiles.keys.sums(r, 0, f.page_tokens,
+                    [&](int64_t t, F32 sum) __attribute__((always_inline)) { store(row + t, fma(sum, scale, zero)); });
   }
 }
 
@@ -541,11 +541,13 @@ template <int NR>
 LOGQUANT_INLINE void add_values(const PageFormat& f, const PageTiles<NR>& tiles, Block<NR>& b) {
   for (int group = 0; group < f.value_groups(); ++group) {
     const float* const scale = b.weight_scale + group * (kMaxRows + kLanes);
+    const int first = group * f.value_group, last = first + f.value_group;
     for (int r = 0; r < NR; ++r) {
-      for (int c = group * f.value_group; c < (group + 1) * f.value_group; c += kLanes) {
-        float* const p = b.sums + r * f.value_dim + c;
-        store(p, fma(tiles.values.sums(r, c), splat(scale[r]), load(p)));
-      }
+      float* const row = b.sums + r * f.value_dim;
+      const F32 factor = splat(scale[r]);
+      tiles.values.sums(r, first, last, [&](int64_t c, F32 sum) __attribute__((always_inline)) {
+        store(row + c, fma(sum, factor, load(row + c)));
+      });
     }
   }
 }
@@ -728,12 +730,12 @@ void attend_rows(const AttendArgs& args, const AttendPlan& plan, const Range& ra
 
   const int64_t first = split * plan.units_per_split, last = smaller(plan.units, first + plan.units_per_split);
   const int64_t page_end = smaller(last, pages);
-  const int step_lanes = kTiled<NR> ? kLanes : kVectors<NR> * kLanes;
-  const int steps = (f.page_tokens * f.key_code_words() + f.value_dim * f.value_code_rows()) / step_lanes + 1;
+  const int code_words = f.page_tokens * f.key_code_words() + f.value_dim * f.value_code_rows();
+  const int steps = code_words / (kVectors<NR> * kLanes) + 1;
   const int lines = (4 * f.words() / kCacheLine + steps - 1) / steps;
   [[maybe_unused]] const auto unpack_keys = [&](const int32_t* page, Prefetcher& ahead) {
     load_key_words(f, page, b.words);
-    if constexpr (kTiled<NR>) tiles.keys.unpack(b.words, [&] { ahead.lines(lines); });
+    if constexpr (kTiled<NR>) tiles.keys.unpack(b.words, [&] { ahead.lines(1); });
   };
   if constexpr (kTiled<NR>) {
     tiles.start();
@@ -747,7 +749,11 @@ void attend_rows(const AttendArgs& args, const AttendPlan& plan, const Range& ra
       ahead.at = reinterpret_cast<const char*>(page_at(p + kPrefetchPages));
       ahead.end = ahead.at + 4 * f.words();
     }
-    if constexpr (!kTiled<NR>) load_key_words(f, page, b.words);
+    if constexpr (kTiled<NR>) {
+      ahead.lines(4 * (f.words() - code_words) / kCacheLine);  // then one each time a line of codes is unpacked
+    } else {
+      load_key_words(f, page, b.words);
+    }
     with_bits(f.key_bits, [&](auto bits) __attribute__((always_inline)) {
       fold_queries<NR, bits>(f, page, map != nullptr, most, b);
       if constexpr (!kTiled<NR>) key_scores<NR, bits>(f, b, ahead, lines);
@@ -756,7 +762,7 @@ void attend_rows(const AttendArgs& args, const AttendPlan& plan, const Range& ra
       tiles.keys.split(b.q_codes);
       if (p > first) add_values(f, tiles, b);  // the previous page's
       tiles.keys.multiply();
-      tiles.values.unpack(page + f.value_codes(), [&] { ahead.lines(lines); });
+      tiles.values.unpack(page + f.value_codes(), [&] { ahead.lines(1); });
       key_scores(f, tiles, b);
     }
     const bool biased = has_bias && load_bias(args, range, p * f.page_tokens, f.page_tokens, b);

@@ -10,15 +10,18 @@
 //   A  per query row the high and the low bytes of its int16 codes: code = 256 * high + low, both signed, which is why
 //      codes go up to 0x7F7F (kMostCode). Zeros where the words end within 16 rows; there, what B holds counts nothing.
 //
-// Operations per page of 64 tokens and 128 channels of 2 bits, keys and values together, for 4 query rows; of int16,
-// dot_codes does 2048 multiplications (vpdpwssd), 512 ands and 448 shifts, and as many broadcasts as a quarter of the
-// first. Here: 16 multiplications of tiles, 19 loads and 12 stores of tiles; for B 256 ands, 192 shifts, 256 stores;
-// for A and the sums about 300 operations on vectors. With 8 rows the multiplications of int16 double, and here only
-// the work for A and the sums.
+// Operations per page of 64 tokens and 128 channels of 2 bits, keys and values together, with 4 | 8 query rows, without
+// loads of vectors:
+//                                      int16, by dot_codes   here
+//   multiplications                    2048 | 4096           16 of tiles, with 20 loads and 12 stores of tiles
+//   broadcasts of codes                512 | 2048            none
+//   shifts and masks of words          960                   448, and 256 stores
+//   of the rows' bytes, and of sums    96 | 192              368 | 736
 //
-// A tile load waits until what is stored where it reads has left the store buffer, and sums wait for a long pipeline.
-// So attend.cpp does something else between the writing and the loading of tiles: it unpacks a page's values while the
-// scores are summed, and the next page's keys while the values are.
+// A tile load waits until what was stored where it reads has left the store buffer, and the sums come out of a long
+// pipeline. So attend.cpp does something else in between: a page's values are unpacked while its scores are summed; the
+// next page's keys, between writing the bytes of weights and multiplying them; and values are summed while the next
+// page's scales are folded into q.
 #pragma once
 
 #include "tasks.h"
@@ -109,9 +112,13 @@ class TiledDot {
     }
   }
 
-  // Row r's sums of kLanes lanes.
-  LOGQUANT_INLINE F32 sums(int r, int lane) const {
-    return to_float((load(sums_ + r * lanes_ + lane) << 8) + load(sums_ + (NR + r) * lanes_ + lane));
+  // Calls f(lane, the sums of kLanes lanes) for row r and the lanes first .. last - 1.
+  template <class F>
+  LOGQUANT_INLINE void sums(int r, int64_t first, int64_t last, F&& f) const {
+    const int32_t *const high = sums_ + r * lanes_, *const low = high + NR * lanes_;
+    for (int64_t lane = first; lane < last; lane += kLanes) {
+      f(lane, to_float((load(high + lane) << 8) + load(low + lane)));
+    }
   }
 
   static constexpr TileConfig config() {
