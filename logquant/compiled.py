@@ -4,6 +4,10 @@ The tracer sees two operators for each layer: one gives the new keys and values 
 to the layer is Python and stays out of the graph, so nothing in the graph depends on how long the context is. The layer
 is named by a *ticket*, a small tensor on the CPU that the first operator hands to the second in place of keys and
 values, and not by a number, for then every new cache would be compiled anew.
+
+For the same reason neither operator may be part of a CUDA graph, whose replays run no Python: their tag says so, and
+``torch.compile(mode="reduce-overhead")`` captures what lies between them. The layer keeps copies, for what a CUDA graph
+has written is overwritten by its next replay.
 """
 
 from __future__ import annotations
@@ -35,11 +39,11 @@ def is_ticket(key: Tensor) -> bool:
     return key.dtype == torch.int64 and key.dim() == 1
 
 
-@torch.library.custom_op("logquant::update_layer", mutates_args=())
+@torch.library.custom_op("logquant::update_layer", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def update_layer(key_states: Tensor, value_states: Tensor, ticket: Tensor) -> Tensor:
     """Append tokens to the layer of a ticket; the result stands for the keys and values of all tokens."""
     layer = _layers[int(ticket[0])]
-    layer.handles = layer.update(key_states, value_states)
+    layer.handles = layer.update(key_states.clone(), value_states.clone())
     return ticket.clone()
 
 
@@ -48,7 +52,7 @@ def _(key_states: Tensor, value_states: Tensor, ticket: Tensor) -> Tensor:
     return torch.empty_like(ticket)
 
 
-@torch.library.custom_op("logquant::attend_layer", mutates_args=())
+@torch.library.custom_op("logquant::attend_layer", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def attend_layer(
     query: Tensor,
     ticket: Tensor,
@@ -63,7 +67,7 @@ def attend_layer(
     if layer.handles is None:
         raise RuntimeError("these keys and values are stale: their LogQuant cache layer was updated since")
     view: KVView = layer.handles[0].kv_view  # type: ignore[attr-defined]
-    out = view.attend(query, mask, scale, softcap=softcap, sinks=sinks, causal=causal)
+    out = view.attend(query.clone(), mask, scale, softcap=softcap, sinks=sinks, causal=causal)
     return out.transpose(1, 2).contiguous()
 
 

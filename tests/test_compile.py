@@ -6,8 +6,12 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch._inductor.utils import is_cudagraph_unsafe_fx_node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.split_module import split_module
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from logquant import LogQuantCache
@@ -96,3 +100,72 @@ def test_a_compiled_model_serves_other_caches_too(ids):
         got, _ = decode(compiled, first, ids[:, :110], 100)
         want, _ = decode(model, second, ids[:, :110], 100)
         assert (got - want).abs().max() < 1e-4 * want.abs().max()
+
+
+class Recorded(torch.nn.Module):
+    """What a CUDA graph does, on a CPU: runs what was recorded, whatever Python would do now, into the same memory.
+
+    What the last replay wrote is gone when the next one starts.
+    """
+
+    def __init__(self, part: fx.GraphModule) -> None:
+        super().__init__()
+        self.part, self.graph, self.outputs = part, None, ()
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...] | Tensor:
+        assert all(isinstance(x, Tensor) for x in inputs), "a number among the inputs: every one would be recorded anew"
+        if self.graph is None:
+            self.graph = make_fx(lambda *x: self._tuple(self.part(*x)))(*inputs)
+            self.outputs = tuple(x.clone() for x in self.graph(*inputs))
+        else:
+            for x in self.outputs:
+                x.fill_(float("nan") if x.is_floating_point() else -1)
+            for x, new in zip(self.outputs, self.graph(*inputs), strict=True):
+                x.copy_(new)
+        return self.outputs if len(self.outputs) > 1 else self.outputs[0]
+
+    @staticmethod
+    def _tuple(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (x,) if isinstance(x, Tensor) else tuple(x)
+
+
+@pytest.mark.parametrize("quantization", [{}, {"param_bits": 16, "key_columns": 1}], ids=["fitted", "plain"])
+def test_cuda_graphs_of_what_lies_between_the_operators_decode_the_same(ids, quantization):
+    """``mode="reduce-overhead"`` cuts a graph at operators that no CUDA graph may hold, and captures the parts."""
+    unsafe, recorded = [], []
+
+    def piecewise(gm: fx.GraphModule, _: list[Tensor]) -> fx.GraphModule:
+        part_of, part = {}, 0
+        for node in gm.graph.nodes:
+            if cut := is_cudagraph_unsafe_fx_node(node):
+                unsafe.append(str(node.target))
+                part += 1
+            part_of[node] = part
+            part += cut
+        split = split_module(gm, None, part_of.__getitem__, keep_original_order=True)
+        for name, child in split.named_children():
+            if not any(is_cudagraph_unsafe_fx_node(node) for node in child.graph.nodes):
+                recorded.append(Recorded(child))
+                setattr(split, name, recorded[-1])
+        return split
+
+    model = tiny_model()
+    model.set_attn_implementation("logquant")
+    cache = LogQuantCache(model.config, **quantization)
+    with torch.no_grad():
+        model(ids[:, :300], **as_argument(cache))
+    twin = copy.deepcopy(cache)
+    compiled = torch.compile(model, backend=aot_autograd(fw_compiler=piecewise), fullgraph=True)
+
+    def step(forward, cache, t: int) -> Tensor:
+        # As generate does, which tells positions in a tensor.
+        with torch.no_grad():
+            return forward(ids[:, t : t + 1], position_ids=torch.full((2, 1), t), **as_argument(cache)).logits.clone()
+
+    for t in range(300, 340):
+        got, want = step(compiled, cache, t), step(model, twin, t)
+        assert (got - want).abs().max() < 1e-4 * want.abs().max(), t
+    layers = len(cache.layers)
+    assert set(unsafe) == {"logquant.update_layer.default", "logquant.attend_layer.default"}
+    assert len(recorded) % (layers + 1) == 0, "one part before each layer's attention, and one after the last"
+    assert cache.layers[0].rows.packed > 64, "the cache evicted meanwhile"

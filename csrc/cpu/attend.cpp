@@ -8,7 +8,8 @@
 // blocks of several rows have matrix tiles do the dot products (attend_tiles.h), with the same sums.
 //
 // Memory traffic: each page and window token is read once per row block, nothing is written but the split's partial
-// result (value_dim + 2 floats a row). Pages are prefetched a few ahead, spread thinly: a burst would stall.
+// result (value_dim + 2 floats a row). While a page is worked on the next one is prefetched into the first-level cache,
+// spread thinly: a burst would stall, and what comes earlier is gone by the time it is needed.
 
 #include "attend_tiles.h"
 #include "params.h"
@@ -25,7 +26,6 @@ constexpr float kSlack = 8.0f;          // the maximum is raised only when weigh
 constexpr int kMaxRows = AttendPlan::kRowsPerBlock;
 constexpr float kMostCode = 32639.0f;  // 0x7F7F: the low byte is a signed one, too (attend_tiles.h)
 constexpr int kUnitTokens = 128;       // the largest unit
-constexpr int kPrefetchPages = 6;
 constexpr int kCacheLine = 64;
 // Vectors of accumulators that fit in the registers, beside the operands.
 constexpr int kAccumulators = kLanes == 16 ? 16 : 8;
@@ -41,6 +41,11 @@ struct Prefetcher {
     for (int i = 0; i < count && at < end; ++i, at += kCacheLine) prefetch(at);
   }
 };
+
+// Formats that get code of their own: those of head dims 64, 128, ... at 2 bits.
+constexpr struct {
+  int page_tokens = 64, value_group = 64, key_bits = 2, value_bits = 2;
+} kUsual;
 
 // Everything a task holds, in scratch memory. Rows are padded to NR; padding rows hold zeros and are never written out.
 template <int NR>
@@ -64,9 +69,9 @@ struct Block {
   int32_t* words;         // [key_code_words][G]: the key codes, tokens side by side
   int16_t* q_codes;       // [NR][C]
   int16_t* weight_codes;  // [groups][NR][G]
-  float maximum[NR];
-  float score_scale[NR] = {};                // 0 before the first page
-  float score_zero[kMaxRows + kLanes] = {};  // room for a whole vector
+  float* maximum;         // [NR]: of scores so far, or a little less
+  float* score_scale;     // [NR]: 0 before the first page
+  float* score_zero;      // [NR]
 
   Block(const PageFormat& f, Arena& arena) {
     const int64_t groups = f.value_groups(), tokens = f.page_tokens;
@@ -90,6 +95,9 @@ struct Block {
     q_codes = arena.take<int16_t>(NR * f.key_columns);
     weight_codes = arena.take<int16_t>(groups * NR * tokens);
     weight_scale = arena.take<float>(groups * (kMaxRows + kLanes));
+    maximum = arena.take<float>(NR);
+    score_scale = arena.take<float>(NR);
+    score_zero = arena.take<float>(kMaxRows + kLanes);  // whole vectors are stored
   }
 };
 
@@ -217,7 +225,7 @@ LOGQUANT_INLINE I32 store_codes(int16_t* codes, int count, X&& x) {
 // Gives the rows whose q times the page's key scales does not fit a scale that it does, with some room for the next
 // pages.
 template <int NR>
-__attribute__((noinline)) void refit_queries(int columns, const float* scales, float most, Block<NR>& b) {
+__attribute__((noinline)) void refit_queries(int columns, const float* scales, float most, Block<NR> b) {
   for (int r = 0; r < NR; ++r) {
     const float* const q = b.q_columns + r * columns;
     F32 largest = splat(0.0f);
@@ -239,7 +247,8 @@ __attribute__((noinline)) void refit_queries(int columns, const float* scales, f
 // lasts until a page needs a larger one: what matters is the absolute error of a score, not that relative to its page.
 // What rounding took, times the middle of the codes' range, joins the zeros: that halves the error.
 template <int NR, int bits>
-LOGQUANT_INLINE void fold_queries(const PageFormat& f, const int32_t* page, bool has_map, float most, Block<NR>& b) {
+LOGQUANT_INLINE void fold_queries(const PageFormat& f, const int32_t* page, bool has_map, float most,
+                                  const Block<NR>& b) {
   const int dim = f.head_dim, columns = f.key_columns;
   F32 zeros[NR] = {};
   for (int c = 0; c < dim; c += kLanes) {
@@ -319,7 +328,7 @@ constexpr int kVectors = kAccumulators / NR < 4 ? kAccumulators / NR : 4;  // of
 
 // weights[r][t] = score_scale[r] * (q_codes[r] . codes[t]) + score_zero[r]
 template <int NR, int bits>
-LOGQUANT_INLINE void key_scores(const PageFormat& f, Block<NR>& b, Prefetcher& ahead, int lines) {
+LOGQUANT_INLINE void key_scores(const PageFormat& f, const Block<NR>& b, Prefetcher& ahead, int lines) {
   const auto block = [&](auto vectors, int t) __attribute__((always_inline)) {
     dot_codes<NR, bits, vectors>(b.words + t, f.key_code_words(), f.page_tokens, b.q_codes, f.key_columns, ahead, lines,
                                  [&](int r, int k, F32 sum) __attribute__((always_inline)) {
@@ -336,7 +345,7 @@ LOGQUANT_INLINE void key_scores(const PageFormat& f, Block<NR>& b, Prefetcher& a
 
 // The same, of sums from tiles.
 template <int NR>
-LOGQUANT_INLINE void key_scores(const PageFormat& f, const PageTiles<NR>& tiles, Block<NR>& b) {
+LOGQUANT_INLINE void key_scores(const PageFormat& f, const PageTiles<NR>& tiles, const Block<NR>& b) {
   for (int r = 0; r < NR; ++r) {
     float* const row = b.weights + r * kUnitTokens;
     const F32 scale = splat(b.score_scale[r]), zero = splat(b.score_zero[r]);
@@ -364,7 +373,8 @@ LOGQUANT_INLINE float float_of(AttendArgs::MaskKind kind, const void* mask, int6
 // bias[r][i] = what is added to the score (base 2) of slot first_slot + i; -infinity where row r does not see it.
 // Returns whether any of it is not 0.
 template <int NR>
-bool load_bias(const AttendArgs& args, const Range& range, int64_t first_slot, int tokens, Block<NR>& b) {
+__attribute__((noinline)) bool load_bias(const AttendArgs& args, Range range, int64_t first_slot, int tokens,
+                                         Block<NR> b) {
   const int32_t* const positions =
       args.positions == nullptr ? nullptr : args.positions + range.batch * args.positions_batch_stride + first_slot;
   const bool has_mask = args.mask_kind != AttendArgs::MaskKind::kNone;
@@ -418,7 +428,7 @@ LOGQUANT_INLINE F32 tanh(F32 x) {
 }
 
 template <int NR>
-LOGQUANT_INLINE void raise_maximum(const PageFormat& f, int r, float maximum, Block<NR>& b) {
+__attribute__((noinline)) void raise_maximum(PageFormat f, int r, float maximum, Block<NR> b) {
   const float old = b.maximum[r];
   const F32 factor = old == kNothingSeen ? splat(0.0f) : exp2(splat(old - maximum));
   for (int c = 0; c < f.value_dim; c += kLanes) {
@@ -434,7 +444,7 @@ LOGQUANT_INLINE void raise_maximum(const PageFormat& f, int r, float maximum, Bl
 
 // Scores of `tokens` slots (a multiple of kLanes; slots that do not count hold -infinity) become weights.
 template <int NR>
-LOGQUANT_INLINE void softmax(const AttendArgs& args, int tokens, bool biased, Block<NR>& b) {
+LOGQUANT_INLINE void softmax(const AttendArgs& args, int tokens, bool biased, const Block<NR>& b) {
   for (int r = 0; r < NR; ++r) {
     float* const row = b.weights + r * kUnitTokens;
     const float* const bias = b.bias + r * kUnitTokens;
@@ -470,7 +480,7 @@ LOGQUANT_INLINE void softmax(const AttendArgs& args, int tokens, bool biased, Bl
 // rounding took, as for queries.
 template <int NR, int bits>
 LOGQUANT_INLINE void fold_weights(const PageFormat& f, const int32_t* page, bool biased, int group, float* scale,
-                                  int16_t* codes, Block<NR>& b) {
+                                  int16_t* codes, const Block<NR>& b) {
   constexpr float kMiddle = 0.5f * static_cast<float>(code_mask(bits));
   const int tokens = f.page_tokens, groups = f.value_groups();
   // 8-bit parameters have their zero where the middle of the codes stands for 0.
@@ -508,8 +518,8 @@ LOGQUANT_INLINE void fold_weights(const PageFormat& f, const int32_t* page, bool
 
 // sums[r][c] += scale[r] * (weight_codes[r] . codes of channel c), group by group
 template <int NR, int bits>
-LOGQUANT_INLINE void add_values(const PageFormat& f, const int32_t* page, bool biased, Block<NR>& b, Prefetcher& ahead,
-                                int lines) {
+LOGQUANT_INLINE void add_values(const PageFormat& f, const int32_t* page, bool biased, const Block<NR>& b,
+                                Prefetcher& ahead, int lines) {
   // Every group is folded before the first is summed: they wait for their divisions together.
   const int scale_size = kMaxRows + kLanes, codes_size = NR * f.page_tokens;
   for (int group = 0; group < f.value_groups(); ++group) {
@@ -538,7 +548,7 @@ LOGQUANT_INLINE void add_values(const PageFormat& f, const int32_t* page, bool b
 
 // The same once weights are folded, of sums from tiles.
 template <int NR>
-LOGQUANT_INLINE void add_values(const PageFormat& f, const PageTiles<NR>& tiles, Block<NR>& b) {
+LOGQUANT_INLINE void add_values(const PageFormat& f, const PageTiles<NR>& tiles, const Block<NR>& b) {
   for (int group = 0; group < f.value_groups(); ++group) {
     const float* const scale = b.weight_scale + group * (kMaxRows + kLanes);
     const int first = group * f.value_group, last = first + f.value_group;
@@ -554,7 +564,7 @@ LOGQUANT_INLINE void add_values(const PageFormat& f, const PageTiles<NR>& tiles,
 
 // ---------------------------------------------------------------------------------------------------------- window
 template <int NR, Dtype dtype>
-LOGQUANT_INLINE void window_scores(const PageFormat& f, const void* k, int64_t stride, int tokens, Block<NR>& b) {
+LOGQUANT_INLINE void window_scores(const PageFormat& f, const void* k, int64_t stride, int tokens, const Block<NR>& b) {
   constexpr int kBlock = NR <= 4 ? 4 : 2;  // tokens at a time
   const int dim = f.head_dim;
   for (int t = 0; t < tokens; t += kBlock) {
@@ -579,7 +589,7 @@ LOGQUANT_INLINE void window_scores(const PageFormat& f, const void* k, int64_t s
 
 template <int NR, Dtype dtype>
 LOGQUANT_INLINE void window_values(const PageFormat& f, const void* v, int64_t stride, int tokens, bool biased,
-                                   Block<NR>& b) {
+                                   const Block<NR>& b) {
   constexpr int kBlock = kAccumulators / NR < 4 ? kAccumulators / NR : 4;
   const auto add = [&](auto block, int c) __attribute__((always_inline)) {
     F32 sum[NR][block];
@@ -607,7 +617,7 @@ LOGQUANT_INLINE void window_values(const PageFormat& f, const void* v, int64_t s
 // ------------------------------------------------------------------------------------------------------------ task
 // What each column of the keys stands for: its channel, its weight, and the middle of each channel's codes.
 template <int NR>
-void load_columns(const PageFormat& f, const int16_t* map, Block<NR>& b) {
+void load_columns(const PageFormat& f, const int16_t* map, const Block<NR>& b) {
   int32_t middles[8] = {};  // by the number of columns, as bits
   for (int n = 1; n * f.key_bits <= kMaxCodeBits; ++n) {
     float weights = 0.0f;
@@ -631,7 +641,7 @@ void load_columns(const PageFormat& f, const int16_t* map, Block<NR>& b) {
 }
 
 template <int NR>
-void load_queries(const AttendArgs& args, const Range& range, const int16_t* map, Block<NR>& b) {
+void load_queries(const AttendArgs& args, const Range& range, const int16_t* map, const Block<NR>& b) {
   const PageFormat& f = args.format;
   const float factor = args.softcap > 0.0f ? args.scale / args.softcap : args.scale * kLog2e;
   load_columns<NR>(f, map, b);
@@ -663,7 +673,7 @@ void load_queries(const AttendArgs& args, const Range& range, const int16_t* map
 
 // Pages hold rotated values and the window does not: once a task's pages are summed, the sums are rotated back.
 template <int NR>
-LOGQUANT_INLINE void rotate_back(const PageFormat& f, Block<NR>& b) {
+LOGQUANT_INLINE void rotate_back(const PageFormat& f, const Block<NR>& b) {
   for (int r = 0; r < NR; ++r) {
     float* const sums = b.sums + r * f.value_dim;
     for (int g = 0; g < f.value_groups(); ++g) {
@@ -694,59 +704,52 @@ void store_partials(const AttendArgs& args, const AttendPlan& plan, const Range&
   }
 }
 
-template <int NR>
-void attend_rows(const AttendArgs& args, const AttendPlan& plan, const Range& range, int64_t head, int64_t split) {
-  const PageFormat f = args.format;  // a copy, so that no store can change it: sizes are computed once
-  Arena measure(nullptr);
-  Block<NR> sizes(f, measure);
-  PageTiles<NR> tile_sizes(f, measure);
-  Arena arena(thread_scratch(measure.used()));
-  Block<NR> b(f, arena);
-  PageTiles<NR> tiles(f, arena);  // after the codes, past whose end it reads
-  const int16_t* const map = args.key_map.of(range.batch, range.kv_head);
-  load_queries(args, range, map, b);
-  for (int i = 0; i < f.key_columns; i += kLanes) store(b.most_scale + i, splat(-1.0f));  // the first page refits
-  for (int i = 0; i < NR * f.value_dim; i += kLanes) store(b.sums + i, splat(0.0f));
-  for (int i = 0; i < NR * f.value_groups() * kLanes; i += kLanes) store(b.zero_sums + i, splat(0.0f));
-  for (int i = 0; i < NR * kLanes; i += kLanes) store(b.denominators + i, splat(0.0f));
-  for (int i = 0; i < NR * kUnitTokens; i += kLanes) store(b.bias + i, splat(0.0f));
-  for (int r = 0; r < NR; ++r) b.maximum[r] = kNothingSeen;
-
-  int64_t pages = args.page_count, window_tokens = args.window_tokens;
-  if (args.lengths != nullptr) {
-    pages = args.lengths[range.batch * args.lengths_batch_stride];
-    window_tokens = args.lengths[range.batch * args.lengths_batch_stride + 1];
+// Adds pages first .. end - 1; up to page_count there are others, which come next. Formats as they usually are have
+// their sizes as constants, and nothing here has its address taken by a call: then no store can change it, and the
+// compiler keeps it in registers.
+template <int NR, bool usual>
+__attribute__((noinline)) void add_pages(const AttendArgs& args, Range range, Block<NR> b,
+                                         [[maybe_unused]] PageTiles<NR> tiles, int64_t first, int64_t end,
+                                         int64_t page_count) {
+  PageFormat f = args.format;
+  if (usual) {
+    f.page_tokens = kUsual.page_tokens;
+    f.value_group = kUsual.value_group;
+    f.key_bits = kUsual.key_bits;
+    f.value_bits = kUsual.value_bits;
   }
-  const bool has_bias =
-      args.mask_kind != AttendArgs::MaskKind::kNone || args.query_positions != nullptr || args.positions != nullptr;
+  const bool has_map = args.key_map.data != nullptr, has_bias = args.has_bias();
   float most = 0.0f;
-  with_bits(f.key_bits, [&](auto bits) { most = most_code<NR, bits>(f.key_columns); });
-  const auto page_at = [&](int64_t p) {
-    const int64_t block =
-        args.page_table == nullptr ? p : args.page_table[range.batch * args.page_table_batch_stride + p];
-    return args.pages.data + range.batch * args.pages.batch_stride + range.kv_head * args.pages.head_stride +
-           block * args.pages.page_stride;
+  with_bits(f.key_bits, [&](auto bits) __attribute__((always_inline)) { most = most_code<NR, bits>(f.key_columns); });
+  const int32_t* const pages =
+      args.pages.data + range.batch * args.pages.batch_stride + range.kv_head * args.pages.head_stride;
+  const int32_t* const table =
+      args.page_table == nullptr ? nullptr : args.page_table + range.batch * args.page_table_batch_stride;
+  const int64_t stride = args.pages.page_stride;
+  const auto page_at = [=](int64_t p) __attribute__((always_inline)) {
+    return pages + (table == nullptr ? p : table[p]) * stride;
   };
-
-  const int64_t first = split * plan.units_per_split, last = smaller(plan.units, first + plan.units_per_split);
-  const int64_t page_end = smaller(last, pages);
   const int code_words = f.page_tokens * f.key_code_words() + f.value_dim * f.value_code_rows();
   const int steps = code_words / (kVectors<NR> * kLanes) + 1;
   const int lines = (4 * f.words() / kCacheLine + steps - 1) / steps;
-  [[maybe_unused]] const auto unpack_keys = [&](const int32_t* page, Prefetcher& ahead) {
+  [[maybe_unused]] const auto unpack_keys = [&](const int32_t* page, Prefetcher& ahead) __attribute__((always_inline)) {
     load_key_words(f, page, b.words);
-    if constexpr (kTiled<NR>) tiles.keys.unpack(b.words, [&] { ahead.lines(1); });
+    if constexpr (kTiled<NR>) {
+      tiles.keys.unpack(b.words, [&]() __attribute__((always_inline)) { ahead.lines(1); });
+    }
   };
   if constexpr (kTiled<NR>) {
+    if (first >= end) return;
     tiles.start();
     Prefetcher nothing;
-    if (first < page_end) unpack_keys(page_at(first), nothing);
+    unpack_keys(page_at(first), nothing);
   }
-  for (int64_t p = first; p < page_end; ++p) {
+  constexpr int kAhead = kTiled<NR> ? 2 : 1;  // tiles have the next page's keys unpacked by the end of a page
+  for (int64_t p = first; p < end; ++p) {
     const int32_t* const page = page_at(p);
     Prefetcher ahead;
-    if (p + kPrefetchPages < pages) {  // of the next split, too: the same thread mostly
-      ahead.at = reinterpret_cast<const char*>(page_at(p + kPrefetchPages));
+    if (p + kAhead < page_count) {  // of the next split, too: the same thread mostly
+      ahead.at = reinterpret_cast<const char*>(page_at(p + kAhead));
       ahead.end = ahead.at + 4 * f.words();
     }
     if constexpr (kTiled<NR>) {
@@ -755,14 +758,14 @@ void attend_rows(const AttendArgs& args, const AttendPlan& plan, const Range& ra
       load_key_words(f, page, b.words);
     }
     with_bits(f.key_bits, [&](auto bits) __attribute__((always_inline)) {
-      fold_queries<NR, bits>(f, page, map != nullptr, most, b);
+      fold_queries<NR, bits>(f, page, has_map, most, b);
       if constexpr (!kTiled<NR>) key_scores<NR, bits>(f, b, ahead, lines);
     });
     if constexpr (kTiled<NR>) {
       tiles.keys.split(b.q_codes);
       if (p > first) add_values(f, tiles, b);  // the previous page's
       tiles.keys.multiply();
-      tiles.values.unpack(page + f.value_codes(), [&] { ahead.lines(1); });
+      tiles.values.unpack(page + f.value_codes(), [&]() __attribute__((always_inline)) { ahead.lines(1); });
       key_scores(f, tiles, b);
     }
     const bool biased = has_bias && load_bias(args, range, p * f.page_tokens, f.page_tokens, b);
@@ -772,13 +775,50 @@ void attend_rows(const AttendArgs& args, const AttendPlan& plan, const Range& ra
     });
     if constexpr (kTiled<NR>) {
       tiles.values.split(b.weight_codes);
-      if (p + 1 < page_end) unpack_keys(page_at(p + 1), ahead);
+      if (p + 1 < end) unpack_keys(page_at(p + 1), ahead);
       tiles.values.multiply();
     }
   }
   if constexpr (kTiled<NR>) {
-    if (first < page_end) add_values(f, tiles, b);
+    add_values(f, tiles, b);
     tiles.stop();
+  }
+}
+
+template <int NR>
+void attend_rows(const AttendArgs& args, const AttendPlan& plan, const Range& range, int64_t head, int64_t split) {
+  const PageFormat f = args.format;
+  Arena measure(nullptr);
+  Block<NR> sizes(f, measure);
+  PageTiles<NR> tile_sizes(f, measure);
+  Arena arena(thread_scratch(measure.used()));
+  const Block<NR> b(f, arena);
+  const PageTiles<NR> tiles(f, arena);  // after the codes, past whose end it reads
+  const int16_t* const map = args.key_map.of(range.batch, range.kv_head);
+  load_queries(args, range, map, b);
+  for (int i = 0; i < f.key_columns; i += kLanes) store(b.most_scale + i, splat(-1.0f));  // the first page refits
+  for (int i = 0; i < NR * f.value_dim; i += kLanes) store(b.sums + i, splat(0.0f));
+  for (int i = 0; i < NR * f.value_groups() * kLanes; i += kLanes) store(b.zero_sums + i, splat(0.0f));
+  for (int i = 0; i < NR * kLanes; i += kLanes) store(b.denominators + i, splat(0.0f));
+  for (int i = 0; i < NR * kUnitTokens; i += kLanes) store(b.bias + i, splat(0.0f));
+  for (int r = 0; r < NR; ++r) {
+    b.maximum[r] = kNothingSeen;
+    b.score_scale[r] = 0.0f;
+  }
+
+  int64_t pages = args.page_count, window_tokens = args.window_tokens;
+  if (args.lengths != nullptr) {
+    pages = args.lengths[range.batch * args.lengths_batch_stride];
+    window_tokens = args.lengths[range.batch * args.lengths_batch_stride + 1];
+  }
+  const int64_t first = split * plan.units_per_split, last = smaller(plan.units, first + plan.units_per_split);
+  const int64_t page_end = smaller(last, pages);
+  const bool usual = f.page_tokens == kUsual.page_tokens && f.value_group == kUsual.value_group &&
+                     f.key_bits == kUsual.key_bits && f.value_bits == kUsual.value_bits;
+  if (usual) {
+    add_pages<NR, true>(args, range, b, tiles, first, page_end, pages);
+  } else {
+    add_pages<NR, false>(args, range, b, tiles, first, page_end, pages);
   }
 
   if (f.hadamard_block() > 1 && first < page_end) rotate_back<NR>(f, b);
@@ -798,7 +838,7 @@ void attend_rows(const AttendArgs& args, const AttendPlan& plan, const Range& ra
       for (int r = 0; r < NR; ++r) {
         for (int t = tokens; t < padded; ++t) b.weights[r * kUnitTokens + t] = -kInfinity;
       }
-      const bool biased = has_bias && load_bias(args, range, args.page_count * f.page_tokens + start, tokens, b);
+      const bool biased = args.has_bias() && load_bias(args, range, args.page_count * f.page_tokens + start, tokens, b);
       if (biased) {
         for (int r = 0; r < NR; ++r) {
           for (int t = tokens; t < padded; ++t) b.bias[r * kUnitTokens + t] = -kInfinity;

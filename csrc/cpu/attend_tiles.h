@@ -60,7 +60,7 @@ class TiledDot {
 
   // Calls each() once a vector of words.
   template <class Each>
-  void unpack(const int32_t* words, Each&& each) const {
+  LOGQUANT_INLINE void unpack(const int32_t* words, Each&& each) const {
     with_bits(bits_, [&](auto bits) __attribute__((always_inline)) {
       constexpr int kPlaces = 8 / bits, kMask = static_cast<int>(byte_mask(bits));
       const int64_t count = words_, lanes = lanes_, tiles_size = steps_ * kTileRows * kLanes;
@@ -79,7 +79,7 @@ class TiledDot {
   }
 
   // codes: [groups][NR][32 / bits * words]. Up to 128 bytes past the last are read.
-  void split(const int16_t* codes) const {
+  LOGQUANT_INLINE void split(const int16_t* codes) const {
     I32 lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = i;
     with_bits(bits_, [&](auto bits) __attribute__((always_inline)) {
@@ -103,7 +103,7 @@ class TiledDot {
     });
   }
 
-  void multiply() const {
+  LOGQUANT_INLINE void multiply() const {
     for (int group = 0; group < groups_; ++group) {
       int lane = group * (lanes_ / groups_);
       const int end = lane + lanes_ / groups_;

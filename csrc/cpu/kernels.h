@@ -126,6 +126,9 @@ struct AttendArgs {
 
   void* out = nullptr;   // [batch, query head, query, value_dim], contiguous, dtype of q
   float* lse = nullptr;  // [batch, query head, query], contiguous
+
+  // Whether anything may hide a slot from a row.
+  bool has_bias() const { return mask_kind != MaskKind::kNone || query_positions != nullptr || positions != nullptr; }
 };
 
 struct Kernels {

@@ -429,7 +429,7 @@ LOGQUANT_INLINE F32 exp2(F32 x) {
   return bits_as<F32>(bits_as<I32>(p) + (bits_as<I32>(rounded) << 23));
 }
 
-LOGQUANT_INLINE void prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
+LOGQUANT_INLINE void prefetch(const char* p) { __builtin_prefetch(p, 0, 3); }
 
 }  // namespace
 }  // namespace logquant::cpu::LOGQUANT_ISA
