@@ -425,7 +425,7 @@ class LogQuantLayer(CacheLayerMixin):
             return self._newest
         newest, count = Newest.of(attended.query, real, attended.scale, attended.softcap), QUERIES + recallable
         if self._newest is None:
-            return newest.keep(count).map(Tensor.clone)  # lest a prompt's many stay
+            return newest.keep(count).apart()  # lest a prompt's many stay
         return self._newest.then(newest, count)
 
     def _real_columns(self, pending: _Pending) -> Tensor | None:
@@ -521,7 +521,7 @@ class LogQuantLayer(CacheLayerMixin):
         if newest is None or not len(move.leaving):
             return None
         tokens, leaving = self._tokens_of(keys, move, real)
-        return Attention(newest.map(lambda t: t[move.rows]).keep(QUERIES), tokens, leaving)
+        return Attention(newest.keep(QUERIES).together().map(lambda t: t[move.rows]), tokens, leaving)
 
     def _fit_options(self, attention: Attention | None, tokens: slice) -> dict[str, Tensor]:
         """What the quantiser is told about some of the tokens that leave."""

@@ -39,7 +39,8 @@ def is_ticket(key: Tensor) -> bool:
 def update_layer(key_states: Tensor, value_states: Tensor, ticket: Tensor) -> Tensor:
     """Append tokens to the layer of a ticket; the result stands for the keys and values of all tokens."""
     layer = _layers[int(ticket[0])]
-    layer.handles = layer.update(key_states, value_states)
+    # The layer keeps what it is given until the next token; the compiler may put something else into that memory.
+    layer.handles = layer.update(key_states.clone(), value_states.clone())
     return ticket.clone()
 
 
@@ -63,7 +64,7 @@ def attend_layer(
     if layer.handles is None:
         raise RuntimeError("these keys and values are stale: their LogQuant cache layer was updated since")
     view: KVView = layer.handles[0].kv_view  # type: ignore[attr-defined]
-    out = view.attend(query, mask, scale, softcap=softcap, sinks=sinks, causal=causal)
+    out = view.attend(query.clone(), mask, scale, softcap=softcap, sinks=sinks, causal=causal)
     return out.transpose(1, 2).contiguous()
 
 

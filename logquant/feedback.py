@@ -28,13 +28,14 @@ class Newest(NamedTuple):
     """The newest queries of each sequence of a batch.
 
     Attributes:
-        query: ``[B, Hq, n, D]``, in order.
+        parts: one tensor ``[B, Hq, n, D]``, or n of ``[B, Hq, 1, D]``, in order: every decoded token brings one and
+            drops one, and only an eviction needs them in one piece.
         real: bool ``[B, n]``, which are not of padding; None if all are real.
         columns: how many of the last ones are those of the last columns, one for each.
         scale, softcap: of scores.
     """
 
-    query: Tensor
+    parts: tuple[Tensor, ...]
     real: Tensor | None
     columns: int
     scale: float
@@ -49,34 +50,51 @@ class Newest(NamedTuple):
             real: bool ``[B, n]``; None if all are real.
             scale, softcap: of scores.
         """
-        return Newest(query, None if real is None else real.to(query.device), query.shape[2], scale, softcap)
+        return Newest((query,), None if real is None else real.to(query.device), query.shape[2], scale, softcap)
+
+    @property
+    def query(self) -> Tensor:
+        """All of them, ``[B, Hq, n, D]``, in order."""
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, 2)
 
     def keep(self, count: int) -> Newest:
         """The newest ``count`` of each sequence; perhaps in the same memory."""
         if self.real is None:
-            query = self.query[:, :, -count:]
-            return self._replace(query=query, columns=min(self.columns, query.shape[2]))
+            parts = self.parts[-count:] if len(self.parts) > 1 else (self.parts[0][:, :, -count:],)
+            return self._replace(parts=parts, columns=min(self.columns, count))
         place = torch.arange(self.real.shape[1], device=self.real.device)
         order = torch.where(self.real, place, place - len(place)).argsort(1)[:, -count:]
-        query = self.query.gather(2, order[:, None, :, None].expand(-1, self.query.shape[1], -1, self.query.shape[3]))
+        query = self.query
+        query = query.gather(2, order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
         aligned = bool((order == place[-order.shape[1] :]).all())
         real = self.real.gather(1, order)
         columns = min(self.columns, query.shape[2]) if aligned else 0
-        return self._replace(query=query, real=None if real.all() else real, columns=columns)
+        return self._replace(parts=(query,), real=None if real.all() else real, columns=columns)
+
+    def together(self) -> Newest:
+        """The same, as one tensor."""
+        return self._replace(parts=(self.query,))
+
+    def apart(self) -> Newest:
+        """The same, each in memory of its own, so that each can be dropped by itself."""
+        parts = tuple(query.clone() for part in self.parts for query in part.split(1, 2))
+        return self._replace(parts=parts, real=None if self.real is None else self.real.clone())
 
     def then(self, newer: Newest, count: int) -> Newest:
         """The newest ``count`` of these and newer ones, in memory of their own."""
-        columns = newer.columns + (self.columns if newer.columns == newer.query.shape[2] else 0)
+        came = sum([part.shape[2] for part in newer.parts])
+        columns = newer.columns + (self.columns if newer.columns == came else 0)
         if self.real is None and newer.real is None:
-            older = max(0, count - newer.query.shape[2])
-            parts = self.query[:, :, max(0, self.query.shape[2] - older) :], newer.query[:, :, -count:]
-            return newer._replace(query=torch.cat(parts, 2), columns=min(columns, count))
+            older = self.apart() if self.parts[0].shape[2] > 1 else self
+            if came > 1 or _is_view(newer.parts[0]):
+                newer = newer.keep(count).apart()
+            return newer._replace(parts=(*older.parts, *newer.parts)[-count:], columns=min(columns, count))
         real = torch.cat([x._all_real() if x.real is None else x.real for x in (self, newer)], 1)
-        both = newer._replace(query=torch.cat([self.query, newer.query], 2), real=real, columns=columns)
-        return both.keep(count)
+        return newer._replace(parts=self.parts + newer.parts, real=real, columns=columns).keep(count)
 
     def _all_real(self) -> Tensor:
-        return torch.ones(self.query.shape[0], self.query.shape[2], dtype=torch.bool, device=self.query.device)
+        query = self.query
+        return torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
 
     def crop(self, columns: int) -> Newest | None:
         """Those that are left without the last columns; None if that is not known."""
@@ -84,26 +102,35 @@ class Newest(NamedTuple):
             return self
         if columns >= self.columns:
             return None
-        left = self.query.shape[2] - columns
-        real = None if self.real is None else self.real[:, :left]
-        return self._replace(query=self.query[:, :, :left], real=real, columns=self.columns - columns)
+        parts = self.parts[:-columns] if len(self.parts) > 1 else (self.parts[0][:, :, :-columns],)
+        real = None if self.real is None else self.real[:, :-columns]
+        return self._replace(parts=parts, real=real, columns=self.columns - columns)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Newest:
         """With ``function`` applied to what has a row for each sequence."""
-        return self._replace(query=function(self.query), real=None if self.real is None else function(self.real))
+        parts = tuple(function(part) for part in self.parts)
+        return self._replace(parts=parts, real=None if self.real is None else function(self.real))
 
     def fits(self, batch: int, kv_heads: int, head_dim: int) -> bool:
         """Whether these can be the queries of a layer with keys of this shape."""
-        if self.query.dim() != 4 or self.query.shape[1] == 0 or self.query.shape[1] % kv_heads:
+        if any(part.dim() != 4 for part in self.parts):
             return False
-        if self.real is not None and (self.real.shape != self.query.shape[::2][:2] or self.real.dtype != torch.bool):
+        query = self.query
+        if query.shape[1] == 0 or query.shape[1] % kv_heads:
             return False
-        return self.query.shape[0] == batch and self.query.shape[3] == head_dim and self.query.is_floating_point()
+        if self.real is not None and (self.real.shape != query.shape[::2][:2] or self.real.dtype != torch.bool):
+            return False
+        return query.shape[0] == batch and query.shape[3] == head_dim and query.is_floating_point()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors."""
-        return self.query.nbytes + (0 if self.real is None else self.real.nbytes)
+        return sum(part.nbytes for part in self.parts) + (0 if self.real is None else self.real.nbytes)
+
+
+def _is_view(tensor: Tensor) -> bool:
+    """Whether keeping it would keep more memory than its own."""
+    return tensor.untyped_storage().nbytes() > tensor.nbytes
 
 
 class Attention:
