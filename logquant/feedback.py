@@ -150,9 +150,14 @@ class Attention:
         self._newest, self._keys, self._leaving = newest, keys, leaving
 
     def _scores(self, keys: Tensor) -> Tensor:
-        out: Tensor = self._newest.scale * (self._query @ keys.float().mT)
+        out = (self._query @ keys.float().mT).mul_(self._newest.scale)
         softcap = self._newest.softcap
         return softcap * torch.tanh(out / softcap) if softcap else out
+
+    @functools.cached_property
+    def _weights(self) -> Tensor | None:
+        """Those of all tokens, unless they are a prompt's many."""
+        return self._scores(self._keys).softmax(-1) if self._keys.shape[2] <= _AT_ONCE else None
 
     @functools.cached_property
     def _lse(self) -> Tensor:
@@ -161,8 +166,10 @@ class Attention:
 
     def __getitem__(self, tokens: slice) -> Tensor:
         """Of some of the tokens that leave: softmax weights, float32 ``[B, H, queries, n]``."""
-        keys = self._keys.index_select(2, self._leaving[tokens])
-        return (self._scores(keys) - self._lse).exp()
+        leaving = self._leaving[tokens]
+        if self._weights is not None:
+            return self._weights.index_select(3, leaving)
+        return self._scores(self._keys.index_select(2, leaving)).sub_(self._lse).exp_()
 
 
 def key_weights(attention: Tensor, page_tokens: int) -> Tensor:
@@ -187,7 +194,8 @@ def value_feedback(attention: Tensor, page_tokens: int) -> Tensor:
     """How much of a token's error each later token of its page takes off.
 
     With A = M M^T, M upper triangular, tr(E^T A E) is the sum of squares of M^T E, whose rows are made small one after
-    the other; in terms of each token's remaining error that takes the inverse of M with a diagonal of ones.
+    the other; in terms of each token's remaining error that takes the inverse of M with a diagonal of ones. Cholesky
+    gives a lower triangle: that of the tokens in reverse order.
 
     Args:
         attention: ``[B, H, queries, N]``, N a multiple of ``page_tokens``.
@@ -196,16 +204,15 @@ def value_feedback(attention: Tensor, page_tokens: int) -> Tensor:
     Returns:
         float32 ``[B, H, N, page_tokens]``. 0 where that is not finite.
     """
-    pages = attention.unflatten(-1, (-1, page_tokens)).movedim(3, 2)  # [B, H, P, queries, G]
+    pages = attention.unflatten(-1, (-1, page_tokens)).movedim(3, 2).flip(-1)  # [B, H, P, queries, G]
     metric = pages.mT @ pages
-    mean = metric.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    metric = metric / mean.clamp_min(1e-30)
-    metric.diagonal(dim1=-2, dim2=-1).add_(_DAMPING)
-    # Cholesky gives a lower triangle: that of the tokens in reverse order.
-    upper = torch.linalg.cholesky_ex(metric.flip(-1, -2)).L.flip(-1, -2)
-    upper = upper / upper.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
-    ones = torch.eye(page_tokens, device=upper.device).expand_as(upper)
-    factors = torch.linalg.solve_triangular(upper, ones, upper=True, unitriangular=True)
+    diagonal = metric.diagonal(dim1=-2, dim2=-1)
+    metric /= diagonal.mean(-1).clamp_min_(1e-30)[..., None, None]
+    diagonal += _DAMPING
+    lower = torch.linalg.cholesky_ex(metric).L
+    lower /= lower.diagonal(dim1=-2, dim2=-1).clone().unsqueeze(-2)
+    ones = torch.eye(page_tokens, device=lower.device).expand_as(lower)
+    factors = torch.linalg.solve_triangular(lower, ones, upper=False, unitriangular=True)
     # Rounded, as weights are.
-    rounded: Tensor = ((factors * 256).round() / 256).nan_to_num(0.0, 0.0, 0.0).flatten(2, 3).contiguous()
-    return rounded
+    factors = factors.mul_(256).round_().div_(256).nan_to_num_(0.0, 0.0, 0.0)
+    return factors.flip(-1, -2).flatten(2, 3).contiguous()
