@@ -114,6 +114,8 @@ class LogQuantLayer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False
     supports_early_init = True
+    _rows: Rows
+    _columns: int
 
     def __init__(self, config: LogQuantConfig, shared: _Shared | None = None, rows: Rows | None = None) -> None:
         # Not super().__init__(): keys and values are properties here.

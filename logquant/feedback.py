@@ -214,5 +214,5 @@ def value_feedback(attention: Tensor, page_tokens: int) -> Tensor:
     ones = torch.eye(page_tokens, device=lower.device).expand_as(lower)
     factors = torch.linalg.solve_triangular(lower, ones, upper=False, unitriangular=True)
     # Rounded, as weights are.
-    factors = factors.mul_(256).round_().div_(256).nan_to_num_(0.0, 0.0, 0.0)
-    return factors.flip(-1, -2).flatten(2, 3).contiguous()
+    rounded: Tensor = factors.mul_(256).round_().div_(256).nan_to_num_(0.0, 0.0, 0.0)
+    return rounded.flip(-1, -2).flatten(2, 3).contiguous()

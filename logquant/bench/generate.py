@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
+from ..attention import Attended
 from ..baselines import Baseline, Quanto
+from ..cache import LogQuantLayer
 from ..compat import as_argument
-from ..plan import plan
+from ..plan import head_shape, plan
 from ..specs import CacheSpec, cache_nbytes
 from .timing import WARMUP, Timing, clock_of, time_interleaved
 
@@ -62,27 +64,40 @@ def prefilled(spec: CacheSpec, model: PreTrainedModel, prompt: Tensor, batch: in
         model: what runs the prompt.
         prompt: ``[1, T]``.
         batch: sequences.
-        exact: a ``DynamicCache`` that holds the prompt, if there is one.
+        exact: a ``DynamicCache`` that holds the prompt. Other caches take keys and values from it then, as a prompt
+            attends to itself exactly whatever cache there is.
     """
     cache = spec.make(model.config)
-    if isinstance(spec.settings, Quanto):
-        # It cannot repeat what it has quantised, but a prompt's keys and values are the same whatever cache takes them.
-        exact = _run(model, prompt, DynamicCache(config=model.config)) if exact is None else exact
-        layer: Any
-        full: Any
-        for layer, full in zip(cache.layers, exact.layers, strict=True):
-            layer.update(*(x.repeat_interleave(batch, 0) for x in (full.keys, full.values)))
-    elif isinstance(spec.settings, Baseline):
-        _run(model, prompt.expand(batch, -1), cache)
+    if isinstance(spec.settings, Quanto):  # it cannot repeat what it has quantised
+        return _take(cache, model, exact or _run(model, prompt, DynamicCache(config=model.config)), batch)
+    if isinstance(spec.settings, Baseline):
+        return _run(model, prompt.expand(batch, -1), cache)
+    if exact is None or any(type(layer) is not DynamicLayer for layer in exact.layers):
+        cache = _run(model, prompt, cache)
     else:
-        cache = copy.deepcopy(exact) if spec.settings is None and exact is not None else _run(model, prompt, cache)
-        if batch > 1:
-            cache.batch_repeat_interleave(batch)
+        cache = copy.deepcopy(exact) if spec.settings is None else _take(cache, model, exact, 1)
+    if batch > 1:
+        cache.batch_repeat_interleave(batch)
     return cache
 
 
 def _run(model: PreTrainedModel, prompt: Tensor, cache: Cache) -> Cache:
     model(prompt, **as_argument(cache), logits_to_keep=1)
+    return cache
+
+
+def _take(cache: Cache, model: PreTrainedModel, exact: Cache, batch: int) -> Cache:
+    """Give a cache the keys and values of a prompt, for each of ``batch`` sequences."""
+    group = head_shape(model.config).group
+    layer: Any
+    full: Any
+    for layer, full in zip(cache.layers, exact.layers, strict=True):
+        keys, values = (x.repeat_interleave(batch, 0) for x in (full.keys, full.values))
+        handle, _ = layer.update(keys, values)
+        if isinstance(layer, LogQuantLayer):
+            # Queries are not at hand. Others in their place change neither bytes nor time of what follows.
+            queries = keys.repeat_interleave(group, 1)
+            handle.kv_view.observed(Attended(queries, None, keys.shape[-1] ** -0.5))
     return cache
 
 
@@ -109,9 +124,7 @@ def bench_generate(
         on_progress: called after every prefill and every round of steps.
     """
     prompt = _random_tokens(model, context)
-    exact = None
-    if any(spec.settings is None or isinstance(spec.settings, Quanto) for spec in specs):
-        exact = _run(model, prompt, DynamicCache(config=model.config))
+    exact = _run(model, prompt, DynamicCache(config=model.config)) if len(specs) > 1 else None
     caches = {}
     for spec in specs:
         caches[spec.name] = prefilled(spec, model, prompt, batch, exact)
