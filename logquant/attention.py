@@ -141,7 +141,7 @@ class KVView:
                 seen = None if seen is None else seen[..., : view.columns]
                 outs.append(view.attend(q[:, :, part], seen, scale, softcap=softcap, sinks=sinks, causal=causal))
         out = torch.cat(outs, 2) if outs else self._attend(q, mask, scale, softcap=softcap, sinks=sinks, causal=causal)
-        self.observed(Attended(q, mask, scale, softcap))
+        self.observed(Attended(q.detach(), mask, scale, softcap))
         return out
 
     def _attend(
@@ -373,7 +373,7 @@ def _intercept_sdpa(
         out = F.scaled_dot_product_attention(
             query, key.dense(), value.dense(), attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-        view.observed(Attended(query, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale))
+        view.observed(Attended(query.detach(), attn_mask, query.shape[-1] ** -0.5 if scale is None else scale))
         return out
     # SDPA broadcasts a single head.
     fits = query.dim() == 4 and (query.shape[1] == key.shape[1] or key.shape[1] == 1 or enable_gqa)
@@ -453,9 +453,9 @@ def logquant_attention_forward(
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     causal = causal and attention_mask is None and query.shape[2] > 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if compiled.is_ticket(key):
-        return compiled.attend_layer(query, key, attention_mask, scale, softcap or 0.0, s_aux, causal), None
     view = key.kv_view if isinstance(key, KVHandle) else None
+    if view is None and compiled.is_ticket(key):
+        return compiled.attend_layer(query, key, attention_mask, scale, softcap or 0.0, s_aux, causal), None
     if (view is None or view.is_prompt) and not softcap and s_aux is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

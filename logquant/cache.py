@@ -33,7 +33,8 @@ from .window import Move, Rows, Slots
 _PORTION_NBYTES = 1 << 20
 
 
-class _Pending(NamedTuple):
+@dataclass(slots=True)
+class _Pending:
     """Tokens that have come but not taken their places.
 
     Attributes:
@@ -113,6 +114,8 @@ class LogQuantLayer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False
     supports_early_init = True
+    _rows: Rows
+    _columns: int
 
     def __init__(self, config: LogQuantConfig, shared: _Shared | None = None, rows: Rows | None = None) -> None:
         # Not super().__init__(): keys and values are properties here.
@@ -225,20 +228,25 @@ class LogQuantLayer(CacheLayerMixin):
             ValueError: another shape or device than before. The layer is unchanged after either.
             RuntimeError: an earlier call was interrupted while it moved tokens; :meth:`reset` helps.
         """
-        if torch.compiler.is_compiling() and self.is_initialized:
+        if torch.compiler.is_compiling():
+            if not self.is_initialized:
+                handles: tuple[Tensor, Tensor] = self._update_uncompiled(key_states, value_states)
+                return handles
             ticket = compiled.update_layer(key_states, value_states, self._ticket)
             return ticket, ticket
-        handles: tuple[Tensor, Tensor] = self._update(key_states, value_states)
-        return handles
+        return self._update(key_states, value_states)
 
     @torch.compiler.disable
+    def _update_uncompiled(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        return self._update(key_states, value_states)
+
     def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         self._check(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self._pending is not None:
             # No longer the last update, so that a prompt need not stay exact as a whole.
-            self._pending = self._pending._replace(recallable=min(self._pending.recallable, self.config.window))
+            self._pending.recallable = min(self._pending.recallable, self.config.window)
         self._settle()
         # What generate may take back (speculative decoding) stays exact until it has decided.
         recallable = max(self.config.window, key_states.shape[2]) if self.record_past else 0
@@ -258,30 +266,29 @@ class LogQuantLayer(CacheLayerMixin):
         self, states: tuple[Tensor, Tensor], recallable: int, drafts: int, attended: Attended | None = None
     ) -> KVView:
         """New tokens come and are pending; what they attend to. The arguments are described at :class:`_Pending`."""
-        key_states, value_states = states
-        rows, new = self._rows, key_states.shape[2]
+        rows, new = self._rows, states[0].shape[2]
         tokens = rows.exact + new
         in_window = rows.columns > 0 and tokens <= self.config.window_capacity + recallable
-        if rows.columns == 0:
-            keys, values = key_states, value_states
-        else:
+        seen, states = states, (states[0].detach(), states[1].detach())
+        held = states
+        if rows.columns > 0:
             if in_window:
-                window = self._window_with_room_for(tokens)
-                keys, values = (w[:, :, :tokens] for w in window)
+                window_k, window_v = self._window_with_room_for(tokens)
+                keys, values = window_k[:, :, :tokens], window_v[:, :, :tokens]
             else:
-                keys, values = (x.new_empty(*x.shape[:2], tokens, x.shape[3]) for x in (key_states, value_states))
+                keys, values = (x.new_empty(*x.shape[:2], tokens, x.shape[3]) for x in states)
                 keys[:, :, : rows.exact] = self.window_k[:, :, : rows.exact]
                 values[:, :, : rows.exact] = self.window_v[:, :, : rows.exact]
-            self._write_new(keys, key_states.detach(), rows)
-            self._write_new(values, value_states.detach(), rows)
+            self._write_new(keys, states[0], rows)
+            self._write_new(values, states[1], rows)
             if in_window:
-                self.window_k, self.window_v = window
+                self.window_k, self.window_v = window_k, window_v
+            seen = held = keys, values
         self._version += 1
         self.handles = None
         self._columns = rows.columns + new
-        states = key_states.detach(), value_states.detach()
-        self._pending = _Pending(keys.detach(), values.detach(), states, in_window, recallable, drafts, attended)
-        return self._view(keys, values, rows, new)
+        self._pending = _Pending(*held, states, in_window, recallable, drafts, attended)
+        return self._view(*seen, rows, new)
 
     @staticmethod
     def _write_new(into: Tensor, new: Tensor, rows: Rows) -> None:
@@ -297,22 +304,24 @@ class LogQuantLayer(CacheLayerMixin):
         version = self._version
 
         def observed(attended: Attended | None) -> None:
-            if self._version == version and self._pending is not None:
+            pending = self._pending
+            if self._version == version and pending is not None:
                 if attended is not None:
-                    if new == 1:  # query heads may have come as queries of their KV head
+                    if new == 1 < attended.query.shape[2]:  # query heads that came as queries of their KV head
                         attended = attended._replace(query=attended.query.flatten(1, 2).unsqueeze(2))
-                    self._pending = self._pending._replace(attended=attended)
+                    pending.attended = attended
                 # A prompt takes its place at once, lest every layer's exact prompt be held at the same time. In the
                 # window the new tokens cost nothing, and there the view must last: some models attend to it again.
                 # Drafts that came with a prompt would leave their mark on its pages: crop says which they are.
-                if not (self._pending.in_window or self._pending.recallable):
+                if not (pending.in_window or pending.recallable):
                     self._settle()
 
         def parts(mask: Tensor | None) -> Iterator[tuple[slice, KVView]]:
             return self._parts(mask) if self._version == version else iter(())
 
+        pages = rows.packed // self.format.page_tokens
         return KVView(
-            self.pages[:, :, : rows.packed // self.format.page_tokens],
+            self.pages if pages == self.pages.shape[2] else self.pages[:, :, :pages],
             keys,
             values,
             self.format,
@@ -390,33 +399,35 @@ class LogQuantLayer(CacheLayerMixin):
         if self._pending is None:
             return
         pending, rows = self._pending, self._rows
+        new, attended = pending.new, pending.attended
         real = self._real_columns(pending)
         recallable = max(recallable, pending.recallable)
-        after = rows.append(pending.new, recallable, real)
-        moves = rows.moves(pending.new, self.device, recallable, real)
-        all_drafts = 0 < pending.new == pending.drafts
-        with torch.no_grad():
-            attended = pending.attended
-            if attended is not None and real is not None and attended.query.shape[2] != pending.new:
-                attended = None
-            if attended is not None and self.key_map is not None and any(s.packed == 0 for s in rows.slots):
-                # Sums of floats depend on their order.
-                queries = attended.query.shape[2]
-                for part in (slice(i, i + 1) for i in range(queries)) if all_drafts else (slice(queries),):
-                    own = None if real is None else real[:, part]
-                    squares = columns.squares_of(attended.query[:, :, part], self.window_k.shape[1], own)
-                    self._squares = squares if self._squares is None else self._squares + squares
-            newest = self._newest_with(attended, pending.new, real, recallable)
-            self._move(pending.keys, pending.values, pending.in_window, moves, after, newest, real)
+        after = rows.append(new, recallable, real)
+        if attended is not None and real is not None and attended.query.shape[2] != new:
+            attended = None
+        if attended is not None and self.key_map is not None and 0 in rows.packed_counts:
+            # Sums of floats depend on their order.
+            queries, all_drafts = attended.query.shape[2], 0 < new == pending.drafts
+            for part in (slice(i, i + 1) for i in range(queries)) if all_drafts else (slice(queries),):
+                own = None if real is None else real[:, part]
+                squares = columns.squares_of(attended.query[:, :, part], self.window_k.shape[1], own)
+                self._squares = squares if self._squares is None else self._squares + squares
+        newest = self._newest_with(attended, new, real, recallable)
+        if pending.in_window and real is None and after.packed_counts == rows.packed_counts:
+            self._rows = after  # the new tokens are where they belong already, as in most steps
+        else:
+            moves = rows.moves(new, self.device, recallable, real)
+            with torch.no_grad():
+                self._move(pending.keys, pending.values, pending.in_window, moves, after, newest, real)
         self._newest, self._pending = newest, None
 
     def _newest_with(self, attended: Attended | None, new: int, real: Tensor | None, recallable: int) -> Newest | None:
         """The newest queries, and as many more as a :meth:`crop` may take back."""
         if attended is None or attended.query.shape[2] != new or not self.format.is_fitted:
             return self._newest
-        newest, count = Newest.of(attended.query.detach(), real, attended.scale, attended.softcap), QUERIES + recallable
+        newest, count = Newest.of(attended.query, real, attended.scale, attended.softcap), QUERIES + recallable
         if self._newest is None:
-            return newest.keep(count).map(Tensor.clone)  # lest a prompt's many stay
+            return newest.keep(count).apart()  # lest a prompt's many stay
         return self._newest.then(newest, count)
 
     def _real_columns(self, pending: _Pending) -> Tensor | None:
@@ -479,7 +490,7 @@ class LogQuantLayer(CacheLayerMixin):
             self._own_pages(store)
         self.window_k, self.window_v, self.key_map = window_k, window_v, key_map
         self._rows = after
-        if all(s.packed for s in after.slots):
+        if 0 not in after.packed_counts:
             self._squares = None
         if in_window:
             self._version += 1
@@ -512,7 +523,7 @@ class LogQuantLayer(CacheLayerMixin):
         if newest is None or not len(move.leaving):
             return None
         tokens, leaving = self._tokens_of(keys, move, real)
-        return Attention(newest.map(lambda t: t[move.rows]).keep(QUERIES), tokens, leaving)
+        return Attention(newest.keep(QUERIES).together().map(lambda t: t[move.rows]), tokens, leaving)
 
     def _fit_options(self, attention: Attention | None, tokens: slice) -> dict[str, Tensor]:
         """What the quantiser is told about some of the tokens that leave."""

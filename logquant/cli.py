@@ -507,6 +507,12 @@ def bench_generate_command(
     context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 2000,
     batch: Annotated[str, typer.Option(help="Sequences decoded at once; several numbers separated by commas.")] = "1,8",
     steps: Annotated[int, typer.Option(min=3, help="Timed steps of each cache.")] = 40,
+    baseline_steps: Annotated[
+        int | None, typer.Option(min=3, help="Those of the other methods' caches, if they are to be fewer.")
+    ] = None,
+    peaks: Annotated[
+        bool, typer.Option("--peaks", help="Also measure the peak memory of each cache, in processes of their own.")
+    ] = False,
     caches: Annotated[str, typer.Option(help=f"Separated by commas: {CACHE_HELP}")] = "full,logquant,recent",
     memory_budget: Annotated[
         float | None,
@@ -518,9 +524,13 @@ def bench_generate_command(
     dtype: Annotated[Dtype, typer.Option()] = Dtype.bfloat16,
     json_file: Json = None,
 ) -> None:
-    """Decode with each cache in turn, a step at a time: tokens per second and bytes held."""
+    """Decode with each cache in turn, a step at a time: tokens per second, also of the full cache's, and bytes held.
+
+    All sequences of a batch have the same prompt, which is run once.
+    """
     arguments = dict(locals())
     from .bench.generate import bench_budget, bench_generate
+    from .bench.memory import bench_memory
     from .bench.timing import WARMUP
     from .specs import parse_caches
 
@@ -541,28 +551,46 @@ def bench_generate_command(
 
         if memory_budget is None:
             for size in batches:
-                results += bench_generate(loaded, specs, context=context, batch=size, steps=steps, on_progress=advance)
+                results += bench_generate(
+                    loaded,
+                    specs,
+                    context=context,
+                    batch=size,
+                    steps=steps,
+                    baseline_steps=baseline_steps,
+                    on_progress=advance,
+                )
         else:
             with errors_of("--memory-budget"):
                 results = bench_budget(
                     loaded, specs, context=context, budget=int(memory_budget * GIB), steps=steps, on_progress=advance
                 )
     title = f"{'after' if memory_budget is None else 'up to'} {context:,} tokens"
-    table = Table("batch", "cache", "tokens/s", "step, ms", "quartiles", "held", title=title)
-    for column in table.columns:
-        column.justify = "right"
-    for result in results:
-        timing = result.timing
+    rows = [result.as_dict() for result in results]
+    if peaks:
+        del loaded
+        with progress() as bar:
+            for row, result in bar.track(list(zip(rows, results, strict=True)), description="peak memory"):
+                spec = next(spec for spec in specs if spec.name == result.cache)
+                tokens = result.context if memory_budget is None else context - steps - WARMUP
+                peak = bench_memory(spec, model, dtype.torch, tokens, result.batch, steps=3)
+                row |= {"peak_rise": peak.peak_rise, "live_peak_rise": peak.live_peak_rise}
+    columns = ["cache", "batch", "tokens/s", "step, ms", "of full", "quartiles", "held", *(["peak"] if peaks else [])]
+    table = _result_table(*columns, title=title)
+    for row, result in zip(rows, results, strict=True):
+        timing, speedup = result.timing, result.speedup
         table.add_row(
-            str(result.batch),
             result.cache,
+            str(result.batch),
             f"{result.tokens_per_second:.1f}",
             f"{1e3 * timing.median:.1f}",
-            f"{1e3 * timing.low:.1f}-{1e3 * timing.high:.1f}",
+            "-" if speedup is None else f"{speedup.median:.2f}x",
+            "-" if speedup is None else f"{speedup.low:.2f}-{speedup.high:.2f}",
             megabytes(result.held),
+            *([megabytes(row["peak_rise"])] if peaks else []),
         )
     Console().print(table)
-    write_json(json_file, "generate", arguments, results=[result.as_dict() for result in results])
+    write_json(json_file, "generate", arguments, results=rows)
 
 
 @bench.command()

@@ -28,13 +28,14 @@ class Newest(NamedTuple):
     """The newest queries of each sequence of a batch.
 
     Attributes:
-        query: ``[B, Hq, n, D]``, in order.
+        parts: one tensor ``[B, Hq, n, D]``, or n of ``[B, Hq, 1, D]``, in order: every decoded token brings one and
+            drops one, and only an eviction needs them in one piece.
         real: bool ``[B, n]``, which are not of padding; None if all are real.
         columns: how many of the last ones are those of the last columns, one for each.
         scale, softcap: of scores.
     """
 
-    query: Tensor
+    parts: tuple[Tensor, ...]
     real: Tensor | None
     columns: int
     scale: float
@@ -49,34 +50,51 @@ class Newest(NamedTuple):
             real: bool ``[B, n]``; None if all are real.
             scale, softcap: of scores.
         """
-        return Newest(query, None if real is None else real.to(query.device), query.shape[2], scale, softcap)
+        return Newest((query,), None if real is None else real.to(query.device), query.shape[2], scale, softcap)
+
+    @property
+    def query(self) -> Tensor:
+        """All of them, ``[B, Hq, n, D]``, in order."""
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, 2)
 
     def keep(self, count: int) -> Newest:
         """The newest ``count`` of each sequence; perhaps in the same memory."""
         if self.real is None:
-            query = self.query[:, :, -count:]
-            return self._replace(query=query, columns=min(self.columns, query.shape[2]))
+            parts = self.parts[-count:] if len(self.parts) > 1 else (self.parts[0][:, :, -count:],)
+            return self._replace(parts=parts, columns=min(self.columns, count))
         place = torch.arange(self.real.shape[1], device=self.real.device)
         order = torch.where(self.real, place, place - len(place)).argsort(1)[:, -count:]
-        query = self.query.gather(2, order[:, None, :, None].expand(-1, self.query.shape[1], -1, self.query.shape[3]))
+        query = self.query
+        query = query.gather(2, order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
         aligned = bool((order == place[-order.shape[1] :]).all())
         real = self.real.gather(1, order)
         columns = min(self.columns, query.shape[2]) if aligned else 0
-        return self._replace(query=query, real=None if real.all() else real, columns=columns)
+        return self._replace(parts=(query,), real=None if real.all() else real, columns=columns)
+
+    def together(self) -> Newest:
+        """The same, as one tensor."""
+        return self._replace(parts=(self.query,))
+
+    def apart(self) -> Newest:
+        """The same, each in memory of its own, so that each can be dropped by itself."""
+        parts = tuple(query.clone() for part in self.parts for query in part.split(1, 2))
+        return self._replace(parts=parts, real=None if self.real is None else self.real.clone())
 
     def then(self, newer: Newest, count: int) -> Newest:
         """The newest ``count`` of these and newer ones, in memory of their own."""
-        columns = newer.columns + (self.columns if newer.columns == newer.query.shape[2] else 0)
+        came = sum([part.shape[2] for part in newer.parts])
+        columns = newer.columns + (self.columns if newer.columns == came else 0)
         if self.real is None and newer.real is None:
-            older = max(0, count - newer.query.shape[2])
-            parts = self.query[:, :, max(0, self.query.shape[2] - older) :], newer.query[:, :, -count:]
-            return newer._replace(query=torch.cat(parts, 2), columns=min(columns, count))
+            older = self.apart() if self.parts[0].shape[2] > 1 else self
+            if came > 1 or _is_view(newer.parts[0]):
+                newer = newer.keep(count).apart()
+            return newer._replace(parts=(*older.parts, *newer.parts)[-count:], columns=min(columns, count))
         real = torch.cat([x._all_real() if x.real is None else x.real for x in (self, newer)], 1)
-        both = newer._replace(query=torch.cat([self.query, newer.query], 2), real=real, columns=columns)
-        return both.keep(count)
+        return newer._replace(parts=self.parts + newer.parts, real=real, columns=columns).keep(count)
 
     def _all_real(self) -> Tensor:
-        return torch.ones(self.query.shape[0], self.query.shape[2], dtype=torch.bool, device=self.query.device)
+        query = self.query
+        return torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
 
     def crop(self, columns: int) -> Newest | None:
         """Those that are left without the last columns; None if that is not known."""
@@ -84,26 +102,35 @@ class Newest(NamedTuple):
             return self
         if columns >= self.columns:
             return None
-        left = self.query.shape[2] - columns
-        real = None if self.real is None else self.real[:, :left]
-        return self._replace(query=self.query[:, :, :left], real=real, columns=self.columns - columns)
+        parts = self.parts[:-columns] if len(self.parts) > 1 else (self.parts[0][:, :, :-columns],)
+        real = None if self.real is None else self.real[:, :-columns]
+        return self._replace(parts=parts, real=real, columns=self.columns - columns)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Newest:
         """With ``function`` applied to what has a row for each sequence."""
-        return self._replace(query=function(self.query), real=None if self.real is None else function(self.real))
+        parts = tuple(function(part) for part in self.parts)
+        return self._replace(parts=parts, real=None if self.real is None else function(self.real))
 
     def fits(self, batch: int, kv_heads: int, head_dim: int) -> bool:
         """Whether these can be the queries of a layer with keys of this shape."""
-        if self.query.dim() != 4 or self.query.shape[1] == 0 or self.query.shape[1] % kv_heads:
+        if any(part.dim() != 4 for part in self.parts):
             return False
-        if self.real is not None and (self.real.shape != self.query.shape[::2][:2] or self.real.dtype != torch.bool):
+        query = self.query
+        if query.shape[1] == 0 or query.shape[1] % kv_heads:
             return False
-        return self.query.shape[0] == batch and self.query.shape[3] == head_dim and self.query.is_floating_point()
+        if self.real is not None and (self.real.shape != query.shape[::2][:2] or self.real.dtype != torch.bool):
+            return False
+        return query.shape[0] == batch and query.shape[3] == head_dim and query.is_floating_point()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors."""
-        return self.query.nbytes + (0 if self.real is None else self.real.nbytes)
+        return sum(part.nbytes for part in self.parts) + (0 if self.real is None else self.real.nbytes)
+
+
+def _is_view(tensor: Tensor) -> bool:
+    """Whether keeping it would keep more memory than its own."""
+    return tensor.untyped_storage().nbytes() > tensor.nbytes
 
 
 class Attention:
@@ -123,9 +150,14 @@ class Attention:
         self._newest, self._keys, self._leaving = newest, keys, leaving
 
     def _scores(self, keys: Tensor) -> Tensor:
-        out: Tensor = self._newest.scale * (self._query @ keys.float().mT)
+        out = (self._query @ keys.float().mT).mul_(self._newest.scale)
         softcap = self._newest.softcap
         return softcap * torch.tanh(out / softcap) if softcap else out
+
+    @functools.cached_property
+    def _weights(self) -> Tensor | None:
+        """Those of all tokens, unless they are a prompt's many."""
+        return self._scores(self._keys).softmax(-1) if self._keys.shape[2] <= _AT_ONCE else None
 
     @functools.cached_property
     def _lse(self) -> Tensor:
@@ -134,8 +166,10 @@ class Attention:
 
     def __getitem__(self, tokens: slice) -> Tensor:
         """Of some of the tokens that leave: softmax weights, float32 ``[B, H, queries, n]``."""
-        keys = self._keys.index_select(2, self._leaving[tokens])
-        return (self._scores(keys) - self._lse).exp()
+        leaving = self._leaving[tokens]
+        if self._weights is not None:
+            return self._weights.index_select(3, leaving)
+        return self._scores(self._keys.index_select(2, leaving)).sub_(self._lse).exp_()
 
 
 def key_weights(attention: Tensor, page_tokens: int) -> Tensor:
@@ -160,7 +194,8 @@ def value_feedback(attention: Tensor, page_tokens: int) -> Tensor:
     """How much of a token's error each later token of its page takes off.
 
     With A = M M^T, M upper triangular, tr(E^T A E) is the sum of squares of M^T E, whose rows are made small one after
-    the other; in terms of each token's remaining error that takes the inverse of M with a diagonal of ones.
+    the other; in terms of each token's remaining error that takes the inverse of M with a diagonal of ones. Cholesky
+    gives a lower triangle: that of the tokens in reverse order.
 
     Args:
         attention: ``[B, H, queries, N]``, N a multiple of ``page_tokens``.
@@ -169,16 +204,15 @@ def value_feedback(attention: Tensor, page_tokens: int) -> Tensor:
     Returns:
         float32 ``[B, H, N, page_tokens]``. 0 where that is not finite.
     """
-    pages = attention.unflatten(-1, (-1, page_tokens)).movedim(3, 2)  # [B, H, P, queries, G]
+    pages = attention.unflatten(-1, (-1, page_tokens)).movedim(3, 2).flip(-1)  # [B, H, P, queries, G]
     metric = pages.mT @ pages
-    mean = metric.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    metric = metric / mean.clamp_min(1e-30)
-    metric.diagonal(dim1=-2, dim2=-1).add_(_DAMPING)
-    # Cholesky gives a lower triangle: that of the tokens in reverse order.
-    upper = torch.linalg.cholesky_ex(metric.flip(-1, -2)).L.flip(-1, -2)
-    upper = upper / upper.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
-    ones = torch.eye(page_tokens, device=upper.device).expand_as(upper)
-    factors = torch.linalg.solve_triangular(upper, ones, upper=True, unitriangular=True)
+    diagonal = metric.diagonal(dim1=-2, dim2=-1)
+    metric /= diagonal.mean(-1).clamp_min_(1e-30)[..., None, None]
+    diagonal += _DAMPING
+    lower = torch.linalg.cholesky_ex(metric).L
+    lower /= lower.diagonal(dim1=-2, dim2=-1).clone().unsqueeze(-2)
+    ones = torch.eye(page_tokens, device=lower.device).expand_as(lower)
+    factors = torch.linalg.solve_triangular(lower, ones, upper=False, unitriangular=True)
     # Rounded, as weights are.
-    rounded: Tensor = ((factors * 256).round() / 256).nan_to_num(0.0, 0.0, 0.0).flatten(2, 3).contiguous()
-    return rounded
+    rounded: Tensor = factors.mul_(256).round_().div_(256).nan_to_num_(0.0, 0.0, 0.0)
+    return rounded.flip(-1, -2).flatten(2, 3).contiguous()

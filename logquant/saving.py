@@ -198,7 +198,7 @@ def load(
             newest = None
             if (query := tensors.get(f"layers.{i}.newest.query")) is not None:
                 real = tensors.get(f"layers.{i}.newest.real")
-                newest = Newest(query, real, **saved["state"]["newest"]).map(lambda t: t.to(device))
+                newest = Newest((query,), real, **saved["state"]["newest"]).map(lambda t: t.to(device))
             layer.restore(rows, **parts, newest=newest)
     return cache
 

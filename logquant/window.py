@@ -278,8 +278,9 @@ class Rows(_Memo):
         if real is not None and all(s.tokens == columns for s in slots):
             slots, real = slots[:1], None
         self.slots, self.columns, self.real = slots, columns, real
-        self.packed = max(s.packed for s in slots)
-        self.exact = max(s.exact for s in slots)
+        self.packed_counts = tuple([s.packed for s in slots])
+        self.packed = max(self.packed_counts)
+        self.exact = max([s.exact for s in slots])
 
     def __deepcopy__(self, memo: object) -> Rows:
         return self

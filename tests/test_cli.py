@@ -6,11 +6,16 @@ import json
 import sys
 
 import pytest
+import torch
+from transformers import DynamicCache
 from typer.testing import CliRunner
 
-from logquant import LogQuantConfig, __version__, machine
+from logquant import LogQuantConfig, __version__, machine, models
 from logquant.bench.attend import DEQUANTIZE, FULL, FUSED
+from logquant.bench.generate import prefilled
 from logquant.cli import app
+from logquant.compat import as_argument
+from logquant.specs import cache_nbytes, parse_cache
 
 from .tiny import one_thread, save_tiny_model  # noqa: F401
 
@@ -244,6 +249,36 @@ def test_bench_generate_times_every_cache(model, json_file):
         full = row["batch"] * 4 * tokens * 2 * 32 * 4
         assert row["held"] == full if row["cache"] == "full" else 0 < row["held"] < full
     assert "tokens/s" in output and "logquant:window=32" in output
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read in /proc")
+def test_bench_generate_compares_round_by_round(model, json_file):
+    """Slow caches are in fewer rounds; a ratio is one of the same round."""
+    caches = ["full", "logquant:window=32", "hqq:bits=4"]
+    args = ("--model", model, "--context", 200, "--batch", "2", "--steps", 6, "--baseline-steps", 3, "--peaks")
+    succeed("bench", "generate", *args, "--caches", ",".join(caches), "--json", json_file)
+    rows = json.loads(json_file.read_text())["results"]
+    assert [(row["cache"], len(row["timing"]["samples"])) for row in rows] == list(zip(caches, (6, 6, 3), strict=True))
+    full, packed, hqq = (row["timing"]["samples"] for row in rows)
+    assert rows[0]["speedup"]["samples"] == [1.0] * 6
+    assert rows[1]["speedup"]["samples"] == [f / p for f, p in zip(full, packed, strict=True)]
+    assert rows[2]["speedup"]["samples"] == [f / h for f, h in zip(full[1::2], hqq, strict=True)]
+    assert all(row["peak_rise"] > 0 and row["live_peak_rise"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("name", ["full", "logquant:window=32", "recent:bits=4", "quanto:bits=4", "hqq", "kivi"])
+@torch.inference_mode()
+def test_prompts_of_benchmarks_leave_what_every_sequence_would_hold(model, name):
+    loaded, _ = models.load(model)
+    prompt, spec = torch.arange(200)[None] % loaded.config.vocab_size, parse_cache(name)
+    want, exact = spec.make(loaded.config), DynamicCache(config=loaded.config)
+    loaded(prompt.expand(3, -1), **as_argument(want))
+    loaded(prompt, **as_argument(exact))
+    for given in (None, exact):
+        cache = prefilled(spec, loaded, prompt, 3, given)
+        assert cache.get_seq_length() == want.get_seq_length() and cache_nbytes(cache) == cache_nbytes(want)
+        logits = loaded(prompt[:, :1].expand(3, -1), **as_argument(cache)).logits
+        assert (logits - logits[:1]).abs().max() < 1e-3 and exact.get_seq_length() == 200
 
 
 def test_bench_generate_fills_a_budget(model, json_file):

@@ -114,3 +114,17 @@ def test_cropped_queries_are_those_before():
     assert padded.crop(1) is None, "which columns are left is not known"
     after = padded.then(feedback.Newest.of(query[:, :, :3], None, 1.0, 0.0), 23)
     assert torch.equal(after.crop(2).query[:, :, -1], query[:, :, 0]) and after.crop(3) is None
+
+
+def test_kept_queries_keep_no_other_memory():
+    """One by one, in memory of their own: of a prompt, of decoded tokens, of parts of something larger."""
+    prompt, fused = torch.randn(2, 4, 50, 8), torch.randn(2, 12, 1, 8)
+    own = torch.randn(2, 4, 1, 8)
+    newest = feedback.Newest.of(prompt, None, 1.0, 0.0).keep(16).apart()
+    for query in (fused[:, :4], own):
+        newest = newest.then(feedback.Newest.of(query, None, 1.0, 0.0), 16)
+    assert torch.equal(newest.query, torch.cat([prompt[:, :, -14:], fused[:, :4], own], 2))
+    assert newest.nbytes == sum(part.untyped_storage().nbytes() for part in newest.parts) == 2 * 4 * 16 * 8 * 4
+    assert newest.parts[-1] is own, "nothing is copied that need not be"
+    assert torch.equal(newest.crop(3).keep(5).query, newest.query[:, :, 8:13])
+    assert torch.equal(newest.together().map(lambda t: t[:1]).query, newest.query[:1])

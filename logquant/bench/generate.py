@@ -5,17 +5,21 @@ At one batch size for all caches, or at the largest that fits into a number of b
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
 
+from ..attention import Attended
+from ..baselines import Baseline, Quanto
+from ..cache import LogQuantLayer
 from ..compat import as_argument
-from ..plan import plan
+from ..plan import head_shape, plan
 from ..specs import CacheSpec, cache_nbytes
 from .timing import WARMUP, Timing, clock_of, time_interleaved
 
@@ -30,6 +34,7 @@ class GenerateResult:
         context: tokens of the prompt; within a budget those at the end.
         timing: of one step, that is of one token of each sequence.
         held: bytes of the cache's tensors after the last step.
+        speedup: tokens a second in parts of the full cache's, round by round; None without that one.
         predicted: bytes that they were to be at most (:func:`logquant.plan.plan`); None if not asked for.
     """
 
@@ -38,6 +43,7 @@ class GenerateResult:
     context: int
     timing: Timing
     held: int
+    speedup: Timing | None = None
     predicted: int | None = None
 
     @property
@@ -45,7 +51,54 @@ class GenerateResult:
         return self.batch / self.timing.median
 
     def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "tokens_per_second": self.tokens_per_second, "timing": self.timing.as_dict()}
+        speedup = None if self.speedup is None else self.speedup.as_dict()
+        times = {"tokens_per_second": self.tokens_per_second, "timing": self.timing.as_dict()}
+        return {**vars(self), **times, "speedup": speedup}
+
+
+def prefilled(spec: CacheSpec, model: PreTrainedModel, prompt: Tensor, batch: int, exact: Cache | None = None) -> Cache:
+    """A cache in which each of ``batch`` sequences holds the same prompt, which is run once where that is possible.
+
+    Args:
+        spec: the cache.
+        model: what runs the prompt.
+        prompt: ``[1, T]``.
+        batch: sequences.
+        exact: a ``DynamicCache`` that holds the prompt. Other caches take keys and values from it then, as a prompt
+            attends to itself exactly whatever cache there is.
+    """
+    cache = spec.make(model.config)
+    if isinstance(spec.settings, Quanto):  # it cannot repeat what it has quantised
+        return _take(cache, model, exact or _run(model, prompt, DynamicCache(config=model.config)), batch)
+    if isinstance(spec.settings, Baseline):
+        return _run(model, prompt.expand(batch, -1), cache)
+    if exact is None or any(type(layer) is not DynamicLayer for layer in exact.layers):
+        cache = _run(model, prompt, cache)
+    else:
+        cache = copy.deepcopy(exact) if spec.settings is None else _take(cache, model, exact, 1)
+    if batch > 1:
+        cache.batch_repeat_interleave(batch)
+    return cache
+
+
+def _run(model: PreTrainedModel, prompt: Tensor, cache: Cache) -> Cache:
+    model(prompt, **as_argument(cache), logits_to_keep=1)
+    return cache
+
+
+def _take(cache: Cache, model: PreTrainedModel, exact: Cache, batch: int) -> Cache:
+    """Give a cache the keys and values of a prompt, for each of ``batch`` sequences."""
+    group = head_shape(model.config).group
+    layer: Any
+    full: Any
+    for layer, full in zip(cache.layers, exact.layers, strict=True):
+        keys, values = (x.repeat_interleave(batch, 0) for x in (full.keys, full.values))
+        handle, _ = layer.update(keys, values)
+        if isinstance(layer, LogQuantLayer):
+            # Queries are not at hand. Others in their place change neither bytes nor time of what follows.
+            queries = keys.repeat_interleave(group, 1)
+            handle.kv_view.observed(Attended(queries, None, keys.shape[-1] ** -0.5))
+    return cache
 
 
 @torch.inference_mode()
@@ -56,6 +109,7 @@ def bench_generate(
     context: int,
     batch: int,
     steps: int,
+    baseline_steps: int | None = None,
     on_progress: Callable[[], None] = lambda: None,
 ) -> list[GenerateResult]:
     """Prefill each cache with the same random tokens, then decode, a step with each cache in turn.
@@ -63,19 +117,27 @@ def bench_generate(
     Args:
         model: with its attention implementation set; ``"logquant"`` serves all caches.
         specs: the caches.
-        context: tokens of the prompt.
+        context: tokens of the prompt, the same for all sequences.
         batch: sequences decoded at once.
         steps: timed steps of each cache, after :data:`WARMUP` that are not.
+        baseline_steps: those of caches that are neither LogQuant's nor full, if they are to be fewer.
         on_progress: called after every prefill and every round of steps.
     """
-    prompt = _random_tokens(model, batch, context)
+    prompt = _random_tokens(model, context)
+    exact = _run(model, prompt, DynamicCache(config=model.config)) if len(specs) > 1 else None
     caches = {}
     for spec in specs:
-        caches[spec.name] = spec.make(model.config)
-        model(prompt, **as_argument(caches[spec.name]), logits_to_keep=1)
+        caches[spec.name] = prefilled(spec, model, prompt, batch, exact)
         on_progress()
-    timings = _time_steps(model, caches, dict.fromkeys(caches, prompt[:, -1:]), steps, on_progress)
-    return [GenerateResult(name, batch, context, timings[name], cache_nbytes(cache)) for name, cache in caches.items()]
+    fewer = {spec.name: baseline_steps for spec in specs if spec.is_baseline} if baseline_steps else {}
+    last = dict.fromkeys(caches, prompt[:, -1:].expand(batch, -1))
+    del exact
+    timings = _time_steps(model, caches, last, steps, on_progress, fewer)
+    full = next((timings[spec.name] for spec in specs if spec.settings is None), None)
+    return [
+        GenerateResult(name, batch, context, timing, cache_nbytes(caches[name]), full and timing.speedup_over(full))
+        for name, timing in timings.items()
+    ]
 
 
 @torch.inference_mode()
@@ -100,27 +162,25 @@ def bench_budget(
     Raises:
         ValueError: not even one sequence fits, or a cache whose bytes the configuration does not tell.
     """
-    prompt = _random_tokens(model, 1, context - steps - WARMUP)
+    prompt = _random_tokens(model, context - steps - WARMUP)
     caches, plans = {}, {}
     for spec in specs:
         planned = plan(spec, model.config, budget=budget, tokens=context, itemsize=model.dtype.itemsize)
         if planned.batch < 1:
             raise ValueError(f"budget must be at least {planned.nbytes} bytes for cache {spec.name!r}, got {budget}")
-        plans[spec.name], caches[spec.name] = planned, spec.make(model.config)
-        model(prompt, **as_argument(caches[spec.name]), logits_to_keep=1)
-        caches[spec.name].batch_repeat_interleave(planned.batch)
+        plans[spec.name], caches[spec.name] = planned, prefilled(spec, model, prompt, planned.batch)
         on_progress()
     last = {name: prompt[:, -1:].expand(planned.batch, -1) for name, planned in plans.items()}
     timings = _time_steps(model, caches, last, steps, on_progress)
     return [
-        GenerateResult(name, p.batch, context, timings[name], cache_nbytes(caches[name]), p.batch * p.nbytes)
+        GenerateResult(name, p.batch, context, timings[name], cache_nbytes(caches[name]), predicted=p.batch * p.nbytes)
         for name, p in plans.items()
     ]
 
 
-def _random_tokens(model: PreTrainedModel, batch: int, tokens: int) -> Tensor:
+def _random_tokens(model: PreTrainedModel, tokens: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(model.config.vocab_size, (batch, tokens), generator=generator).to(model.device)
+    return torch.randint(model.config.vocab_size, (1, tokens), generator=generator).to(model.device)
 
 
 def _time_steps(
@@ -129,6 +189,7 @@ def _time_steps(
     tokens: dict[str, Tensor],
     steps: int,
     on_progress: Callable[[], None],
+    fewer: dict[str, int] | None = None,
 ) -> dict[str, Timing]:
     """Decode one token of each sequence with each cache in turn."""
 
@@ -142,6 +203,7 @@ def _time_steps(
     return time_interleaved(
         {name: step_with(name) for name in caches},
         steps,
+        fewer=fewer,
         on_progress=on_progress,
         clock=clock_of(model.device.type),
     )

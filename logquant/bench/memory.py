@@ -1,4 +1,4 @@
-"""``logquant bench memory``: what a prompt costs with each cache, measured on a process of its own."""
+"""``logquant bench memory``: what a prompt and decoding cost with each cache, measured on a process of its own."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from .. import models
 from ..compat import as_argument
 from ..plan import sequence_nbytes
 from ..specs import CacheSpec, cache_nbytes
+from .generate import prefilled
 
 
 @dataclass(frozen=True)
 class MemoryResult:
-    """Bytes of one prefill.
+    """Bytes of one prefill, and of the steps of decoding after it.
 
     Args:
         cache: the cache's name.
-        peak_rise: how far the process grew during the prefill, at most.
+        peak_rise: how far the process grew, at most.
         live_peak_rise: the same where malloc hands freed tensors back to the system at once. glibc usually keeps them,
             and how many depends on how small blocks that stay happen to lie between large ones that do not.
         held: bytes of the cache's tensors afterwards.
-        predicted: what the formula says they are (:func:`logquant.plan.sequence_nbytes`); None for baseline
-            caches, which have none.
+        predicted: what the formula says they are after a prompt (:func:`logquant.plan.sequence_nbytes`); None after
+            steps of decoding, and for baseline caches, which have none.
     """
 
     cache: str
@@ -60,7 +61,7 @@ def _libc() -> ctypes.CDLL:
 
 @torch.inference_mode()
 def _prefill(
-    spec: CacheSpec, model_id: str | None, dtype: torch.dtype, tokens: int, return_freed: bool
+    spec: CacheSpec, model_id: str | None, dtype: torch.dtype, tokens: int, batch: int, steps: int, return_freed: bool
 ) -> tuple[int, int, int | None]:
     """Runs in a process of its own. Returns its peak rise, bytes held and bytes predicted."""
     libc = _libc()
@@ -72,19 +73,29 @@ def _prefill(
     ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     # Weights that are mapped from a file count as the process's memory only once they have been read.
     model(ids[:, :8], **as_argument(spec.make(model.config)), logits_to_keep=1)
-    cache = spec.make(model.config)
     gc.collect()
     libc.malloc_trim(0)  # or the peak would hide in what the warm-up has left
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, starts again from here
     before = _status_bytes("VmRSS")
-    model(ids, **as_argument(cache), logits_to_keep=1)
+    cache = prefilled(spec, model, ids, batch)
+    for _ in range(steps):
+        model(ids[:, -1:].expand(batch, -1), **as_argument(cache), logits_to_keep=1)
     peak = _status_bytes("VmHWM")
-    predicted = None if spec.is_baseline else sequence_nbytes(spec, model.config, tokens, dtype.itemsize)
+    predicted = None
+    if not (spec.is_baseline or steps):
+        predicted = batch * sequence_nbytes(spec, model.config, tokens, dtype.itemsize)
     return peak - before, cache_nbytes(cache), predicted
 
 
-def bench_memory(spec: CacheSpec, model_id: str | None, dtype: torch.dtype, tokens: int) -> MemoryResult:
+def bench_memory(
+    spec: CacheSpec, model_id: str | None, dtype: torch.dtype, tokens: int, batch: int = 1, steps: int = 0
+) -> MemoryResult:
     """Measure a prefill of ``tokens`` random tokens in fresh processes.
+
+    Args:
+        spec, model_id, dtype, tokens: what is measured.
+        batch: sequences that then hold this prompt, which is run once (:func:`logquant.bench.generate.prefilled`).
+        steps: steps of decoding after it.
 
     Raises:
         RuntimeError: not on Linux with the GNU C library, or a process died.
@@ -95,7 +106,9 @@ def bench_memory(spec: CacheSpec, model_id: str | None, dtype: torch.dtype, toke
     for return_freed in (False, True):
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             try:
-                peak, held, predicted = pool.submit(_prefill, spec, model_id, dtype, tokens, return_freed).result()
+                peak, held, predicted = pool.submit(
+                    _prefill, spec, model_id, dtype, tokens, batch, steps, return_freed
+                ).result()
             except BrokenProcessPool as error:
                 raise RuntimeError(f"the process measuring cache {spec.name!r} died; out of memory?") from error
         peaks.append(peak)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,20 +17,27 @@ WARMUP = 2
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call, over many calls: quartiles, and all of them in order."""
+    """Seconds of one call, over many calls: quartiles, all of them in order, and the round of each."""
 
     low: float
     median: float
     high: float
     samples: list[float]
+    rounds: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, samples: list[float]) -> Timing:
+    def of(cls, samples: list[float], rounds: list[int] | None = None) -> Timing:
         low, median, high = torch.tensor(samples).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-        return cls(low, median, high, samples)
+        return cls(low, median, high, samples, list(range(len(samples))) if rounds is None else rounds)
 
     def as_dict(self) -> dict[str, Any]:
         return {"quartile1": self.low, "median": self.median, "quartile3": self.high, "samples": self.samples}
+
+    def speedup_over(self, other: Timing) -> Timing:
+        """How many times as long the other one took, round by round of those that both were in; not seconds."""
+        of_round = dict(zip(other.rounds, other.samples, strict=True))
+        both = [(number, own) for number, own in zip(self.rounds, self.samples, strict=True) if number in of_round]
+        return Timing.of([of_round[number] / own for number, own in both], [number for number, _ in both])
 
 
 class ColdCache:
@@ -76,6 +83,7 @@ def time_interleaved(
     contenders: Mapping[str, Callable[[], object]],
     rounds: int,
     *,
+    fewer: Mapping[str, int] | None = None,
     before_each: Callable[[], None] = lambda: None,
     on_progress: Callable[[], None] = lambda: None,
     clock: Callable[[Callable[[], object]], float] = cpu_seconds,
@@ -85,19 +93,25 @@ def time_interleaved(
     Args:
         contenders: the functions by name.
         rounds: timed calls of each, after :data:`WARMUP` that are not.
+        fewer: timed calls of slow ones, spread evenly over the rounds.
         before_each: called before every call, outside the timing.
         on_progress: called after every round, warm-up included.
         clock: times one call, in seconds.
     """
+    counts = dict.fromkeys(contenders, rounds) | {name: min(n, rounds) for name, n in (fewer or {}).items()}
     samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds + WARMUP):
+    numbers: dict[str, list[int]] = {name: [] for name in contenders}
+    for number in range(-WARMUP, rounds):
         for name, call in contenders.items():
+            if number >= 0 and (number + 1) * counts[name] // rounds == number * counts[name] // rounds:
+                continue
             before_each()
             seconds = clock(call)
-            if number >= 2:
+            if number >= 0:
                 samples[name].append(seconds)
+                numbers[name].append(number)
         on_progress()
-    return {name: Timing.of(values) for name, values in samples.items()}
+    return {name: Timing.of(values, numbers[name]) for name, values in samples.items()}
 
 
 def read_bandwidth(device: str = "cpu", rounds: int = 10) -> float:
