@@ -47,7 +47,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       "Names of the CPU instruction sets that kernels were compiled for.");
   m.def(
       "available_cpu_isas", [] { return names(cpu::available_kernels()); },
-      "Names of those that this machine runs, from the slowest to the fastest.");
+      "Names of those that this machine runs; the last is in use where none is asked for.");
   m.def("cpu_isa", [] { return std::string(cpu::kernels().name); }, "Name of the one in use.");
   m.def("use_cpu_isa", &cpu::use_kernels, py::arg("name"),
         "Use another one from now on, for tests and benchmarks; the environment variable LOGQUANT_CPU_ISA chooses one "

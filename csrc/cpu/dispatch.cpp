@@ -140,7 +140,7 @@ bool has_amx() {
 }
 #endif
 
-// From the slowest to the fastest.
+// The last one that runs is in use where none is asked for.
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> sets = [] {
     std::vector<InstructionSet> all{{LOGQUANT_KERNELS(portable), true}};
@@ -154,8 +154,9 @@ const std::vector<InstructionSet>& instruction_sets() {
     const bool evex = LOGQUANT_EVEX_VNNI, emulated_tiles = LOGQUANT_EMULATED_TILES;
     all.push_back({LOGQUANT_KERNELS(avx2), has_avx2});
     all.push_back({LOGQUANT_KERNELS(avxvnni), evex ? has_avx512 : has_avx2 && has_avxvnni()});
-    all.push_back({LOGQUANT_KERNELS(avx512), has_avx512});
+    // Not behind avx512, and so in use only where it is asked for: no processor with AMX has run it yet.
     all.push_back({LOGQUANT_KERNELS_OF(amx, avx512), has_avx512 && (emulated_tiles || has_amx())});
+    all.push_back({LOGQUANT_KERNELS(avx512), has_avx512});
 #elif defined(__aarch64__)
     all.push_back({LOGQUANT_KERNELS(neon), true});
 #endif

@@ -146,7 +146,7 @@ const Kernels& kernels();
 // Another set from now on. Throws std::runtime_error if this machine does not run it.
 void use_kernels(const std::string& name);
 
-// Every set that was compiled, and those of them that this machine runs; from the slowest to the fastest.
+// Every set that was compiled, and those of them that this machine runs; last the one that is in use by default.
 std::vector<const Kernels*> compiled_kernels();
 std::vector<const Kernels*> available_kernels();
 
