@@ -107,6 +107,7 @@ class LogQuantLayer(CacheLayerMixin):
         config: what to keep exact and how to store the rest.
         shared: what the layers of a cache have in common.
         rows: the empty rows that the layers of a cache share.
+        index: which layer of the model it is.
     """
 
     is_compileable = False
@@ -114,9 +115,12 @@ class LogQuantLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = True
 
-    def __init__(self, config: LogQuantConfig, shared: _Shared | None = None, rows: Rows | None = None) -> None:
+    def __init__(
+        self, config: LogQuantConfig, shared: _Shared | None = None, rows: Rows | None = None, index: int = 0
+    ) -> None:
         # Not super().__init__(): keys and values are properties here.
         self.config = config
+        self._index = index
         self._shared = shared or _Shared()
         self._empty = rows or Rows((Slots(config.window, config.rule, config.sink_tokens),))
         self._version = 0
@@ -135,18 +139,27 @@ class LogQuantLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, head_dim = key_states.shape
         self.format: PageFormat = self.config.page_format(head_dim, value_states.shape[-1])
+        self.key_map = self._first_map(key_states)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.window_k = key_states.new_empty(batch, heads, 0, head_dim)
         self.window_v = value_states.new_empty(batch, heads, 0, value_states.shape[-1])
         self.pages = key_states.new_empty(batch, heads, 0, self.format.words, dtype=torch.int32)
         self._own_pages(self.pages)
-        self.key_map = columns.default_map(self.format, batch, heads, self.device) if self.format.has_map else None
         # Of queries, for choosing the map: columns.squares_of. None before any and after every row has its map.
         self._squares: Tensor | None = None
         # The newest queries, which say how to quantise (logquant.feedback); None where that is not asked for or known.
         self._newest: Newest | None = None
         self._ticket = compiled.ticket_for(self, value_states.shape[-1])
         self.is_initialized = True
+
+    def _first_map(self, like: Tensor) -> Tensor | None:
+        """The column map ``[B, H, C]`` for tensors like this one: calibrated, or until one is chosen."""
+        if not self.format.has_map:
+            return None
+        batch, heads = like.shape[:2]
+        if (calibration := self.config.calibrated) is None:
+            return columns.default_map(self.format, batch, heads, like.device)
+        return calibration.key_map(self._index, self.format, heads, like.device).expand(batch, -1, -1)
 
     @property
     def batch_size(self) -> int:
@@ -399,7 +412,8 @@ class LogQuantLayer(CacheLayerMixin):
             attended = pending.attended
             if attended is not None and real is not None and attended.query.shape[2] != pending.new:
                 attended = None
-            if attended is not None and self.key_map is not None and any(s.packed == 0 for s in rows.slots):
+            chooses = self.key_map is not None and self.config.calibration is None
+            if attended is not None and chooses and any(s.packed == 0 for s in rows.slots):
                 # Sums of floats depend on their order.
                 queries = attended.query.shape[2]
                 for part in (slice(i, i + 1) for i in range(queries)) if all_drafts else (slice(queries),):
@@ -496,7 +510,7 @@ class LogQuantLayer(CacheLayerMixin):
     def _chosen_map(self, keys: Tensor, moves: list[Move], real: Tensor | None) -> Tensor | None:
         """The column map, with those of rows that get their first page chosen from the tokens they have now."""
         first = [m for m in moves if m.packed == 0 and len(m.leaving)]
-        if self.key_map is None or not first:
+        if self.key_map is None or self.config.calibration is not None or not first:
             return self.key_map
         key_map = self.key_map.clone()
         for m in first:
@@ -707,6 +721,8 @@ class LogQuantLayer(CacheLayerMixin):
         """Replace every tensor of the layer; all or none if one of the calls fails."""
         window_k, window_v, pages = function(self.window_k), function(self.window_v), function(self.pages)
         key_map, squares = (None if t is None else function(t) for t in (self.key_map, self._squares))
+        if self.config.calibration is not None:
+            key_map = self._first_map(window_k)
         newest = self._newest and self._newest.map(function)
         self._own_pages(pages)
         self.key_map, self._squares, self._newest = key_map, squares, newest
@@ -773,7 +789,8 @@ class LogQuantLayer(CacheLayerMixin):
             and window_k.dtype == window_v.dtype
             and window_k.dtype in DTYPES
         )
-        if fmt.has_map:
+        chooses = fmt.has_map and self.config.calibration is None
+        if chooses:
             map_shape = None if key_map is None or key_map.dtype != torch.int16 else key_map.shape
             fits = fits and map_shape == (batch, heads, fmt.key_columns)
         if newest is not None:
@@ -786,7 +803,7 @@ class LogQuantLayer(CacheLayerMixin):
         self.lazy_initialization(window_k, window_v)
         self.window_k, self.window_v, self._rows, self._columns = window_k, window_v, rows, rows.columns
         self._own_pages(pages)
-        if fmt.has_map:
+        if chooses:
             self.key_map = key_map
         self._newest = newest
         self._version += 1
@@ -832,8 +849,15 @@ class LogQuantLayer(CacheLayerMixin):
         self._settle()
         if not self.is_initialized:
             return 0
-        held = self.window_k, self.window_v, self.pages, self.key_map, self._squares, self._newest
-        return sum(t.nbytes for t in held if t is not None)
+        held = self.window_k, self.window_v, self.pages, self._squares, self._newest
+        return sum(t.nbytes for t in held if t is not None) + self.map_nbytes
+
+    @property
+    def map_nbytes(self) -> int:
+        """Bytes of the column maps of this layer's sequences; those of a calibration belong to none of them."""
+        if not self.is_initialized or self.key_map is None or self.config.calibration is not None:
+            return 0
+        return self.key_map.nbytes
 
     @property
     def full_precision_nbytes(self) -> int:
@@ -894,7 +918,7 @@ class LogQuantCache(DynamicCache):
 
     Raises:
         TypeError: ``quantization`` together with ``options``, or an unknown option.
-        ValueError: an invalid option, or a head dimension that pages cannot hold.
+        ValueError: an invalid option, a head dimension that pages cannot hold, or a calibration of another model.
     """
 
     def __init__(self, config: PreTrainedConfig, quantization: LogQuantConfig | None = None, **options: Any) -> None:
@@ -908,6 +932,8 @@ class LogQuantCache(DynamicCache):
             self.quantization.page_format(head_dim)
         rows = Rows((Slots(self.quantization.window, self.quantization.rule, self.quantization.sink_tokens),))
         layers = DynamicCache(config=config).layers
+        if (calibration := self.quantization.calibrated) is not None:
+            calibration.check(config, [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer])
         self.config = config
         self._shared = _Shared(layers=sum(type(layer) is DynamicLayer for layer in layers))
         # Not DynamicCache's own __init__, which would make other layers. It is the base because transformers asks for
@@ -915,8 +941,8 @@ class LogQuantCache(DynamicCache):
         Cache.__init__(
             self,
             layers=[
-                LogQuantLayer(self.quantization, self._shared, rows) if type(layer) is DynamicLayer else layer
-                for layer in layers
+                LogQuantLayer(self.quantization, self._shared, rows, i) if type(layer) is DynamicLayer else layer
+                for i, layer in enumerate(layers)
             ],
         )
 
