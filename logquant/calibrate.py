@@ -1,4 +1,7 @@
-"""Run a model over texts and see which channels of its keys queries look at: what makes a :class:`Calibration`."""
+"""Run a model over texts and see which channels of its keys queries look at: what makes a :class:`Calibration`.
+
+A sequence says that itself once its first tokens leave; here it is the sum of what many points of many texts would say.
+"""
 
 from __future__ import annotations
 
@@ -11,71 +14,73 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from . import columns
 from .attention import Attended
 from .baselines.observed import ObservedView
 from .calibration import Calibration
 from .compat import as_argument
+from .config import LogQuantConfig
+from .feedback import MAP_QUERIES, Attention, Newest
 from .saving import fingerprint
 
-# The variance of keys is that within spans of so many tokens, about the stretch of text that a page covers.
-SPAN = 128
+_RULE = LogQuantConfig()
+# Of the tokens that could have left, every second: a page covers twice as many.
+_FIRST, _STEP = _RULE.sink_tokens, 2
+LEAST_TOKENS = _FIRST + _STEP * _RULE.page_size + 2 * _RULE.window
 
 
 class _Observed(DynamicLayer):
-    """A layer that takes one text, and adds up what its queries are."""
+    """A layer that takes one text, and adds up what its queries say of its keys: ``scores``, float32 ``[H, D]``."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.prompt: Tensor | None = None
-        self.squares: Tensor | None = None
+        self.scores: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.prompt = key_states
-        return ObservedView(key_states, value_states, functools.partial(self._observe, key_states.shape[1])).handles()
+        return ObservedView(key_states, value_states, functools.partial(self._observe, key_states)).handles()
 
-    def _observe(self, heads: int, attended: Attended | None) -> None:
-        if attended is not None:
-            squares = columns.squares_of(attended.query, heads, None)
-            self.squares = squares if self.squares is None else self.squares + squares
-
-    def scores(self) -> Tensor:
-        """:func:`logquant.columns.key_scores` of the text, float32 ``[H, D]``."""
-        if self.prompt is None or self.squares is None:
-            raise ValueError("model must attend with 'logquant' or 'sdpa' to the keys it caches, and did not")
-        return columns.key_scores(self.prompt, self.squares[..., :-1] / self.squares[..., -1:], SPAN)[0]
+    def _observe(self, keys: Tensor, attended: Attended | None) -> None:
+        if attended is None:
+            return
+        for end in range(LEAST_TOKENS, keys.shape[2] + 1, MAP_QUERIES):
+            queries = attended.query[:, :, end - MAP_QUERIES : end]
+            leaving = torch.arange(_FIRST, end - 2 * _RULE.window, _STEP, dtype=torch.int32, device=keys.device)
+            leaving = leaving[: len(leaving) // _RULE.page_size * _RULE.page_size]
+            newest = Newest.of(queries, None, attended.scale, attended.softcap)
+            scores = Attention(newest, keys[:, :, :end], leaving).key_scores(_RULE.page_size)[0].cpu()
+            self.scores = scores if self.scores is None else self.scores + scores
 
 
 @torch.inference_mode()
 def calibrate(
     model: Any, texts: Iterable[Tensor], on_progress: Callable[[int], None] = lambda tokens: None
 ) -> Calibration:
-    """The statistics of a model on some texts; each counts the same.
+    """The statistics of a model on some texts.
 
     Args:
         model: a causal language model of transformers; its attention becomes ``"logquant"``.
-        texts: token ids ``[length]`` of each.
+        texts: token ids ``[length]`` of each, at least :data:`LEAST_TOKENS`.
         on_progress: called after every text with the number of its tokens.
 
     Raises:
-        ValueError: no texts, an empty one, or a model without full attention or with attention of another kind.
+        ValueError: no texts, one that is too short, or a model without full attention or with one of another kind.
     """
     model.set_attn_implementation("logquant")
     config = model.config
     totals: dict[int, Tensor] = {}
-    count = tokens = 0
+    tokens = 0
     for text in texts:
-        if text.dim() != 1 or not len(text):
-            raise ValueError(f"texts must be token ids [length], one or more, got {list(text.shape)}")
+        if text.dim() != 1 or len(text) < LEAST_TOKENS:
+            raise ValueError(f"texts must be token ids [length], at least {LEAST_TOKENS}, got {list(text.shape)}")
         cache = DynamicCache(config=config)
         observed = {i: _Observed() for i, layer in enumerate(cache.layers) if type(layer) is DynamicLayer}
         cache.layers = [observed.get(i, layer) for i, layer in enumerate(cache.layers)]
         model(text[None].to(model.device), **as_argument(cache), logits_to_keep=1)
         for i, layer in observed.items():
-            scores = layer.scores().cpu()
-            totals[i] = totals[i] + scores if i in totals else scores
-        count, tokens = count + 1, tokens + len(text)
+            if layer.scores is None:
+                raise ValueError("model must attend with 'logquant' or 'sdpa' to the keys it caches, and did not")
+            totals[i] = totals[i] + layer.scores if i in totals else layer.scores
+        tokens += len(text)
         on_progress(len(text))
     if not totals:
-        raise ValueError(f"texts must be at least one, and model must have full attention; got {count} texts")
-    return Calibration({i: total / count for i, total in totals.items()}, fingerprint(config), tokens)
+        raise ValueError(f"texts must be at least one, and model must have full attention; got {tokens} tokens")
+    return Calibration(totals, fingerprint(config), tokens)

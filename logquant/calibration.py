@@ -32,7 +32,7 @@ class Calibration:
 
     Args:
         key_scores: of each layer with full attention, by its index: float32 ``[H, D]``, what quantised keys cost by
-            channel (:func:`logquant.columns.key_scores`).
+            channel (:meth:`logquant.feedback.Attention.key_scores`).
         model: what identifies the model (:func:`logquant.saving.fingerprint`).
         tokens: how many it was made from.
 

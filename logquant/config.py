@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .calibration import Calibration
-from .feedback import QUERIES
+from .feedback import MAP_QUERIES, QUERIES
 from .reference import BITS, PAGE_TOKENS, PARAM_BITS, PageFormat
 from .window import RULES, Rule, evicted_slots, evictions
 
@@ -190,8 +190,8 @@ class LogQuantConfig:
             tokens: tokens seen.
             head_dim, value_dim: channels of a key and of a value.
             itemsize: bytes of an exact element.
-            query_heads: query heads of a KV head, whose newest queries are kept where parameters are fitted; 0 counts
-                none, as when the attention does not tell its queries.
+            query_heads: query heads of a KV head, whose newest queries are kept where parameters are fitted or columns
+                chosen; 0 counts none, as when the attention does not tell its queries.
             decoding: the last tokens were decoded, not part of a prompt: the most that the cache may hold then, for a
                 store that grows gets pages to spare.
         """
@@ -199,7 +199,9 @@ class LogQuantConfig:
         packed = self.packed_tokens(tokens)
         pages = packed // fmt.page_tokens
         window = self.window_slots(tokens if packed == 0 else self.window_capacity)
-        key_map = 2 * fmt.key_columns if fmt.has_map and self.calibration is None else 0
         stored = self.store_pages(pages) if decoding and pages else pages
-        queries = min(tokens, QUERIES) * query_heads * fmt.head_dim * itemsize if fmt.is_fitted else 0
+        chooses = fmt.has_map and self.calibration is None
+        key_map = 2 * fmt.key_columns if chooses else 0
+        kept = MAP_QUERIES if chooses and not packed else QUERIES if fmt.is_fitted else 0
+        queries = min(tokens, kept) * query_heads * fmt.head_dim * itemsize
         return key_map + queries + stored * fmt.nbytes + window * (fmt.head_dim + fmt.value_dim) * itemsize

@@ -10,16 +10,17 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import logquant
 from logquant import LogQuantCache, LogQuantConfig, columns
-from logquant.calibrate import SPAN, calibrate
+from logquant.calibrate import LEAST_TOKENS, calibrate
 from logquant.calibration import Calibration
 from logquant.cli import app
 from logquant.compat import as_argument
 from logquant.eval import evaluate
+from logquant.feedback import MAP_QUERIES, Attention
 from logquant.saving import fingerprint
 from logquant.specs import parse_cache, parse_caches
 from tests.test_cache import tiny_config as config_of
@@ -63,19 +64,17 @@ def maps_of(cache: LogQuantCache) -> list[torch.Tensor]:
 
 
 # --------------------------------------------------------------------------------------------------- what it is made of
-def test_scores_are_those_of_each_text_on_average(model, calibration):
-    """Of a text that fills no page yet, a cache remembers what calibration asks for."""
+def test_scores_are_the_sum_of_what_points_of_texts_say(model, calibration):
+    """The first such point is where a cache with the same tokens would say it."""
     texts = torch.randint(0, 256, (2, 300), generator=torch.Generator().manual_seed(1))
     want: dict[int, torch.Tensor] = {}
     for text in texts:
-        cache = filled(model, text[None], window=128)
-        exact = DynamicCache(config=model.config)
-        with torch.no_grad():
-            model(text[None], **as_argument(exact))
-        for i, (layer, plain) in enumerate(zip(cache.layers, exact.layers, strict=True)):
-            assert layer.rows.packed == 0
-            mean_square = layer._squares[..., :-1] / layer._squares[..., -1:]
-            want[i] = want.get(i, 0) + columns.key_scores(plain.keys, mean_square, SPAN)[0] / 2
+        cache = filled(model, text[None, :LEAST_TOKENS], window=128)
+        leaving = torch.arange(4, 4 + 128, 2, dtype=torch.int32)
+        for i, layer in enumerate(cache.layers):
+            assert layer.rows.packed == 0 and layer.newest_queries.query.shape[2] == MAP_QUERIES
+            attention = Attention(layer.newest_queries, layer.window_k[:, :, :LEAST_TOKENS], leaving)
+            want[i] = want.get(i, 0) + attention.key_scores(64)[0]
     tensors, described = calibration.state()
     assert sorted(tensors) == [f"layers.{i}.key_scores" for i in want] and described["tokens"] == 600
     for i, score in want.items():
@@ -87,11 +86,11 @@ def test_only_full_attention_is_calibrated():
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config_of("gemma2")).eval()
     full = [i for i, kind in enumerate(model.config.layer_types) if kind == "full_attention"]
-    assert calibrate(model, [torch.arange(100)]).layers == full and 0 < len(full) < model.config.num_hidden_layers
+    assert calibrate(model, [torch.arange(280) % 64]).layers == full and 0 < len(full) < model.config.num_hidden_layers
     with pytest.raises(ValueError, match="texts must be at least one"):
         calibrate(model, [])
-    with pytest.raises(ValueError, match=r"texts must be token ids \[length\], one or more, got \[0\]"):
-        calibrate(model, [torch.tensor([], dtype=torch.long)])
+    with pytest.raises(ValueError, match=r"texts must be token ids \[length\], at least 260, got \[259\]"):
+        calibrate(model, [torch.zeros(259, dtype=torch.long)])
 
 
 # --------------------------------------------------------------------------------------------------------------- in use
