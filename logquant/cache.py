@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from . import columns, compiled, ops
 from .attention import Attended, KVHandle, KVView
 from .config import LogQuantConfig
-from .feedback import QUERIES, Attention, Newest, key_weights, value_feedback
+from .feedback import MAP_QUERIES, QUERIES, Attention, Newest, key_weights, value_feedback
 from .reference import DTYPES, PageFormat
 from .window import Move, Rows, Slots
 
@@ -108,6 +108,7 @@ class LogQuantLayer(CacheLayerMixin):
         config: what to keep exact and how to store the rest.
         shared: what the layers of a cache have in common.
         rows: the empty rows that the layers of a cache share.
+        index: which layer of the model it is.
     """
 
     is_compileable = False
@@ -117,9 +118,12 @@ class LogQuantLayer(CacheLayerMixin):
     _rows: Rows
     _columns: int
 
-    def __init__(self, config: LogQuantConfig, shared: _Shared | None = None, rows: Rows | None = None) -> None:
+    def __init__(
+        self, config: LogQuantConfig, shared: _Shared | None = None, rows: Rows | None = None, index: int = 0
+    ) -> None:
         # Not super().__init__(): keys and values are properties here.
         self.config = config
+        self._index = index
         self._shared = shared or _Shared()
         self._empty = rows or Rows((Slots(config.window, config.rule, config.sink_tokens),))
         self._version = 0
@@ -138,18 +142,25 @@ class LogQuantLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, head_dim = key_states.shape
         self.format: PageFormat = self.config.page_format(head_dim, value_states.shape[-1])
+        self.key_map = self._first_map(key_states)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.window_k = key_states.new_empty(batch, heads, 0, head_dim)
         self.window_v = value_states.new_empty(batch, heads, 0, value_states.shape[-1])
         self.pages = key_states.new_empty(batch, heads, 0, self.format.words, dtype=torch.int32)
         self._own_pages(self.pages)
-        self.key_map = columns.default_map(self.format, batch, heads, self.device) if self.format.has_map else None
-        # Of queries, for choosing the map: columns.squares_of. None before any and after every row has its map.
-        self._squares: Tensor | None = None
         # The newest queries, which say how to quantise (logquant.feedback); None where that is not asked for or known.
         self._newest: Newest | None = None
         self._ticket = compiled.ticket_for(self, value_states.shape[-1])
         self.is_initialized = True
+
+    def _first_map(self, like: Tensor) -> Tensor | None:
+        """The column map ``[B, H, C]`` for tensors like this one: calibrated, or until one is chosen."""
+        if not self.format.has_map:
+            return None
+        batch, heads = like.shape[:2]
+        if (calibration := self.config.calibrated) is None:
+            return columns.default_map(self.format, batch, heads, like.device)
+        return calibration.key_map(self._index, self.format, heads, like.device).expand(batch, -1, -1)
 
     @property
     def batch_size(self) -> int:
@@ -405,30 +416,45 @@ class LogQuantLayer(CacheLayerMixin):
         after = rows.append(new, recallable, real)
         if attended is not None and real is not None and attended.query.shape[2] != new:
             attended = None
-        if attended is not None and self.key_map is not None and 0 in rows.packed_counts:
-            # Sums of floats depend on their order.
-            queries, all_drafts = attended.query.shape[2], 0 < new == pending.drafts
-            for part in (slice(i, i + 1) for i in range(queries)) if all_drafts else (slice(queries),):
-                own = None if real is None else real[:, part]
-                squares = columns.squares_of(attended.query[:, :, part], self.window_k.shape[1], own)
-                self._squares = squares if self._squares is None else self._squares + squares
         newest = self._newest_with(attended, new, real, recallable)
+        kept = self._newest_after(newest, after, recallable)
         if pending.in_window and real is None and after.packed_counts == rows.packed_counts:
             self._rows = after  # the new tokens are where they belong already, as in most steps
         else:
             moves = rows.moves(new, self.device, recallable, real)
             with torch.no_grad():
                 self._move(pending.keys, pending.values, pending.in_window, moves, after, newest, real)
-        self._newest, self._pending = newest, None
+        self._newest, self._pending = kept, None
 
     def _newest_with(self, attended: Attended | None, new: int, real: Tensor | None, recallable: int) -> Newest | None:
-        """The newest queries, and as many more as a :meth:`crop` may take back."""
-        if attended is None or attended.query.shape[2] != new or not self.format.is_fitted:
+        """The newest queries, and as many more as a :meth:`crop` may take back; perhaps in the memory of all."""
+        count = self._queries_needed(self._rows)
+        if attended is None or attended.query.shape[2] != new or not count:
             return self._newest
-        newest, count = Newest.of(attended.query, real, attended.scale, attended.softcap), QUERIES + recallable
+        newest = Newest.of(attended.query, real, attended.scale, attended.softcap)
         if self._newest is None:
-            return newest.keep(count).apart()  # lest a prompt's many stay
-        return self._newest.then(newest, count)
+            return newest.keep(count + recallable)
+        return self._newest.then(newest, count + recallable)
+
+    def _newest_after(self, newest: Newest | None, after: Rows, recallable: int) -> Newest | None:
+        """Those of the newest queries that rows need from now on, in memory of their own: lest a prompt's many stay."""
+        count = self._queries_needed(after)
+        if newest is None or not count:
+            return None
+        if self._newest is None or newest.size > count + recallable:
+            return newest.keep(count + recallable).apart()
+        return newest
+
+    def _queries_needed(self, rows: Rows) -> int:
+        """How many of the newest queries say how to quantise the next tokens that leave."""
+        if self._chooses and 0 in rows.packed_counts:
+            return MAP_QUERIES
+        return QUERIES if self.format.is_fitted else 0
+
+    @property
+    def _chooses(self) -> bool:
+        """Whether each row has a column map of its own."""
+        return self.format.has_map and self.config.calibration is None
 
     def _real_columns(self, pending: _Pending) -> Tensor | None:
         """Which of the pending columns hold a token, bool ``[B, new]``; None if all do."""
@@ -470,7 +496,7 @@ class LogQuantLayer(CacheLayerMixin):
         if steps:
             self.prefetch()
         store, window_k, window_v = self._stores_for(after, keys, values, in_window)
-        key_map = self._chosen_map(keys, moves, real)
+        key_map = self._chosen_map(keys, moves, newest, real)
         step_options = [self._fit_options(self._attention(keys, m, newest, real), slice(None)) for m in steps]
         for m in others:
             self._quantize_into(store, keys, values, m, key_map, self._attention(keys, m, newest, real))
@@ -490,8 +516,6 @@ class LogQuantLayer(CacheLayerMixin):
             self._own_pages(store)
         self.window_k, self.window_v, self.key_map = window_k, window_v, key_map
         self._rows = after
-        if 0 not in after.packed_counts:
-            self._squares = None
         if in_window:
             self._version += 1
         self._interrupted = False
@@ -504,26 +528,29 @@ class LogQuantLayer(CacheLayerMixin):
         slots = torch.cat([move.leaving, move.staying]).sort().values
         return keys[move.rows].index_select(2, slots), torch.searchsorted(slots, move.leaving).int()
 
-    def _chosen_map(self, keys: Tensor, moves: list[Move], real: Tensor | None) -> Tensor | None:
+    def _chosen_map(self, keys: Tensor, moves: list[Move], newest: Newest | None, real: Tensor | None) -> Tensor | None:
         """The column map, with those of rows that get their first page chosen from the tokens they have now."""
         first = [m for m in moves if m.packed == 0 and len(m.leaving)]
-        if self.key_map is None or not first:
+        if self.key_map is None or not self._chooses or not first:
             return self.key_map
         key_map = self.key_map.clone()
         for m in first:
-            mean_square = None
-            if self._squares is not None:
-                mean_square = self._squares[m.rows, :, :-1] / self._squares[m.rows, :, -1:].clamp_min(1)
-            score = columns.key_scores(self._tokens_of(keys, m, real)[0], mean_square, 2 * self.format.page_tokens)
-            key_map[m.rows] = columns.allocate(score, self.format)
+            attention = self._attention(keys, m, newest, real, MAP_QUERIES)
+            if attention is None:
+                scores = columns.variances(self._tokens_of(keys, m, real)[0], 2 * self.format.page_tokens)
+            else:
+                scores = attention.key_scores(self.format.page_tokens)
+            key_map[m.rows] = columns.allocate(scores, self.format)
         return key_map
 
-    def _attention(self, keys: Tensor, move: Move, newest: Newest | None, real: Tensor | None) -> Attention | None:
+    def _attention(
+        self, keys: Tensor, move: Move, newest: Newest | None, real: Tensor | None, queries: int = QUERIES
+    ) -> Attention | None:
         """How the newest queries of a move's rows attend to the tokens that leave, if that is known and asked for."""
         if newest is None or not len(move.leaving):
             return None
         tokens, leaving = self._tokens_of(keys, move, real)
-        return Attention(newest.keep(QUERIES).together().map(lambda t: t[move.rows]), tokens, leaving)
+        return Attention(newest.keep(queries).together().map(lambda t: t[move.rows]), tokens, leaving)
 
     def _fit_options(self, attention: Attention | None, tokens: slice) -> dict[str, Tensor]:
         """What the quantiser is told about some of the tokens that leave."""
@@ -624,7 +651,7 @@ class LogQuantLayer(CacheLayerMixin):
         self.record_past = False
         self._version += 1
         self._shared.forget()
-        for name in ("window_k", "window_v", "pages", "key_map", "_squares", "_newest", "_sharers"):
+        for name in ("window_k", "window_v", "pages", "key_map", "_newest", "_sharers"):
             self.__dict__.pop(name, None)
 
     def activate_past_recording(self) -> None:
@@ -670,8 +697,8 @@ class LogQuantLayer(CacheLayerMixin):
         # The tokens that are left are here to stay, so the rule is applied to all of them.
         window_k, window_v = (w[:, :, : cropped.exact] for w in (self.window_k, self.window_v))
         with torch.no_grad():
-            newest = self._newest and self._newest.keep(QUERIES)
-            self._move(window_k, window_v, True, moves, after, newest)
+            newest = self._newest_after(self._newest, after, 0)
+            self._move(window_k, window_v, True, moves, after, self._newest)
         self._newest = newest
         if pending is None or not kept:
             return
@@ -717,10 +744,12 @@ class LogQuantLayer(CacheLayerMixin):
     def _map_tensors(self, function: Callable[[Tensor], Tensor], rows: Rows) -> None:
         """Replace every tensor of the layer; all or none if one of the calls fails."""
         window_k, window_v, pages = function(self.window_k), function(self.window_v), function(self.pages)
-        key_map, squares = (None if t is None else function(t) for t in (self.key_map, self._squares))
+        key_map = self.key_map
+        if key_map is not None:
+            key_map = function(key_map) if self._chooses else self._first_map(window_k)
         newest = self._newest and self._newest.map(function)
         self._own_pages(pages)
-        self.key_map, self._squares, self._newest = key_map, squares, newest
+        self.key_map, self._newest = key_map, newest
         self.window_k, self.window_v, self._rows = window_k, window_v, rows
         self._version += 1
 
@@ -784,7 +813,8 @@ class LogQuantLayer(CacheLayerMixin):
             and window_k.dtype == window_v.dtype
             and window_k.dtype in DTYPES
         )
-        if fmt.has_map:
+        chooses = fmt.has_map and self.config.calibration is None
+        if chooses:
             map_shape = None if key_map is None or key_map.dtype != torch.int16 else key_map.shape
             fits = fits and map_shape == (batch, heads, fmt.key_columns)
         if newest is not None:
@@ -797,7 +827,7 @@ class LogQuantLayer(CacheLayerMixin):
         self.lazy_initialization(window_k, window_v)
         self.window_k, self.window_v, self._rows, self._columns = window_k, window_v, rows, rows.columns
         self._own_pages(pages)
-        if fmt.has_map:
+        if chooses:
             self.key_map = key_map
         self._newest = newest
         self._version += 1
@@ -843,8 +873,15 @@ class LogQuantLayer(CacheLayerMixin):
         self._settle()
         if not self.is_initialized:
             return 0
-        held = self.window_k, self.window_v, self.pages, self.key_map, self._squares, self._newest
-        return sum(t.nbytes for t in held if t is not None)
+        held = self.window_k, self.window_v, self.pages, self._newest
+        return sum(t.nbytes for t in held if t is not None) + self.map_nbytes
+
+    @property
+    def map_nbytes(self) -> int:
+        """Bytes of the column maps of this layer's sequences; those of a calibration belong to none of them."""
+        if not self.is_initialized or self.key_map is None or not self._chooses:
+            return 0
+        return self.key_map.nbytes
 
     @property
     def full_precision_nbytes(self) -> int:
@@ -905,7 +942,7 @@ class LogQuantCache(DynamicCache):
 
     Raises:
         TypeError: ``quantization`` together with ``options``, or an unknown option.
-        ValueError: an invalid option, or a head dimension that pages cannot hold.
+        ValueError: an invalid option, a head dimension that pages cannot hold, or a calibration of another model.
     """
 
     def __init__(self, config: PreTrainedConfig, quantization: LogQuantConfig | None = None, **options: Any) -> None:
@@ -919,6 +956,8 @@ class LogQuantCache(DynamicCache):
             self.quantization.page_format(head_dim)
         rows = Rows((Slots(self.quantization.window, self.quantization.rule, self.quantization.sink_tokens),))
         layers = DynamicCache(config=config).layers
+        if (calibration := self.quantization.calibrated) is not None:
+            calibration.check(config, [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer])
         self.config = config
         self._shared = _Shared(layers=sum(type(layer) is DynamicLayer for layer in layers))
         # Not DynamicCache's own __init__, which would make other layers. It is the base because transformers asks for
@@ -926,8 +965,8 @@ class LogQuantCache(DynamicCache):
         Cache.__init__(
             self,
             layers=[
-                LogQuantLayer(self.quantization, self._shared, rows) if type(layer) is DynamicLayer else layer
-                for layer in layers
+                LogQuantLayer(self.quantization, self._shared, rows, i) if type(layer) is DynamicLayer else layer
+                for i, layer in enumerate(layers)
             ],
         )
 

@@ -1,4 +1,4 @@
-"""The command line: ``logquant generate``, ``plan``, ``eval``, ``bench ...``, ``report`` and ``info``."""
+"""The command line: ``logquant generate``, ``plan``, ``calibrate``, ``eval``, ``bench ...``, ``report``, ``info``."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ Json = Annotated[Path | None, typer.Option("--json", help="Also write the result
 GIB = 1 << 30
 CACHE_HELP = (
     "logquant, paper, recent, full, or another method: partial, kivi, oscar, turboquant, quanto, hqq, streaming, h2o; "
-    "settings follow a colon, as in logquant:bits=4,window=128."
+    "settings follow a colon, as in logquant:bits=4,window=128 or logquant:calibration=FILE."
 )
 
 
@@ -295,6 +295,36 @@ def plan_command(
         table.add_row(each.cache, megabytes(each.nbytes), f"{each.batch:,}", f"{each.longest:,}")
     Console().print(table)
     write_json(json_file, "plan", arguments, results=[each.as_dict() for each in plans])
+
+
+# -------------------------------------------------------------------------------------------------------- calibrate
+@app.command(name="calibrate")
+def calibrate_command(
+    files: Annotated[list[Path], typer.Argument(help="Files of text, like those that the model will see.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file.")] = Path("calibration.safetensors"),
+    tokens: Annotated[int, typer.Option(min=260, help="Tokens of each text, if it has as many.")] = 2048,
+    model: Model = None,
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
+    json_file: Json = None,
+) -> None:
+    """See which key channels of a model queries look at, for caches logquant:calibration=FILE of that model."""
+    arguments = dict(locals())
+    from .calibrate import calibrate
+    from .eval import read_ids
+
+    with errors_of("--output"):
+        if not output.absolute().parent.is_dir():
+            raise ValueError(f"there is no directory {output.absolute().parent}")
+    loaded, tokenizer = load_model(model, dtype)
+    with errors_of("files"):
+        texts = [torch.tensor(read_ids(tokenizer, file)[:tokens]) for file in files]
+    with progress() as bar, errors_of("files"):
+        task = bar.add_task(f"{len(texts)} texts", total=sum(len(text) for text in texts))
+        calibration = calibrate(loaded, texts, on_progress=lambda done: bar.advance(task, done))
+    with errors_of("--output"):
+        calibration.save(output)
+    typer.echo(f"{output}: {calibration.tokens:,} tokens, {output.stat().st_size / 1e3:.0f} kB")
+    write_json(json_file, "calibrate", arguments, tokens=calibration.tokens, layers=calibration.layers)
 
 
 # ------------------------------------------------------------------------------------------------------------- eval

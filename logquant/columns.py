@@ -1,8 +1,9 @@
-"""Which key channels get how many columns: statistics of queries and keys.
+"""Which key channels get how many columns.
 
 At 2 bits nearly all the loss comes from keys, and from few of their channels (DESIGN section 3, "Key columns"). So
-columns of codes go where they lower the expected squared error of scores most, ``E[q_c^2] * var(k_c)`` times what a
-further column takes off the distortion: reverse water-filling, once for each layer, head and sequence.
+columns of codes go where they lower the expected squared error of attention most: what a channel without any would cost
+(:meth:`logquant.feedback.Attention.key_scores`) times what a further column takes off its distortion. That is reverse
+water-filling, once for each layer, head and sequence, or once for all sequences (:mod:`logquant.calibration`).
 """
 
 from __future__ import annotations
@@ -47,12 +48,11 @@ def default_map(fmt: PageFormat, batch: int, heads: int, device: torch.device) -
     return entries.sort().values.to(torch.int16).expand(batch, heads, -1)
 
 
-def key_scores(keys: Tensor, mean_square_q: Tensor | None, span: int) -> Tensor:
-    """``E[q_c^2] * var(k_c)``, the variance being that within spans of consecutive tokens.
+def variances(keys: Tensor, span: int) -> Tensor:
+    """``var(k_c)`` within spans of consecutive tokens: what channels cost where nothing is known of queries.
 
     Args:
         keys: ``[B, H, T, D]`` in order; of fewer than ``span`` tokens the variance is that of all.
-        mean_square_q: float32 ``[B, H, D]``, E[q_c^2]; 1 without it.
         span: tokens of a span, about the stretch of text that a page covers.
 
     Returns:
@@ -65,27 +65,4 @@ def key_scores(keys: Tensor, mean_square_q: Tensor | None, span: int) -> Tensor:
     for part in spans.split(max(1, _AT_ONCE // span), 2):
         variance += part.float().var(3, correction=0).sum(2)
     variance /= spans.shape[2]
-    return variance if mean_square_q is None else variance * mean_square_q
-
-
-def squares_of(queries: Tensor, kv_heads: int, real: Tensor | None) -> Tensor:
-    """Sums of squared queries and how many there are: what ``E[q_c^2]`` is made of, and can be added up.
-
-    Args:
-        queries: ``[B, Hq, L, D]``.
-        kv_heads: H.
-        real: bool ``[B, L]``, which columns hold a token; None if all do.
-
-    Returns:
-        float32 ``[B, H, D + 1]``: the sums, then the count.
-    """
-    batch, heads, length, dim = queries.shape
-    total = queries.new_zeros(batch, kv_heads, dim + 1, dtype=torch.float32)
-    for first in range(0, length, _AT_ONCE):
-        part = queries[:, :, first : first + _AT_ONCE].float().square()
-        if real is not None:
-            part = part * real[:, None, first : first + _AT_ONCE, None].to(part.device)
-        total[..., :-1] += part.sum(2).unflatten(1, (kv_heads, -1)).sum(2)
-    count = torch.full((batch,), length) if real is None else real.sum(1)
-    total[..., -1] = (count * (heads // kv_heads)).to(total)[:, None]
-    return total
+    return variance

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
-from .feedback import QUERIES
+from .calibration import Calibration
+from .feedback import MAP_QUERIES, QUERIES
 from .reference import BITS, PAGE_TOKENS, PARAM_BITS, PageFormat
 from .window import RULES, Rule, evicted_slots, evictions
 
@@ -30,8 +32,11 @@ class LogQuantConfig:
             that a head has a multiple of 16.
         param_bits: 8 stores scales in 8 bits, fits them and rotates values, as the newest queries tell, which are kept
             (:mod:`logquant.feedback`); 16 stores the range of the elements.
+        calibration: what says which channels get the columns, the same for every sequence: a
+            :class:`logquant.calibration.Calibration` of the model, or its file. By default each sequence says it.
 
     Raises:
+        FileNotFoundError: no such file.
         ValueError: naming the field, what it was and what it must be.
     """
 
@@ -45,6 +50,7 @@ class LogQuantConfig:
     sinks: int = 4
     key_columns: float | None = None
     param_bits: int = 8
+    calibration: Calibration | str | os.PathLike[str] | None = None
 
     @classmethod
     def paper(cls, **changes: Any) -> LogQuantConfig:
@@ -91,6 +97,18 @@ class LogQuantConfig:
             f"a number above 0, up to {most} (8 / key_bits)",
         )
         need(is_count(self.param_bits) and self.param_bits in PARAM_BITS, "param_bits", "8 or 16")
+        need(
+            self.calibration is None or columns != 1,
+            "calibration",
+            "None where key_columns is 1: every channel has one column",
+        )
+        if isinstance(self.calibration, str | os.PathLike):
+            object.__setattr__(self, "calibration", Calibration.load(self.calibration))
+        need(
+            self.calibration is None or isinstance(self.calibration, Calibration),
+            "calibration",
+            "a Calibration, the path of its file, or None",
+        )
 
     # The fields are optional only in the constructor; these give them to type checkers as what they are afterwards.
     @property
@@ -103,6 +121,12 @@ class LogQuantConfig:
     def sink_tokens(self) -> int:
         """``sinks``."""
         return self.sinks
+
+    @property
+    def calibrated(self) -> Calibration | None:
+        """``calibration``, read."""
+        assert self.calibration is None or isinstance(self.calibration, Calibration)
+        return self.calibration
 
     @property
     def window_capacity(self) -> int:
@@ -166,8 +190,8 @@ class LogQuantConfig:
             tokens: tokens seen.
             head_dim, value_dim: channels of a key and of a value.
             itemsize: bytes of an exact element.
-            query_heads: query heads of a KV head, whose newest queries are kept where parameters are fitted; 0 counts
-                none, as when the attention does not tell its queries.
+            query_heads: query heads of a KV head, whose newest queries are kept where parameters are fitted or columns
+                chosen; 0 counts none, as when the attention does not tell its queries.
             decoding: the last tokens were decoded, not part of a prompt: the most that the cache may hold then, for a
                 store that grows gets pages to spare.
         """
@@ -175,7 +199,9 @@ class LogQuantConfig:
         packed = self.packed_tokens(tokens)
         pages = packed // fmt.page_tokens
         window = self.window_slots(tokens if packed == 0 else self.window_capacity)
-        key_map = 2 * fmt.key_columns if fmt.has_map else 0
         stored = self.store_pages(pages) if decoding and pages else pages
-        queries = min(tokens, QUERIES) * query_heads * fmt.head_dim * itemsize if fmt.is_fitted else 0
+        chooses = fmt.has_map and self.calibration is None
+        key_map = 2 * fmt.key_columns if chooses else 0
+        kept = MAP_QUERIES if chooses and not packed else QUERIES if fmt.is_fitted else 0
+        queries = min(tokens, kept) * query_heads * fmt.head_dim * itemsize
         return key_map + queries + stored * fmt.nbytes + window * (fmt.head_dim + fmt.value_dim) * itemsize

@@ -1,6 +1,7 @@
 """How tokens that leave are best quantised, as the newest queries tell: weights of keys, feedback of values.
 
-Keys: an error of a token's key counts as much as the token is attended to. Values: attention adds values up, so their
+Keys: an error of a token's key counts as much as the token is attended to, and one in a channel as much as those
+queries look at it that attend to the token. Values: attention adds values up, so their
 errors can cancel. Token by token, each first takes off what the errors of those before it in its page come to, as GPTQ
 (arXiv 2210.17323) does with the columns of a weight matrix, here along the tokens: with A the mean of p p^T over the
 newest queries, p their attention to the page's tokens, that lowers tr(E^T A E), the squared error of what those queries
@@ -18,6 +19,8 @@ from torch import Tensor
 
 # The newest queries of a sequence that say so: 64 say little more, and are to be kept.
 QUERIES = 16
+# Those that say which key channels get columns, once: kept until then.
+MAP_QUERIES = 64
 # Tokens that are worked on at once: float32 copies of a long prompt would raise the peak.
 _AT_ONCE = 2048
 # Added to A's diagonal, in parts of its mean: tomorrow's queries are not today's.
@@ -57,6 +60,11 @@ class Newest(NamedTuple):
         """All of them, ``[B, Hq, n, D]``, in order."""
         return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, 2)
 
+    @property
+    def size(self) -> int:
+        """How many there are for each sequence, n."""
+        return sum([part.shape[2] for part in self.parts])
+
     def keep(self, count: int) -> Newest:
         """The newest ``count`` of each sequence; perhaps in the same memory."""
         if self.real is None:
@@ -82,7 +90,7 @@ class Newest(NamedTuple):
 
     def then(self, newer: Newest, count: int) -> Newest:
         """The newest ``count`` of these and newer ones, in memory of their own."""
-        came = sum([part.shape[2] for part in newer.parts])
+        came = newer.size
         columns = newer.columns + (self.columns if newer.columns == came else 0)
         if self.real is None and newer.real is None:
             older = self.apart() if self.parts[0].shape[2] > 1 else self
@@ -137,7 +145,7 @@ class Attention:
     """How the newest queries of some sequences attend to their tokens that leave.
 
     Args:
-        newest: at most :data:`QUERIES`, of these sequences; those of padding attend to all tokens alike.
+        newest: few, of these sequences; those of padding attend to all tokens alike.
         keys: ``[B, H, T, D]``, all that are still exact.
         leaving: int32 ``[N]``, indices of keys.
     """
@@ -170,6 +178,26 @@ class Attention:
         if self._weights is not None:
             return self._weights.index_select(3, leaving)
         return self._scores(self._keys.index_select(2, leaving)).sub_(self._lse).exp_()
+
+    def key_scores(self, page_tokens: int) -> Tensor:
+        """What the keys of pages without columns would cost by channel: for :func:`logquant.columns.allocate`.
+
+        An error of a key changes a score by ``q_c`` times it, and that a softmax weight in proportion to the weight;
+        errors of tokens are independent, and as large as the channel's variance within the page.
+
+        Args:
+            page_tokens: tokens of a page; as many, or a multiple, leave.
+
+        Returns:
+            float32 ``[B, H, D]``: over pages and queries, the sum of ``weight^2 * q_c^2 * var(k_c)``.
+        """
+        squares, total = self._query.square(), torch.zeros_like(self._query[:, :, 0])
+        for first in range(0, len(self._leaving), _AT_ONCE):
+            tokens = slice(first, first + _AT_ONCE)
+            weights = self[tokens].square().unflatten(-1, (-1, page_tokens)).sum(-1)  # [B, H, queries, P]
+            keys = self._keys.index_select(2, self._leaving[tokens]).float().unflatten(2, (-1, page_tokens))
+            total += ((weights.mT @ squares) * keys.var(3, correction=0)).sum(2)
+        return total
 
 
 def key_weights(attention: Tensor, page_tokens: int) -> Tensor:

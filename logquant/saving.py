@@ -1,8 +1,8 @@
-"""Caches in files: safetensors, with all that is needed to refuse a file that does not fit the model.
+"""Caches and calibrations in files: safetensors, with all that is needed to refuse a file that does not fit the model.
 
-A file holds the tensors of each layer (``layers.3.pages``) and, as metadata, one JSON object: the file's version, the
-settings of the cache, what identifies the model, where the tokens are, and a digest of everything. There is no pickle
-in it, so reading one from a stranger is safe.
+A file holds the tensors of each layer (``layers.3.pages``) and, as metadata, one JSON object: the file's version, what
+identifies the model, and a digest of everything; of a cache also its settings and where the tokens are. There is no
+pickle in it, so reading one from a stranger is safe.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .calibration import Calibration
 from .config import LogQuantConfig
 from .feedback import Newest
 from .window import Rows, Slots
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from .cache import LogQuantCache, LogQuantLayer
 
 FILE_VERSION = 1
-_METADATA_KEY = "logquant_cache"
+KIND = "cache"
 # Settings of a configuration that do not change what a model's keys and values are.
 _IRRELEVANT = ("architectures", "dtype", "output_attentions", "output_hidden_states", "return_dict", "use_cache")
 
@@ -54,12 +55,70 @@ def fingerprint(model: PreTrainedModel | PreTrainedConfig) -> dict[str, str]:
     return digests
 
 
-def _digest(tensors: dict[str, Tensor], described: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+def digest(tensors: dict[str, Tensor], described: dict[str, Any]) -> str:
+    """Of everything in a file."""
+    found = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------------- whole files
+def write(path: str | os.PathLike[str], kind: str, tensors: dict[str, Tensor], described: dict[str, Any]) -> None:
+    """Write a file. One that is there stays until the new one is complete.
+
+    Args:
+        path: where to.
+        kind: what is in it; its description is the metadata ``logquant_KIND``.
+        tensors: on the CPU, contiguous.
+        described: what JSON can hold, with the file's ``version``.
+
+    Raises:
+        OSError: the file cannot be written, as on a full disk; nothing is left of it.
+    """
+    metadata = {f"logquant_{kind}": json.dumps(described | {"digest": digest(tensors, described)})}
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, unfinished, metadata)
+        os.replace(unfinished, path)
+    except SafetensorError as error:
+        raise OSError(f"the {kind} could not be written to {path}: {error}") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            unfinished.unlink()
+
+
+def read(path: str | os.PathLike[str], kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and description of a file that :func:`write` has written, complete and unchanged.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged file, or one of another kind or version.
+    """
+    path, key = Path(path), f"logquant_{kind}"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+    if key not in metadata:
+        raise ValueError(f"{path} holds no LogQuant {kind}")
+    try:
+        described = json.loads(metadata[key])
+        found, want = described["version"], described.pop("digest", None)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: its description cannot be read ({error})") from error
+    if found != version:
+        raise ValueError(f"{path} has version {found} of the file format; this logquant reads version {version}")
+    if want != digest(tensors, described):
+        raise ValueError(f"{path} is damaged: its contents are not those that were saved")
+    return tensors, described
 
 
 # -------------------------------------------------------------------- layers that transformers made: whatever they hold
@@ -121,7 +180,7 @@ def save(cache: LogQuantCache, path: str | os.PathLike[str], model: PreTrainedMo
             layers.append({"kind": type(layer).__name__, "state": _take_apart(vars(layer), f"layers.{i}", tensors)})
     described = {
         "version": FILE_VERSION,
-        "settings": asdict(cache.quantization),
+        "settings": {name: value for name, value in asdict(cache.quantization).items() if name != "calibration"},
         "model": fingerprint(model if model is not None else cache.config),
         "layers": layers,
     }
@@ -133,18 +192,10 @@ def save(cache: LogQuantCache, path: str | os.PathLike[str], model: PreTrainedMo
             for row, columns in zip(real, rows.real, strict=True):
                 row[columns.long()] = 1
             tensors["real"] = real
-    metadata = {_METADATA_KEY: json.dumps(described | {"digest": _digest(tensors, described)})}
-    # A file that is there stays until the new one is complete.
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(tensors, unfinished, metadata)
-        os.replace(unfinished, path)
-    except SafetensorError as error:
-        raise OSError(f"the cache could not be written to {path}: {error}") from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            unfinished.unlink()
+    if (calibration := cache.quantization.calibrated) is not None:
+        statistics, described["calibration"] = calibration.state()
+        tensors |= statistics
+    write(path, KIND, tensors, described)
 
 
 def _used(layer: LogQuantLayer) -> dict[str, Tensor]:
@@ -152,7 +203,7 @@ def _used(layer: LogQuantLayer) -> dict[str, Tensor]:
     rows = layer.rows
     newest = layer.newest_queries
     optional = {
-        "key_map": layer.key_map,
+        "key_map": None if layer.config.calibrated else layer.key_map,
         "newest.query": None if newest is None else newest.query,
         "newest.real": None if newest is None else newest.real,
     }
@@ -174,7 +225,7 @@ def load(
     from .cache import LogQuantLayer
 
     path = Path(path)
-    tensors, described = _read(path)
+    tensors, described = read(path, KIND, FILE_VERSION)
     if device is None:
         device = model.device if isinstance(model, PreTrainedModel) else "cpu"
     device = torch.device(device)
@@ -182,7 +233,10 @@ def load(
     for part, digest in fingerprint(model).items():
         if described["model"].get(part, digest) != digest:
             raise ValueError(f"{path} was made by another model: its {part} differs from that of the model given")
-    cache = kind(config, LogQuantConfig(**described["settings"]))
+    calibration = None
+    if "calibration" in described:
+        calibration = Calibration.from_state(tensors, described["calibration"])
+    cache = kind(config, LogQuantConfig(**described["settings"], calibration=calibration))
     kinds = [type(layer).__name__ for layer in cache.layers]
     if kinds != [layer["kind"] for layer in described["layers"]]:
         raise ValueError(f"{path} has other kinds of layers than a cache of this model: {kinds}")
@@ -201,31 +255,6 @@ def load(
                 newest = Newest((query,), real, **saved["state"]["newest"]).map(lambda t: t.to(device))
             layer.restore(rows, **parts, newest=newest)
     return cache
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and description of a file that is complete and unchanged."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
-    if _METADATA_KEY not in metadata:
-        raise ValueError(f"{path} holds no LogQuant cache")
-    try:
-        described = json.loads(metadata[_METADATA_KEY])
-        version, digest = described["version"], described.pop("digest", None)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: its description cannot be read ({error})") from error
-    if version != FILE_VERSION:
-        raise ValueError(f"{path} has version {version} of the file format; this logquant reads version {FILE_VERSION}")
-    if digest != _digest(tensors, described):
-        raise ValueError(f"{path} is damaged: its contents are not those that were saved")
-    return tensors, described
 
 
 def _rows(described: dict[str, Any], tensors: dict[str, Tensor], settings: LogQuantConfig) -> Rows | None:

@@ -72,7 +72,7 @@ class CacheSpec:
             return LogQuantCache(config, self.settings)
         return self.settings.make(config)
 
-    def replace(self, **fields: float) -> CacheSpec:
+    def replace(self, **fields: float | str) -> CacheSpec:
         """The same cache with other settings.
 
         Raises:
@@ -94,17 +94,20 @@ def _fields(name: str) -> dict[str, Any]:
     return {field.name: field.type for field in fields if field.name != "rule"}
 
 
-def _given(text: str) -> dict[str, float]:
+def _given(text: str) -> dict[str, float | str]:
     """The settings written after the colon."""
     name, _, settings = text.partition(":")
     fields = _fields(name)
-    given: dict[str, float] = {}
+    given: dict[str, float | str] = {}
     for setting in filter(None, settings.split(",")):
         key, _, value = setting.partition("=")
         if not fields:
             raise ValueError(f"cache {name!r} has no settings, got {key}")
         if key not in fields:
             raise ValueError(f"cache {text!r}: a setting must be one of {', '.join(fields)}, got {key!r}")
+        if "str" in fields[key]:
+            given[key] = value
+            continue
         number, what = (float, "number") if "float" in fields[key] else (int, "whole number")
         try:
             given[key] = number(value)
@@ -114,9 +117,10 @@ def _given(text: str) -> dict[str, float]:
 
 
 def parse_cache(text: str) -> CacheSpec:
-    """The cache that a name stands for: ``NAME[:KEY=NUMBER,...]``, keys being fields of its settings.
+    """The cache that a name stands for: ``NAME[:KEY=VALUE,...]``, keys being fields of its settings.
 
     Raises:
+        FileNotFoundError: a setting names a file that is not there.
         ValueError: an unknown name or key, or an invalid setting.
     """
     name, _, _ = text.partition(":")
@@ -182,8 +186,8 @@ def packed_bits_per_element(cache: Cache) -> float | None:
         parts = _packed(layer)
         nbytes += sum(part.nbytes for part in parts)
         elements += sum(part.elements for part in parts)
-        if parts and isinstance(layer, LogQuantLayer) and layer.key_map is not None:
-            nbytes += layer.key_map.nbytes
+        if parts and isinstance(layer, LogQuantLayer):
+            nbytes += layer.map_nbytes
     return 8 * nbytes / elements if elements else None
 
 

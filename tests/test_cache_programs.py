@@ -6,6 +6,7 @@ import copy
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from hypothesis import settings
@@ -14,20 +15,29 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from logquant import LogQuantCache, LogQuantConfig, reference
+from logquant.calibration import Calibration
+from logquant.saving import fingerprint
 from tests.test_padding import causal_mask
 from tests.test_window import PlainRow
 from tests.tiny import PLAIN, tiny_config
 
 WINDOW, HEADS, DIM = 32, 1, 16
 MODEL = tiny_config(num_hidden_layers=2, num_attention_heads=HEADS, num_key_value_heads=HEADS, head_dim=DIM)
+# Scores that differ from layer to layer: column maps that do not depend on the tokens.
+CALIBRATION = Calibration(
+    {i: torch.arange(DIM).float().roll(5 * i)[None].exp2() for i in (0, 1)}, fingerprint(MODEL), 0
+)
 
 
 class PlainLayerRow(PlainRow):
     """A row with contents: what each token is held as, ``[2, D]`` of key and value, by position."""
 
-    def __init__(self, config: LogQuantConfig) -> None:
+    def __init__(self, config: LogQuantConfig, layer: int) -> None:
         super().__init__(config.window, config.rule, config.sink_tokens)
         self.format = config.page_format(DIM)
+        self.key_map = None
+        if config.calibrated:
+            self.key_map = CALIBRATION.key_map(layer, self.format, HEADS, torch.device("cpu"))
         self.held: list[Tensor] = []
         self.packed: list[int] = []
 
@@ -38,7 +48,8 @@ class PlainLayerRow(PlainRow):
         for first in range(len(self.packed), len(packed), self.format.page_tokens):
             page = [positions[c] for c in packed[first : first + self.format.page_tokens]]
             k, v = torch.stack([self.held[p] for p in page], 1)[:, None, None].unbind(0)
-            unpacked = torch.cat(reference.dequantize(reference.quantize(k, v, self.format), self.format), 1)
+            pages = reference.quantize(k, v, self.format, key_map=self.key_map)
+            unpacked = torch.cat(reference.dequantize(pages, self.format, key_map=self.key_map), 1)
             for i, p in enumerate(page):
                 self.held[p] = unpacked[0, :, i]
         self.packed = packed
@@ -66,12 +77,16 @@ class PlainLayerRow(PlainRow):
 class CachePrograms(RuleBasedStateMachine):
     """A cache of two layers, and rows as lists for each layer."""
 
-    @initialize(rule=st.sampled_from(["log", "recent"]), bits=st.sampled_from([2, 8]), batch=st.integers(1, 3))
-    def start(self, rule: str, bits: int, batch: int) -> None:
-        self.config = LogQuantConfig(bits=bits, window=WINDOW, rule=rule, **PLAIN)
+    @initialize(
+        rule=st.sampled_from(["log", "recent"]),
+        options=st.sampled_from([{"bits": 2}, {"bits": 8}, {"key_columns": 2.0, "calibration": CALIBRATION}]),
+        batch=st.integers(1, 3),
+    )
+    def start(self, rule: str, options: dict[str, Any], batch: int) -> None:
+        self.config = LogQuantConfig(window=WINDOW, rule=rule, **PLAIN | options)
         self.cache = LogQuantCache(MODEL, self.config)
         self.batch, self.random = batch, torch.Generator().manual_seed(batch)
-        self.rows = [[PlainLayerRow(self.config) for _ in range(batch)] for _ in range(2)]
+        self.rows = [[PlainLayerRow(self.config, i) for _ in range(batch)] for i in range(2)]
         self.recording = False
         self.others: list[tuple[LogQuantCache, list[Tensor]]] = []
 
@@ -162,7 +177,7 @@ class CachePrograms(RuleBasedStateMachine):
     def reset(self) -> None:
         self.cache.reset()
         self.recording = False
-        self.rows = [[PlainLayerRow(self.config) for _ in range(self.batch)] for _ in range(2)]
+        self.rows = [[PlainLayerRow(self.config, i) for _ in range(self.batch)] for i in range(2)]
 
     @staticmethod
     def contents(cache: LogQuantCache) -> list[Tensor]:

@@ -51,24 +51,11 @@ def test_any_score_gives_a_map_that_the_operators_take(bits, score):
             assert torch.equal(pages, reference.quantize(k, k, fmt, key_map=key_map))
 
 
-def test_scores_are_variances_within_spans_times_squared_queries():
+def test_variances_are_those_within_spans():
     keys = torch.randn(1, 2, 150, 16) + torch.arange(150).view(1, 1, -1, 1) // 64 * 100
-    mean_square = torch.rand(1, 2, 16)
     want = torch.stack([keys[:, :, s : s + 64].var(2, correction=0) for s in (0, 64)]).mean(0)
-    assert torch.allclose(columns.key_scores(keys, None, 64), want)
-    assert torch.allclose(columns.key_scores(keys, mean_square, 64), want * mean_square)
-    assert torch.allclose(columns.key_scores(keys[:, :, :50], None, 64), keys[:, :, :50].var(2, correction=0))
-
-
-def test_squares_of_queries_leave_padding_out():
-    q = torch.randn(2, 4, 3000, 16)
-    real = torch.ones(2, 3000, dtype=torch.bool)
-    real[1, :2500] = False
-    sums = columns.squares_of(q, 2, real)
-    assert sums[:, 0, -1].tolist() == [6000, 1000]
-    want = q[1, :, 2500:].square().sum(1).unflatten(0, (2, 2)).sum(1)
-    assert torch.allclose(sums[1, :, :-1], want, rtol=1e-4)
-    assert torch.allclose(columns.squares_of(q[:1], 2, None), sums[:1])
+    assert torch.allclose(columns.variances(keys, 64), want)
+    assert torch.allclose(columns.variances(keys[:, :, :50], 64), keys[:, :, :50].var(2, correction=0))
 
 
 def test_columns_lower_the_error_of_scores():
@@ -77,7 +64,7 @@ def test_columns_lower_the_error_of_scores():
     k = torch.randn(1, 1, 256, 64) * torch.linspace(-3, 3, 64).exp2()
     q = torch.randn(1, 1, 100, 64) * torch.linspace(-2, 1, 64).exp2()
     fmt = PageFormat(64, key_columns=64, key_param_bits=8)
-    score = columns.key_scores(k, q.square().mean(2), 64)
+    score = columns.variances(k, 64) * q.square().mean(2)
     errors = []
     for key_map in (columns.allocate(score, fmt), None, column_map(fmt, 1, batch=1, heads=1)):
         restored, _ = reference.dequantize(reference.quantize(k, k, fmt, key_map=key_map), fmt, key_map=key_map)

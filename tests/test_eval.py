@@ -6,11 +6,16 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from logquant import LogQuantConfig
+from logquant.baselines.history import HistoryLayer
+from logquant.compat import as_argument
 from logquant.eval import bootstrap_interval, evaluate, read_tokens
+from logquant.eval.run import take_prompt
 from logquant.specs import cache_nbytes, packed_bits_per_element, parse_cache, parse_caches
 
+from .test_cache import tiny_config as config_of
 from .tiny import one_thread, save_tiny_model, tiny_model  # noqa: F401
 
 PREFILL, TOKENS = 100, 60
@@ -69,6 +74,39 @@ def test_batches_and_chunks_of_one_window_do_not_change_the_result(model, ids):
     chunked = scores(model, ids, "full,recent:window=32", chunk=7)
     assert chunked["full"].nll == pytest.approx(scores(model, ids, "full")["full"].nll, rel=1e-4)
     assert 0 < sum(chunked["recent:window=32"].kl) < 2 * sum(once.kl)
+
+
+ALL = (
+    "full,logquant:window=32,recent,paper,kivi:group=16,residual=32,oscar:sinks=4,recent=32,turboquant:window=32,"
+    "h2o:heavy=16,recent=16,streaming:recent=40,partial:window=32"
+)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_prompt_computed_once_leaves_what_each_cache_would_have_made_of_it(ids, family):
+    """Also where layers have sliding windows, and where quantised tokens are decoded only once."""
+    if family == "llama":
+        model = tiny_model()
+    else:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config_of(family)).eval()
+    model.set_attn_implementation("logquant")
+    specs = parse_caches(ALL)
+    together = [spec.make(model.config) for spec in specs]
+    with torch.no_grad():
+        take_prompt(model, ids[:, :PREFILL], together)
+        for spec, cache in zip(specs, together, strict=True):
+            alone = spec.make(model.config)
+            model(ids[:, :PREFILL], **as_argument(alone))
+            for layer in cache.layers:
+                if isinstance(layer, HistoryLayer):
+                    layer.remember()
+            for first in range(PREFILL, PREFILL + 60, 12):
+                got, want = (model(ids[:, first : first + 12], **as_argument(c)).logits for c in (cache, alone))
+                torch.testing.assert_close(
+                    got, want, rtol=1e-4, atol=1e-4, msg=lambda m, name=spec.name: f"{name}: {m}"
+                )
+            assert cache_nbytes(cache) == cache_nbytes(alone), "what was decoded does not count"
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,22 @@ def test_attention_is_that_of_a_softmax_over_all_keys():
     assert torch.allclose(got[64:128], want[..., 64:128], rtol=1e-4)
 
 
+def test_key_scores_are_what_errors_of_keys_change():
+    """Of weighted sums of values: to first order, errors of ``var(k_c)`` times 1 in each channel by itself."""
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 4500, 16)
+    leaving = torch.arange(0, 4352, 1, dtype=torch.int32)
+    attention = attention_of(q, k, leaving)
+    weights = attention[:].square().unflatten(-1, (-1, 64)).sum(-1)
+    variance = k[:, :, :4352].unflatten(2, (-1, 64)).var(3, correction=0)
+    squares = q.unflatten(1, (2, 2)).flatten(2, 3).square()
+    want = torch.einsum("bhqp,bhqd,bhpd->bhd", weights, squares, variance)
+    torch.testing.assert_close(attention.key_scores(64), want)
+    hidden = feedback.Newest.of(q, torch.tensor([[False, True, True]]), 0.25, 0.0)
+    some = feedback.Attention(hidden, k, leaving).key_scores(64)
+    torch.testing.assert_close(some, attention_of(q[:, :, 1:], k, leaving).key_scores(64))
+
+
 def test_weights_are_one_plus_attention_with_mean_one():
     attention = torch.rand(1, 2, 6, 128) ** 4
     mean = attention.mean(2).unflatten(-1, (-1, 32))

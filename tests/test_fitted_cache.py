@@ -33,6 +33,12 @@ def attend(layer: LogQuantLayer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
     return keys.kv_view.attend(q, mask, 0.125, causal=mask is None)
 
 
+def map_of(layer: LogQuantLayer, q: Tensor, k: Tensor, leaving: Tensor) -> Tensor:
+    """The column map that the last of ``q`` choose, ``k`` being the exact keys."""
+    newest = feedback.Newest.of(q[:, :, -feedback.MAP_QUERIES :], None, 0.125, 0.0)
+    return columns.allocate(feedback.Attention(newest, k, leaving).key_scores(64), layer.format)
+
+
 def options_of(layer: LogQuantLayer, q: Tensor, k: Tensor, leaving: Tensor) -> dict[str, Tensor]:
     """What the quantiser is told when the last of ``q`` are the newest queries and ``k`` the exact keys."""
     newest = feedback.Newest.of(q[:, :, -feedback.QUERIES :], None, 0.125, 0.0)
@@ -44,10 +50,9 @@ def test_the_newest_queries_choose_columns_weights_and_feedback():
     layer, q, k, v = layer_and_tokens()
     attend(layer, q[:, :, :PROMPT], k[:, :, :PROMPT], v[:, :, :PROMPT])
     fmt, config = layer.format, layer.config
-    mean_square = q[:, :, :PROMPT].square().mean(2).unflatten(1, (2, 2)).mean(2)
-    key_map = columns.allocate(columns.key_scores(k[:, :, :PROMPT], mean_square, 128), fmt)
-    assert torch.equal(layer.key_map, key_map)
     packed, exact = split_positions(PROMPT, config.window, config.rule, config.sink_tokens)
+    key_map = map_of(layer, q[:, :, :PROMPT], k[:, :, :PROMPT], packed)
+    assert torch.equal(layer.key_map, key_map)
     options = options_of(layer, q[:, :, :PROMPT], k[:, :, :PROMPT], packed)
     want = reference.quantize(k, v, fmt, index=packed[None], key_map=key_map, **options)
     assert torch.equal(row_contents(layer, 0)[0], want[0])
@@ -93,7 +98,7 @@ def test_without_queries_every_channel_and_token_counts_alike():
     layer.update(k, v)
     config = layer.config
     packed, _ = split_positions(PROMPT + STEPS, config.window, config.rule, config.sink_tokens)
-    want_map = columns.allocate(columns.key_scores(k, None, 128), layer.format)
+    want_map = columns.allocate(columns.variances(k, 128), layer.format)
     want = reference.quantize(k, v, layer.format, index=packed[None], key_map=want_map)
     assert torch.equal(row_contents(layer, 0)[0], want[0]) and torch.equal(layer.key_map, want_map)
 
@@ -110,11 +115,10 @@ def test_short_prompts_are_remembered_until_columns_are_chosen():
             break
     tokens = layer.get_seq_length()
     assert tokens == layer.config.window_capacity
-    mean_square = q[:, :, :tokens].square().mean(2).unflatten(1, (2, 2)).mean(2)
-    want = columns.allocate(columns.key_scores(k[:, :, :tokens], mean_square, 128), layer.format)
-    assert torch.equal(layer.key_map, want)
+    leaving = torch.arange(tokens, dtype=torch.int32)[layer.config.evicted_slots]
+    assert torch.equal(layer.key_map, map_of(layer, q[:, :, :tokens], k[:, :, :tokens], leaving))
     assert layer.nbytes == 2 * layer.config.head_nbytes(tokens, 64, itemsize=4, decoding=True, query_heads=2), (
-        "statistics are gone"
+        "no more queries are kept than are needed from now on"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -21,11 +22,33 @@ class Quantizer(Protocol):
         """Float32 ``[B, H, n, D]`` from what :meth:`encode` made, one argument each."""
 
 
+class Decoded:
+    """What quantised tokens were decoded to, so that it is done once; no part of what a cache holds.
+
+    Attributes:
+        tokens: ``[B, H, n, D]``, the first so many of the quantised tokens; None before any.
+        parts: of their encoding along dimension 2.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: Tensor | None = None
+        self.parts = 0
+
+    def up_to_date(self, parts: tuple[Tensor, ...], decode: Callable[..., Tensor]) -> Tensor:
+        """All tokens, of which only those that are new are decoded."""
+        if self.tokens is None or self.parts < parts[0].shape[2]:
+            new = decode(*(part[:, :, self.parts :] for part in parts))
+            self.tokens = new if self.tokens is None else torch.cat([self.tokens, new], 2)
+            self.parts = parts[0].shape[2]
+        return self.tokens
+
+
 class HistoryLayer(BaselineLayer):
     """Keys and values in their order, ``[sinks | quantised | exact]`` each.
 
     New tokens attend to what was there before they came, and exactly to each other. ``keys`` and ``values`` hold the
-    exact tokens, ``key_parts`` and ``value_parts`` the quantised ones.
+    exact tokens, ``key_parts`` and ``value_parts`` the quantised ones. They are decoded at every step, or after
+    :meth:`remember` only once: that takes the memory of a full cache, and is for measurements of accuracy alone.
 
     Args:
         sinks: first tokens that stay exact.
@@ -33,6 +56,7 @@ class HistoryLayer(BaselineLayer):
 
     key_quantizer: Quantizer
     value_quantizer: Quantizer
+    _decoded: tuple[Decoded, Decoded] | None = None
 
     def __init__(self, sinks: int = 0) -> None:
         super().__init__()
@@ -43,6 +67,11 @@ class HistoryLayer(BaselineLayer):
         self.key_parts: tuple[Tensor, ...] = ()
         self.value_parts: tuple[Tensor, ...] = ()
         self.packed_keys = self.packed_values = 0
+        self._decoded = None
+
+    def remember(self) -> None:
+        """Decode quantised tokens once, not at every step, and keep them: faster, with the same results."""
+        self._decoded = Decoded(), Decoded()
 
     def reset(self) -> None:
         super().reset()
@@ -74,15 +103,19 @@ class HistoryLayer(BaselineLayer):
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """All keys ``[B, H, T, D]`` and values ``[B, H, T, Dv]``, dequantised, in order."""
+        decoded = self._decoded or (None, None)
         return (
-            self._joined(self.keys, self.key_parts, self.packed_keys and self.key_quantizer),
-            self._joined(self.values, self.value_parts, self.packed_values and self.value_quantizer),
+            self._joined(self.keys, self.key_parts, self.packed_keys and self.key_quantizer, decoded[0]),
+            self._joined(self.values, self.value_parts, self.packed_values and self.value_quantizer, decoded[1]),
         )
 
-    def _joined(self, exact: Tensor, parts: tuple[Tensor, ...], quantizer: Quantizer | int) -> Tensor:
+    def _joined(
+        self, exact: Tensor, parts: tuple[Tensor, ...], quantizer: Quantizer | int, decoded: Decoded | None
+    ) -> Tensor:
         if isinstance(quantizer, int):
             return exact
-        history = quantizer.decode(*parts).to(exact.dtype)
+        history = quantizer.decode(*parts) if decoded is None else decoded.up_to_date(parts, quantizer.decode)
+        history = history.to(exact.dtype)
         return torch.cat([exact[:, :, : self.sinks], history, exact[:, :, self.sinks :]], 2)
 
     def _pack(self) -> None:

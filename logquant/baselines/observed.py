@@ -26,7 +26,7 @@ class ObservedView(KVView):
 
     def __init__(self, keys: Tensor, values: Tensor, observed: Callable[[Attended | None], None]) -> None:
         self.window_k, self.window_v, self.observed = keys, values, observed
-        self.new = 0
+        self.new, self.parts = 0, None
         self._dense = keys, values
 
     @property

@@ -4,7 +4,7 @@ from .greedy import GreedyScores, greedy_agreement
 from .passkey import DEPTHS, PasskeyScores, passkey
 from .run import CacheScores, evaluate
 from .stats import bootstrap_interval
-from .text import read_tokens
+from .text import read_ids, read_tokens
 
 __all__ = [
     "DEPTHS",
@@ -15,5 +15,6 @@ __all__ = [
     "evaluate",
     "greedy_agreement",
     "passkey",
+    "read_ids",
     "read_tokens",
 ]

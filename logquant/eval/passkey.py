@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from ..compat import as_argument
 from ..specs import CacheSpec
-from .run import log_probabilities
+from .run import log_probabilities, take_prompt
 
 # The task of Mohtashami and Jaggi (arXiv 2305.16300), as KIVI and many others have it.
 TASK = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it."
@@ -122,9 +121,9 @@ def passkey(
             key = "".join(numbers.choice("123456789") for _ in range(digits))
             text = torch.tensor([passkey_text(tokenizer, key, depth, length)], device=model.device)
             answer = torch.tensor([tokenizer(f" {key}", add_special_tokens=False)["input_ids"]], device=model.device)
-            for result, spec in zip(results, caches, strict=True):
-                cache = spec.make(model.config)
-                model(text, **as_argument(cache), logits_to_keep=1)
+            made = [spec.make(model.config) for spec in caches]
+            take_prompt(model, text, made)
+            for result, cache in zip(results, made, strict=True):
                 log_p = log_probabilities(model, torch.cat([question, answer[:, :-1]], 1), cache)[0]
                 told = log_p[question.shape[1] - 1 :]
                 result.nll[depth].append(-told.gather(1, answer[0, :, None]).mean().item())

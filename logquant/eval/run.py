@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,8 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
 
+from ..attention import Attended, KVHandle
+from ..baselines.history import HistoryLayer
+from ..baselines.observed import ObservedView
 from ..compat import as_argument
 from ..specs import CacheSpec, cache_nbytes, packed_bits_per_element, token_nbytes
 from .stats import bootstrap_interval
@@ -76,7 +81,8 @@ def evaluate(
 ) -> list[CacheScores]:
     """Feed texts through a model token by token, once with the full cache and once with each other cache.
 
-    All caches take the same step before any takes the next, so that no logits are kept.
+    A prompt is computed once for all caches, for it attends to itself exactly. Then all take the same step before any
+    takes the next, so that no logits are kept.
 
     Args:
         model: a causal language model of transformers.
@@ -120,8 +126,11 @@ def _evaluate_batch(
     texts, decoded = ids.shape[0], ids.shape[1] - prefill - 1
     full = CacheSpec("full", None)
     caches = {spec: spec.make(model.config) for spec in {full: None, **dict.fromkeys(specs)}}
+    take_prompt(model, ids[:, :prefill], list(caches.values()))
     for cache in caches.values():
-        model(ids[:, :prefill], **as_argument(cache), logits_to_keep=1)
+        for layer in cache.layers:
+            if isinstance(layer, HistoryLayer):
+                layer.remember()
     sums = {spec: torch.zeros(3, texts, dtype=torch.float64, device=ids.device) for spec in caches}
     for first in range(prefill, prefill + decoded, chunk):
         last = min(first + chunk, prefill + decoded)
@@ -139,6 +148,47 @@ def _evaluate_batch(
         result.bits_per_element = packed_bits_per_element(caches[spec])
         result.nbytes = cache_nbytes(caches[spec]) // texts
         result.token_nbytes = token_nbytes(caches[spec], texts)
+
+
+class _Prompt(DynamicLayer):
+    """A layer of several caches that all take the same prompt.
+
+    Args:
+        caches: that take it.
+        index: of the layer.
+    """
+
+    def __init__(self, caches: Sequence[Cache], index: int) -> None:
+        super().__init__()
+        self._caches, self._index = caches, index
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        seen = [cache.update(key_states, value_states, self._index)[0] for cache in self._caches]
+        views = [keys.kv_view for keys in seen if isinstance(keys, KVHandle)]
+
+        def observed(attended: Attended | None) -> None:
+            for view in views:
+                view.observed(attended)
+
+        return ObservedView(key_states, value_states, observed).handles()
+
+
+def take_prompt(model: Any, ids: Tensor, caches: Sequence[Cache]) -> None:
+    """Several caches take a prompt that is computed once.
+
+    Args:
+        model: a causal language model of transformers, with the attention ``"logquant"``.
+        ids: token ids ``[texts, length]``.
+        caches: empty ones of the model, all with the same layers but for those with full attention.
+    """
+    prompt = DynamicCache(config=model.config)
+    full = [type(layer) is DynamicLayer for layer in prompt.layers]
+    prompt.layers = [_Prompt(caches, i) if full[i] else layer for i, layer in enumerate(prompt.layers)]
+    model(ids, **as_argument(prompt), logits_to_keep=1)
+    for cache in caches:
+        for i, layer in enumerate(prompt.layers):
+            if not full[i]:
+                cache.layers[i] = copy.deepcopy(layer)
 
 
 def log_probabilities(model: Any, inputs: Tensor, cache: Cache) -> Tensor:

@@ -10,6 +10,18 @@ import torch
 from torch import Tensor
 
 
+def read_ids(tokenizer: Any, file: Path) -> list[int]:
+    """All token ids of a file.
+
+    Raises:
+        ValueError: a file that is no UTF-8 text.
+        OSError: a file that cannot be read.
+    """
+    # Not verbose: a text may be longer than the model takes, and is cut.
+    ids: list[int] = tokenizer(file.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+    return ids
+
+
 def read_tokens(tokenizer: Any, files: Sequence[Path], length: int) -> Tensor:
     """The first ``length`` tokens of each file, int64 ``[files, length]``.
 
@@ -21,7 +33,7 @@ def read_tokens(tokenizer: Any, files: Sequence[Path], length: int) -> Tensor:
         raise ValueError("text must name at least one file, got none")
     rows = []
     for file in files:
-        ids = tokenizer(file.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+        ids = read_ids(tokenizer, file)
         if len(ids) < length:
             raise ValueError(f"text {file} must have at least {length} tokens (prefill + tokens + 1), got {len(ids)}")
         rows.append(ids[:length])
