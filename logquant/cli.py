@@ -511,13 +511,13 @@ def attend(
 def _attend_table(result: AttendResult, bandwidth: float) -> Table:
     from .bench.attend import FUSED
 
-    fused = result.timings[FUSED].median
-    rate = result.packed_nbytes / fused
+    fused = result.timings[FUSED]
+    rate = result.packed_nbytes / fused.median
     table = Table(
         "contender",
         "median, ms",
-        "quartiles",
         "slower by",
+        "quartiles",
         title=f"{result.shape.context:,} tokens, batch {result.shape.batch}, "
         f"heads {result.shape.heads}/{result.shape.kv_heads}, dim {result.shape.dim}",
         caption=f"fused reads {megabytes(result.packed_nbytes)} (full cache {megabytes(result.full_nbytes)}) "
@@ -527,8 +527,9 @@ def _attend_table(result: AttendResult, bandwidth: float) -> Table:
         column.no_wrap, column.justify = True, "right"
     table.columns[0].justify = "left"
     for name, timing in result.timings.items():
-        quartiles = f"{1e3 * timing.low:.2f}-{1e3 * timing.high:.2f}"
-        table.add_row(name, f"{1e3 * timing.median:.2f}", quartiles, f"{timing.median / fused:.1f}x")
+        slower = fused.speedup_over(timing)
+        spread = f"{slower.low:.1f}-{slower.high:.1f}"
+        table.add_row(name, f"{1e3 * timing.median:.2f}", f"{slower.median:.1f}x", spread)
     return table
 
 

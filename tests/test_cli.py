@@ -194,7 +194,10 @@ def test_bench_attend_times_every_contender(json_file):
     assert row["full_bytes"] == 2 * 300 * 2 * 64 * 2
     assert row["relative_error"] < 0.01
     groups = [name.partition(",")[0] for name in row["timings"]]
-    assert groups == [FUSED] + 4 * [DEQUANTIZE] + 4 * [FULL.partition(",")[0]]
+    assert groups == [FUSED] + 6 * [DEQUANTIZE] + 6 * [FULL.partition(",")[0]]
+    fused = row["timings"][FUSED]["samples"]
+    full = min((t for n, t in row["timings"].items() if n.startswith(FULL)), key=lambda t: t["median"])["samples"]
+    assert row["speedup_over_full"]["samples"] == [other / own for other, own in zip(full, fused, strict=True)]
     for timing in row["timings"].values():
         assert 0 < timing["quartile1"] <= timing["median"] <= timing["quartile3"] and len(timing["samples"]) == 3
     assert "300 tokens" in output and DEQUANTIZE in output

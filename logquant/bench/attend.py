@@ -64,15 +64,15 @@ class AttendResult:
         return min(((n, t) for n, t in self.timings.items() if n.startswith(group)), key=lambda item: item[1].median)
 
     def as_dict(self) -> dict[str, Any]:
-        fused = self.timings[FUSED].median
+        fused = self.timings[FUSED]
         return {
             **vars(self.shape),
             "packed_bytes": self.packed_nbytes,
             "full_bytes": self.full_nbytes,
             "relative_error": self.relative_error,
-            "bytes_per_second": self.packed_nbytes / fused,
-            "speedup_over_dequantize": self.fastest(DEQUANTIZE)[1].median / fused,
-            "speedup_over_full": self.fastest(FULL)[1].median / fused,
+            "bytes_per_second": self.packed_nbytes / fused.median,
+            "speedup_over_dequantize": fused.speedup_over(self.fastest(DEQUANTIZE)[1]).as_dict(),
+            "speedup_over_full": fused.speedup_over(self.fastest(FULL)[1]).as_dict(),
             "timings": {name: timing.as_dict() for name, timing in self.timings.items()},
         }
 
@@ -119,7 +119,7 @@ def bench_attend(
 ) -> AttendResult:
     """Time one call of every contender, each from cold caches.
 
-    torch's contenders run with ``enable_gqa`` and grouped, on a CPU in ``dtype`` and in float32: which is fastest
+    torch's contenders run with ``enable_gqa`` and grouped, on a CPU in ``dtype`` and in all others: which is fastest
     depends on the machine, and a comparison with a slow form would be worth nothing. On a GPU, FlashAttention and
     FlashInfer take part where they are installed.
 
@@ -157,7 +157,7 @@ def bench_attend(
         return lambda: _sdpa(kind_q, kind_k, kind_v, grouped)
 
     contenders: dict[str, Callable[[], Tensor]] = {FUSED: fused}
-    kinds = dict.fromkeys((dtype,) if device == "cuda" else (dtype, torch.float32))
+    kinds = dict.fromkeys((dtype,) if device == "cuda" else (dtype, *DTYPE_NAMES))
     forms = itertools.product(((DEQUANTIZE, dequantize), (FULL, full)), kinds, (0, 1))
     for (group, make), kind, grouped in forms:
         form = ("enable_gqa", "grouped")[grouped]
