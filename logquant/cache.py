@@ -43,7 +43,8 @@ class _Pending:
         in_window: whether ``keys`` and ``values`` are the layer's own window.
         recallable: how many of the newest tokens a :meth:`LogQuantLayer.crop` may take back without a trace.
         drafts: how many of the newest columns see, and leave in the layer, what they would if each came by itself.
-        attended: what has attended to them, or None.
+        attended: what has attended to them, or None. Not its mask: whoever made that may reuse its memory.
+        real: what that said of the new columns: bool ``[B, new]``, which of them hold a token; None if all do.
     """
 
     keys: Tensor
@@ -53,14 +54,15 @@ class _Pending:
     recallable: int
     drafts: int
     attended: Attended | None = None
+    real: Tensor | None = None
 
     @property
     def new(self) -> int:
         """Columns that have come."""
         return self.states[0].shape[2]
 
-    def part(self, columns: slice) -> tuple[tuple[Tensor, Tensor], int, Attended | None]:
-        """``states``, ``drafts`` and ``attended`` of some of the new columns, all of them drafts or none."""
+    def part(self, columns: slice) -> tuple[tuple[Tensor, Tensor], int, Attended | None, Tensor | None]:
+        """``states``, ``drafts``, ``attended`` and ``real`` of some of the new columns, all of them drafts or none."""
         keys, values = (x[:, :, columns] for x in self.states)
         drafts = columns.stop - columns.start if columns.start >= self.new - self.drafts else 0
         attended = self.attended
@@ -68,7 +70,8 @@ class _Pending:
             unknown = self.new - attended.query.shape[2]
             start, stop = (max(0, end - unknown) for end in (columns.start, columns.stop))
             attended = attended._replace(query=attended.query[:, :, start:stop])
-        return (keys, values), drafts, attended
+        real = None if self.real is None or self.real[:, columns].all() else self.real[:, columns]
+        return (keys, values), drafts, attended, real
 
 
 @dataclass
@@ -274,7 +277,12 @@ class LogQuantLayer(CacheLayerMixin):
         return new if drafts is None or drafts >= new - 1 else drafts
 
     def _append(
-        self, states: tuple[Tensor, Tensor], recallable: int, drafts: int, attended: Attended | None = None
+        self,
+        states: tuple[Tensor, Tensor],
+        recallable: int,
+        drafts: int,
+        attended: Attended | None = None,
+        real: Tensor | None = None,
     ) -> KVView:
         """New tokens come and are pending; what they attend to. The arguments are described at :class:`_Pending`."""
         rows, new = self._rows, states[0].shape[2]
@@ -298,7 +306,7 @@ class LogQuantLayer(CacheLayerMixin):
         self._version += 1
         self.handles = None
         self._columns = rows.columns + new
-        self._pending = _Pending(*held, states, in_window, recallable, drafts, attended)
+        self._pending = _Pending(*held, states, in_window, recallable, drafts, attended, real)
         return self._view(*seen, rows, new)
 
     @staticmethod
@@ -320,7 +328,8 @@ class LogQuantLayer(CacheLayerMixin):
                 if attended is not None:
                     if new == 1 < attended.query.shape[2]:  # query heads that came as queries of their KV head
                         attended = attended._replace(query=attended.query.flatten(1, 2).unsqueeze(2))
-                    pending.attended = attended
+                    pending.real = rows.real_columns(attended.mask, new, len(keys))
+                    pending.attended = attended._replace(mask=None)
                 # A prompt takes its place at once, lest every layer's exact prompt be held at the same time. In the
                 # window the new tokens cost nothing, and there the view must last: some models attend to it again.
                 # Drafts that came with a prompt would leave their mark on its pages: crop says which they are.
@@ -362,7 +371,7 @@ class LogQuantLayer(CacheLayerMixin):
         copied = self._copy()
         for part in parts:
             copied._settle()
-            states, drafts, _ = pending.part(part)
+            states, drafts, *_ = pending.part(part)
             yield part, copied._append(states, 0, drafts)
 
     def _check(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -454,13 +463,13 @@ class LogQuantLayer(CacheLayerMixin):
     @property
     def _chooses(self) -> bool:
         """Whether each row has a column map of its own."""
-        return self.format.has_map and self.config.calibration is None
+        return self.config.chooses_map(self.format)
 
     def _real_columns(self, pending: _Pending) -> Tensor | None:
         """Which of the pending columns hold a token, bool ``[B, new]``; None if all do."""
         rows, batch = self._rows, self.window_k.shape[0]
         if pending.attended is not None:
-            return rows.real_columns(pending.attended.mask, pending.new, batch)
+            return pending.real
         padding, total = self._shared.padding, rows.columns + pending.new
         if padding is None or padding.shape[1] < total:
             return None
@@ -705,8 +714,8 @@ class LogQuantLayer(CacheLayerMixin):
         # What is pending comes once more, without what was removed.
         drafts = max(0, kept - (pending.new - pending.drafts))
         for part in self._rows.parts(kept, drafts, None if real is None else real[:, :kept]):
-            states, drafts, attended = pending.part(part)
-            self._append(states, 0, drafts, attended)
+            states, drafts, attended, own = pending.part(part)
+            self._append(states, 0, drafts, attended, own)
             self._settle()
 
     def _crop(self, after: Rows) -> None:
@@ -813,8 +822,7 @@ class LogQuantLayer(CacheLayerMixin):
             and window_k.dtype == window_v.dtype
             and window_k.dtype in DTYPES
         )
-        chooses = fmt.has_map and self.config.calibration is None
-        if chooses:
+        if self.config.chooses_map(fmt):
             map_shape = None if key_map is None or key_map.dtype != torch.int16 else key_map.shape
             fits = fits and map_shape == (batch, heads, fmt.key_columns)
         if newest is not None:
@@ -827,7 +835,7 @@ class LogQuantLayer(CacheLayerMixin):
         self.lazy_initialization(window_k, window_v)
         self.window_k, self.window_v, self._rows, self._columns = window_k, window_v, rows, rows.columns
         self._own_pages(pages)
-        if chooses:
+        if self._chooses:
             self.key_map = key_map
         self._newest = newest
         self._version += 1

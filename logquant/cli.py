@@ -302,7 +302,7 @@ def plan_command(
 def calibrate_command(
     files: Annotated[list[Path], typer.Argument(help="Files of text, like those that the model will see.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file.")] = Path("calibration.safetensors"),
-    tokens: Annotated[int, typer.Option(min=260, help="Tokens of each text, if it has as many.")] = 2048,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each text, if it has as many.")] = 2048,
     model: Model = None,
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
     json_file: Json = None,

@@ -6,8 +6,9 @@ is named by a *ticket*, a small tensor on the CPU that the first operator hands 
 values, and not by a number, for then every new cache would be compiled anew.
 
 For the same reason neither operator may be part of a CUDA graph, whose replays run no Python: their tag says so, and
-``torch.compile(mode="reduce-overhead")`` captures what lies between them. The layer keeps copies until the next token:
-what a CUDA graph has written is overwritten by its next replay, and the compiler may reuse memory before that.
+``torch.compile(mode="reduce-overhead")`` captures what lies between them. The layer keeps copies of what it is given,
+and nothing of masks: what a CUDA graph has written is overwritten by its next replay, and the compiler may reuse memory
+before that.
 """
 
 from __future__ import annotations

@@ -165,6 +165,10 @@ class LogQuantConfig:
             value_param_bits=self.param_bits,
         )
 
+    def chooses_map(self, fmt: PageFormat) -> bool:
+        """Whether each sequence chooses a column map of its own, for pages of this format."""
+        return fmt.has_map and self.calibration is None
+
     @staticmethod
     def store_pages(pages: int) -> int:
         """Pages that a store is given when it grows to hold ``pages``.
@@ -200,8 +204,7 @@ class LogQuantConfig:
         pages = packed // fmt.page_tokens
         window = self.window_slots(tokens if packed == 0 else self.window_capacity)
         stored = self.store_pages(pages) if decoding and pages else pages
-        chooses = fmt.has_map and self.calibration is None
-        key_map = 2 * fmt.key_columns if chooses else 0
-        kept = MAP_QUERIES if chooses and not packed else QUERIES if fmt.is_fitted else 0
+        key_map = 2 * fmt.key_columns if self.chooses_map(fmt) else 0
+        kept = MAP_QUERIES if self.chooses_map(fmt) and not packed else QUERIES if fmt.is_fitted else 0
         queries = min(tokens, kept) * query_heads * fmt.head_dim * itemsize
         return key_map + queries + stored * fmt.nbytes + window * (fmt.head_dim + fmt.value_dim) * itemsize

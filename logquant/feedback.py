@@ -94,8 +94,7 @@ class Newest(NamedTuple):
         columns = newer.columns + (self.columns if newer.columns == came else 0)
         if self.real is None and newer.real is None:
             older = self.apart() if self.parts[0].shape[2] > 1 else self
-            if came > 1 or _is_view(newer.parts[0]):
-                newer = newer.keep(count).apart()
+            newer = newer.keep(count).apart()
             return newer._replace(parts=(*older.parts, *newer.parts)[-count:], columns=min(columns, count))
         real = torch.cat([x._all_real() if x.real is None else x.real for x in (self, newer)], 1)
         return newer._replace(parts=self.parts + newer.parts, real=real, columns=columns).keep(count)
@@ -134,11 +133,6 @@ class Newest(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of the tensors."""
         return sum(part.nbytes for part in self.parts) + (0 if self.real is None else self.real.nbytes)
-
-
-def _is_view(tensor: Tensor) -> bool:
-    """Whether keeping it would keep more memory than its own."""
-    return tensor.untyped_storage().nbytes() > tensor.nbytes
 
 
 class Attention:
@@ -194,7 +188,9 @@ class Attention:
         squares, total = self._query.square(), torch.zeros_like(self._query[:, :, 0])
         for first in range(0, len(self._leaving), _AT_ONCE):
             tokens = slice(first, first + _AT_ONCE)
-            weights = self[tokens].square().unflatten(-1, (-1, page_tokens)).sum(-1)  # [B, H, queries, P]
+            # Where next to nothing attends to the tokens that leave, all of them count alike, and not as 0.
+            weights = self[tokens].clamp_min(1e-15).square()
+            weights = weights.unflatten(-1, (-1, page_tokens)).sum(-1)  # [B, H, queries, P]
             keys = self._keys.index_select(2, self._leaving[tokens]).float().unflatten(2, (-1, page_tokens))
             total += ((weights.mT @ squares) * keys.var(3, correction=0)).sum(2)
         return total

@@ -102,6 +102,25 @@ def test_a_compiled_model_serves_other_caches_too(ids):
         assert (got - want).abs().max() < 1e-4 * want.abs().max()
 
 
+def test_a_mask_whose_memory_is_used_again_loses_no_token(ids):
+    """As a CUDA graph's replay does it, or a compiler that has no further use for it."""
+    model = tiny_model()
+    model.set_attn_implementation("logquant")
+    mask = torch.cat([pad_mask([300, 295], "left"), torch.ones(2, 1, dtype=torch.long)], 1)
+    cache = LogQuantCache(model.config)
+    with torch.no_grad():
+        model(ids[:, :300], attention_mask=mask[:, :300], **as_argument(cache))
+    layer = cache.layers[0]
+    new = torch.randn(2, *layer.window_k.shape[1::2]).unsqueeze(2)
+    query = torch.randn(2, model.config.num_attention_heads, 1, new.shape[3])
+    for tokens in ([301, 296], [302, 297]):
+        seen = torch.cat([mask[:, :300], torch.ones(2, tokens[0] - 300, dtype=torch.long)], 1)[:, None, None].bool()
+        key, _ = layer.update(new, new)
+        key.kv_view.attend(query, seen, 1.0)
+        seen.fill_(False)
+        assert [slots.tokens for slots in layer.rows.slots] == tokens
+
+
 class Recorded(torch.nn.Module):
     """What a CUDA graph does, on a CPU: runs what was recorded, whatever Python would do now, into the same memory.
 
@@ -111,6 +130,7 @@ class Recorded(torch.nn.Module):
     def __init__(self, part: fx.GraphModule) -> None:
         super().__init__()
         self.part, self.graph, self.outputs = part, None, ()
+        self.replays = 0
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...] | Tensor:
         assert all(isinstance(x, Tensor) for x in inputs), "a number among the inputs: every one would be recorded anew"
@@ -118,6 +138,7 @@ class Recorded(torch.nn.Module):
             self.graph = make_fx(lambda *x: self._tuple(self.part(*x)))(*inputs)
             self.outputs = tuple(x.clone() for x in self.graph(*inputs))
         else:
+            self.replays += 1
             for x in self.outputs:
                 x.fill_(float("nan") if x.is_floating_point() else -1)
             for x, new in zip(self.outputs, self.graph(*inputs), strict=True):
@@ -131,7 +152,10 @@ class Recorded(torch.nn.Module):
 
 @pytest.mark.parametrize("quantization", [{}, {"param_bits": 16, "key_columns": 1}], ids=["fitted", "plain"])
 def test_cuda_graphs_of_what_lies_between_the_operators_decode_the_same(ids, quantization):
-    """``mode="reduce-overhead"`` cuts a graph at operators that no CUDA graph may hold, and captures the parts."""
+    """``mode="reduce-overhead"`` cuts a graph at operators that no CUDA graph may hold, and captures the parts.
+
+    Without a mask: its length is a number among what the first part is given, for which each is recorded anew.
+    """
     unsafe, recorded = [], []
 
     def piecewise(gm: fx.GraphModule, _: list[Tensor]) -> fx.GraphModule:
@@ -158,7 +182,6 @@ def test_cuda_graphs_of_what_lies_between_the_operators_decode_the_same(ids, qua
     compiled = torch.compile(model, backend=aot_autograd(fw_compiler=piecewise), fullgraph=True)
 
     def step(forward, cache, t: int) -> Tensor:
-        # As generate does, which tells positions in a tensor.
         with torch.no_grad():
             return forward(ids[:, t : t + 1], position_ids=torch.full((2, 1), t), **as_argument(cache)).logits.clone()
 
@@ -167,5 +190,7 @@ def test_cuda_graphs_of_what_lies_between_the_operators_decode_the_same(ids, qua
         assert (got - want).abs().max() < 1e-4 * want.abs().max(), t
     layers = len(cache.layers)
     assert set(unsafe) == {"logquant.update_layer.default", "logquant.attend_layer.default"}
-    assert len(recorded) % (layers + 1) == 0, "one part before each layer's attention, and one after the last"
+    # One part before each layer's attention and one after the last; the second step makes a second program.
+    assert len(recorded) == 2 * (layers + 1)
+    assert sum(part.replays for part in recorded) == 40 * (layers + 1) - len(recorded)
     assert cache.layers[0].rows.packed > 64, "the cache evicted meanwhile"

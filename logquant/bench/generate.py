@@ -68,9 +68,9 @@ def prefilled(spec: CacheSpec, model: PreTrainedModel, prompt: Tensor, batch: in
             attends to itself exactly whatever cache there is.
     """
     cache = spec.make(model.config)
-    if isinstance(spec.settings, Quanto):  # it cannot repeat what it has quantised
-        return _take(cache, model, exact or _run(model, prompt, DynamicCache(config=model.config)), batch)
-    if isinstance(spec.settings, Baseline):
+    if isinstance(spec.settings, Quanto) and exact is not None:  # it cannot repeat what it has quantised
+        return _take(cache, model, exact, batch)
+    if isinstance(spec.settings, Baseline | Quanto):
         return _run(model, prompt.expand(batch, -1), cache)
     if exact is None or any(type(layer) is not DynamicLayer for layer in exact.layers):
         cache = _run(model, prompt, cache)
