@@ -107,6 +107,7 @@ void attend(const AttendArgs& args, const ParallelFor& parallel_for) {
 struct InstructionSet {
   Kernels kernels;
   bool supported;
+  bool (*allow)() = nullptr;  // asks the system before the set is used
 };
 
 #if defined(__x86_64__)
@@ -126,14 +127,27 @@ bool has_avxvnni() {
          __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1) != 0;
 }
 
-// AMX-TILE, AMX-INT8, and the system's permission, once for the whole process, to use its 8 KiB of registers.
+constexpr int kTileData = 18;  // XFEATURE_XTILEDATA
+
+// AMX-TILE and AMX-INT8, on a system that saves its registers.
 bool has_amx() {
 #if defined(__linux__)
   constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  constexpr int kGetSupported = 0x1021;  // ARCH_GET_XCOMP_SUPP
   unsigned eax, ebx, ecx, edx;
+  uint64_t features = 0;
   return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kTile) != 0 && (edx & kInt8) != 0 &&
-         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+         syscall(SYS_arch_prctl, kGetSupported, &features) == 0 && (features >> kTileData & 1) != 0;
+#else
+  return false;
+#endif
+}
+
+// The system's permission, for the whole process and for good: signal handlers need larger stacks from then on.
+bool allow_amx() {
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
 #endif
@@ -155,7 +169,8 @@ const std::vector<InstructionSet>& instruction_sets() {
     all.push_back({LOGQUANT_KERNELS(avx2), has_avx2});
     all.push_back({LOGQUANT_KERNELS(avxvnni), evex ? has_avx512 : has_avx2 && has_avxvnni()});
     // Not behind avx512, and so in use only where it is asked for: no processor with AMX has run it yet.
-    all.push_back({LOGQUANT_KERNELS_OF(amx, avx512), has_avx512 && (emulated_tiles || has_amx())});
+    all.push_back({LOGQUANT_KERNELS_OF(amx, avx512), has_avx512 && (emulated_tiles || has_amx()),
+                   emulated_tiles ? nullptr : allow_amx});
     all.push_back({LOGQUANT_KERNELS(avx512), has_avx512});
 #elif defined(__aarch64__)
     all.push_back({LOGQUANT_KERNELS(neon), true});
@@ -167,9 +182,13 @@ const std::vector<InstructionSet>& instruction_sets() {
 
 const Kernels* find(const std::string& name, const char* what) {
   std::string names;
-  for (const Kernels* set : available_kernels()) {
-    if (set->name == name) return set;
-    names += (names.empty() ? "" : ", ") + std::string(set->name);
+  for (const InstructionSet& set : instruction_sets()) {
+    if (!set.supported) continue;
+    if (set.kernels.name == name) {
+      if (set.allow == nullptr || set.allow()) return &set.kernels;
+      throw std::runtime_error(std::string(what) + " must be one that the system allows, which " + name + " is not");
+    }
+    names += (names.empty() ? "" : ", ") + std::string(set.kernels.name);
   }
   throw std::runtime_error(std::string(what) + " must be one of " + names + " on this machine, got " + name);
 }

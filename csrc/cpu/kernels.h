@@ -143,10 +143,11 @@ struct Kernels {
 // Throws std::runtime_error if that name is unknown or the machine cannot run it.
 const Kernels& kernels();
 
-// Another set from now on. Throws std::runtime_error if this machine does not run it.
+// Another set from now on. Throws std::runtime_error if this machine does not run it, or its system does not allow it.
 void use_kernels(const std::string& name);
 
-// Every set that was compiled, and those of them that this machine runs; last the one that is in use by default.
+// Every set that was compiled, and those of them that this machine runs; last the one that is in use by default. Call
+// their kernels only once they have been in use.
 std::vector<const Kernels*> compiled_kernels();
 std::vector<const Kernels*> available_kernels();
 

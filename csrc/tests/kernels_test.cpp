@@ -371,6 +371,8 @@ void compare_tiles(const cpu::Kernels& amx, const cpu::Kernels& avx512, unsigned
 }  // namespace
 
 int main() {
+  // Once each: that asks the system, where it is needed.
+  for (const cpu::Kernels* set : cpu::available_kernels()) cpu::use_kernels(set->name);
   constexpr auto kFloat32 = cpu::Dtype::kFloat32, kFloat16 = cpu::Dtype::kFloat16, kBFloat16 = cpu::Dtype::kBFloat16;
   run({format(128, 128, 64, 2, 2, 64), 20, 100, kFloat32});
   run({format(64, 64, 32, 2, 2, 64), 40, 1, kFloat16});

@@ -193,6 +193,7 @@ int main() {
   using namespace logquant::cpu::LOGQUANT_ISA;
   bool available = false;
   for (const Kernels* set : available_kernels()) available |= std::strcmp(set->name, LOGQUANT_NAME(LOGQUANT_ISA)) == 0;
+  if (available) use_kernels(LOGQUANT_NAME(LOGQUANT_ISA));  // which asks the system, where that is needed
   if (!available) return kSkipped;
   test_floats();
   test_halves();
