@@ -224,13 +224,14 @@ def _attend(section: Section, rows: Rows) -> None:
 def _generate(section: Section, rows: Rows) -> None:
     section.tables.append(
         Table(
-            ("cache", "tokens of context", "batch", "tokens/s", "step, ms", "MB held"),
+            ("cache", "tokens of context", "batch", "tokens/s", "times the full cache's", "step, ms", "MB held"),
             [
                 (
                     row["cache"],
                     f"{row['context']:,}",
                     str(row["batch"]),
                     f"{row['tokens_per_second']:.1f}",
+                    _ratio(row["speedup"]),
                     _milliseconds(row["timing"]),
                     _megabytes(row["held"]),
                 )
@@ -270,6 +271,10 @@ _KINDS: dict[str, tuple[str, Callable[[Section, Rows], None]]] = {
 
 
 # ----------------------------------------------------------------------------------------------------------- pieces
+def _ratio(timing: dict[str, Any] | None) -> str:
+    return "" if timing is None else f"{timing['median']:.2f} ({timing['quartile1']:.2f} to {timing['quartile3']:.2f})"
+
+
 def _milliseconds(timing: dict[str, Any] | None) -> str:
     return f"{1e3 * timing['median']:.2f}" if timing else ""
 

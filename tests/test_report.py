@@ -29,7 +29,11 @@ NUMBERS = {
         f"{row['passkey']['nll']:.2f}",
     ],
     "attend": lambda row: [f"{1e3 * timing['median']:.2f}" for timing in row["timings"].values()],
-    "generate": lambda row: [row["cache"], f"{row['tokens_per_second']:.1f}"],
+    "generate": lambda row: [
+        row["cache"],
+        f"{row['tokens_per_second']:.1f}",
+        "{median:.2f} ({quartile1:.2f} to {quartile3:.2f})".format(**row["speedup"]),
+    ],
     "plan": lambda row: [row["cache"], f"{row['batch']:,}"],
     "memory": lambda row: [row["cache"], f"{row['held'] / 1e6:,.1f}"],
 }
