@@ -293,6 +293,27 @@ def test_attend_head_dims_of_real_models(backend, bits, dim):
     Problem(fmt, packed=5 * 64, exact=150, group=4, dtype=torch.bfloat16, seed=dim + bits).check(backend)
 
 
+@pytest.mark.parametrize("backend", CPU_SETS)
+@pytest.mark.parametrize("config", [LogQuantConfig(), LogQuantConfig.paper()], ids=["default", "paper"])
+@pytest.mark.parametrize("sharpness", [0.3, 1.0, 6.0], ids=["flat", "normal", "peaked"])
+def test_attend_is_within_2e_3_of_the_outputs_rms(backend, config, sharpness):
+    """Beside float64 on the same dequantised tokens: folding rounds queries and weights to int16, which is all."""
+    fmt, (heads, group, packed, exact) = config.page_format(128), (2, 4, 2048, 150)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        k, v = torch.randn(1, heads, packed + exact, 128), torch.randn(1, heads, packed + exact, 128)
+        q = sharpness * torch.randn(1, heads * group, 1, 128)
+        key_map = column_map(fmt, seed, batch=1, heads=heads) if fmt.has_map else None
+        pages = ops.quantize(k[:, :, :packed], v[:, :, :packed], fmt, key_map=key_map)
+        stored = ops.dequantize(pages, fmt, dtype=torch.float32, key_map=key_map)
+        window = k[:, :, packed:].contiguous(), v[:, :, packed:].contiguous()
+        keys, values = (torch.cat(x, 2).double().repeat_interleave(group, 1) for x in zip(stored, window, strict=True))
+        want = (q.double() @ keys.mT * 128**-0.5).softmax(-1) @ values
+        with on(backend):
+            got = ops.attend(q, pages, *window, fmt, scale=128**-0.5, key_map=key_map)[0]
+        assert (got - want).abs().max() <= 2e-3 * want.square().mean().sqrt()
+
+
 def masks(kind: str, problem: Problem, seed: int) -> Tensor:
     """A mask in logical order that hides half of the tokens, of a boolean or float kind."""
     random = torch.Generator().manual_seed(seed)
