@@ -169,6 +169,6 @@ def test_gsm8k_runs_on_a_real_model(smollm2_and_tokenizer, data_dir, tmp_path):
     assert all(sample["arguments"][0][0].count("Answer:") == 3 for sample in samples)
     # A model this small seldom calculates well, but with its cache in order it answers in the form it was shown. With
     # the full cache it does so in 7 of these 8, and loops in the other one.
-    assert sum("####" in sample["resps"][0][0] for sample in samples) >= 6
+    assert sum("####" in sample["resps"][0][0] for sample in samples) >= 7
     score = results["results"]["gsm8k_local"]["exact_match,strict-match"]
     assert score in [right / 8 for right in range(9)]
