@@ -53,7 +53,7 @@ if SANITIZE:
 # For `make sanitize`, too: LOGQUANT_EMULATED_TILES=1 has any machine with AVX-512 run the set amx, on emulated tiles.
 EMULATED_TILES = ["-DLOGQUANT_EMULATED_TILES=1"] if os.environ.get("LOGQUANT_EMULATED_TILES") == "1" else []
 KERNELS = ["quantize", "dequantize", "evict", "attend"]
-ATTEND_ONLY = ["amx"]  # sets that share everything else with the one before
+ATTEND_ONLY = ["amx", "avx512bf16"]  # sets that share everything else with avx512
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 INSTRUCTION_SETS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -62,6 +62,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx512"] = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni"))]
     # gcc's own AVX-512 headers warn.
     INSTRUCTION_SETS["avx512"] += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+    INSTRUCTION_SETS["avx512bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
     INSTRUCTION_SETS["amx"] = [*INSTRUCTION_SETS["avx512"], *(EMULATED_TILES or ["-mamx-tile", "-mamx-int8"])]
 elif platform.machine() in ("aarch64", "arm64"):
     # gcc's scheduling before register allocation has inner loops spill and copy: a quarter to a half more instructions.

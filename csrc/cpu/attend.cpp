@@ -51,6 +51,7 @@ constexpr struct {
 template <int NR>
 struct Block {
   float *q, *q_columns;   // [NR][D], [NR][C]: times scale * log2(e), or scale / softcap
+  int16_t* q_pairs;       // [NR][D]: as it came, where that is bfloat16
   float* q_scaled;        // [NR][C]: q_columns / score_scale
   float* column_weight;   // [C]: of its digit
   float* most_scale;      // [C]: the largest key scale that overflows no row's codes
@@ -77,6 +78,7 @@ struct Block {
     const int64_t groups = f.value_groups(), tokens = f.page_tokens;
     q = arena.take<float>(NR * f.head_dim);
     q_columns = arena.take<float>(NR * f.key_columns);
+    q_pairs = arena.take<int16_t>(NR * f.head_dim);
     q_scaled = arena.take<float>(NR * f.key_columns);
     column_weight = arena.take<float>(f.key_columns);
     most_scale = arena.take<float>(f.key_columns);
@@ -156,18 +158,11 @@ LOGQUANT_INLINE void transpose_words(const int32_t* in, int32_t* out, int tokens
 // The same for any number of words: squares of kLanes tokens by kLanes words, of which those past the last are dropped
 // (a page goes on after its key codes).
 LOGQUANT_INLINE void transpose_any(const int32_t* in, int32_t* out, int count, int tokens) {
-  constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
   for (int t = 0; t < tokens; t += kLanes) {
     for (int w0 = 0; w0 < count; w0 += kLanes) {
-      I32 v[kLanes], next[kLanes];
+      I32 v[kLanes];
       for (int i = 0; i < kLanes; ++i) v[i] = load(in + (t + i) * count + w0);
-      for (int round = 1; round < kLanes; round *= 2) {
-        for (int i = 0; i < kLanes / 2; ++i) {
-          next[i] = every_second<0>(v[2 * i], v[2 * i + 1], lanes);
-          next[kLanes / 2 + i] = every_second<1>(v[2 * i], v[2 * i + 1], lanes);
-        }
-        for (int i = 0; i < kLanes; ++i) v[i] = next[i];
-      }
+      transpose(v);
       const int words = count - w0 < kLanes ? count - w0 : kLanes;
       for (int w = 0; w < words; ++w) store(out + (w0 + w) * tokens + t, v[w]);
     }
@@ -563,33 +558,68 @@ LOGQUANT_INLINE void add_values(const PageFormat& f, const PageTiles<NR>& tiles,
 }
 
 // ---------------------------------------------------------------------------------------------------------- window
-template <int NR, Dtype dtype>
-LOGQUANT_INLINE void window_scores(const PageFormat& f, const void* k, int64_t stride, int tokens, const Block<NR>& b) {
-  constexpr int kBlock = NR <= 4 ? 4 : 2;  // tokens at a time
+template <int NR>
+constexpr int kWindowTokens = kAccumulators / NR < 4 ? kAccumulators / NR : 4;  // at a time
+
+// With pairs, of bfloat16, q is multiplied as it came, and the scores by `factor`.
+template <int NR, Dtype dtype, bool pairs>
+LOGQUANT_INLINE void window_scores(const PageFormat& f, const void* k, int64_t stride, int tokens, float factor,
+                                   const Block<NR>& b) {
+  constexpr int kBlock = kWindowTokens<NR>, kSums = NR * kBlock, kStep = kSums < kLanes ? kSums : kLanes;
   const int dim = f.head_dim;
   for (int t = 0; t < tokens; t += kBlock) {
-    F32 sum[NR][kBlock] = {};
+    F32 sum[kSums];
+    unroll<kSums>([&](auto i) __attribute__((always_inline)) { sum[i] = splat(0.0f); });
     // Past the last token the last one is read again.
     int64_t rows[kBlock];
     for (int k = 0; k < kBlock; ++k) rows[k] = smaller(t + k, tokens - 1) * stride;
-    for (int c = 0; c < dim; c += kLanes) {
-      F32 x[kBlock];
-      for (int k0 = 0; k0 < kBlock; ++k0) x[k0] = load_elements<dtype>(k, rows[k0] + c);
-      for (int r = 0; r < NR; ++r) {
-        const F32 q = load(b.q + r * dim + c);
-        for (int k0 = 0; k0 < kBlock; ++k0) sum[r][k0] = fma(q, x[k0], sum[r][k0]);
+    const auto add = [&](auto&& x_at, auto&& q_at, auto&& multiply_add) __attribute__((always_inline)) {
+      decltype(x_at(0)) x[kBlock];
+      unroll<kBlock>([&](auto i) __attribute__((always_inline)) { x[i] = x_at(rows[i]); });
+      unroll<NR>([&](auto r) __attribute__((always_inline)) {
+        const auto q = q_at(r * dim);
+        unroll<kBlock>([&](auto i) __attribute__((always_inline)) {
+          F32& to = sum[r * kBlock + i];
+          to = multiply_add(to, q, x[i]);
+        });
+      });
+    };
+    if constexpr (pairs) {
+      const int16_t* const keys = static_cast<const int16_t*>(k);
+      const auto both = [](const int16_t* p)
+                            __attribute__((always_inline)) { return load(reinterpret_cast<const int32_t*>(p)); };
+      const auto with_zeros = [](const int16_t* p) __attribute__((always_inline)) {
+        return load_u16(reinterpret_cast<const uint16_t*>(p));
+      };
+      const auto add_pairs = [&](auto&& load_pairs, int c) __attribute__((always_inline)) {
+        add([&](int64_t row) __attribute__((always_inline)) { return load_pairs(keys + row + c); },
+            [&](int row) __attribute__((always_inline)) { return load_pairs(b.q_pairs + row + c); }, dot_bfloat16);
+      };
+      int c = 0;
+      for (; c + 2 * kLanes <= dim; c += 2 * kLanes) add_pairs(both, c);
+      if (c < dim) add_pairs(with_zeros, c);
+    } else {
+      for (int c = 0; c < dim; c += kLanes) {
+        add([&](int64_t row) __attribute__((always_inline)) { return load_elements<dtype>(k, row + c); },
+            [&](int row) __attribute__((always_inline)) { return load(b.q + row + c); },
+            [](F32 to, F32 q, F32 x) __attribute__((always_inline)) { return fma(q, x, to); });
       }
     }
-    for (int r = 0; r < NR; ++r) {
-      const F32 totals = reduce_lanes<kBlock>(sum[r], Add{});
-      for (int k0 = 0; k0 < kBlock; ++k0) b.weights[r * kUnitTokens + t + k0] = totals[k0];
-    }
+    unroll<kSums / kStep>([&](auto part) __attribute__((always_inline)) {
+      F32 total = reduce_lanes<kStep>(sum + part * kStep, Add{});
+      if (pairs) total *= splat(factor);
+      float totals[kLanes];
+      store(totals, total);
+      unroll<kStep / kBlock>([&](auto i) __attribute__((always_inline)) {
+        constexpr int kRow = part * (kStep / kBlock) + i;
+        __builtin_memcpy(b.weights + kRow * kUnitTokens + t, totals + i * kBlock, sizeof(float) * kBlock);
+      });
+    });
   }
 }
 
-template <int NR, Dtype dtype>
-LOGQUANT_INLINE void window_values(const PageFormat& f, const void* v, int64_t stride, int tokens, bool biased,
-                                   const Block<NR>& b) {
+template <int NR, Dtype dtype, bool biased>
+LOGQUANT_INLINE void window_values(const PageFormat& f, const void* v, int64_t stride, int tokens, const Block<NR>& b) {
   constexpr int kBlock = kAccumulators / NR < 4 ? kAccumulators / NR : 4;
   const auto add = [&](auto block, int c) __attribute__((always_inline)) {
     F32 sum[NR][block];
@@ -640,16 +670,21 @@ void load_columns(const PageFormat& f, const int16_t* map, const Block<NR>& b) {
   }
 }
 
+LOGQUANT_INLINE float score_factor(const AttendArgs& args) {
+  return args.softcap > 0.0f ? args.scale / args.softcap : args.scale * kLog2e;
+}
+
 template <int NR>
 void load_queries(const AttendArgs& args, const Range& range, const int16_t* map, const Block<NR>& b) {
   const PageFormat& f = args.format;
-  const float factor = args.softcap > 0.0f ? args.scale / args.softcap : args.scale * kLog2e;
+  const float factor = score_factor(args);
   load_columns<NR>(f, map, b);
   for (int r = 0; r < NR; ++r) {
     float* const q = b.q + r * f.head_dim;
     float* const q_columns = b.q_columns + r * f.key_columns;
     if (r >= range.rows) {
       for (int c = 0; c < f.head_dim; c += kLanes) store(q + c, splat(0.0f));
+      __builtin_memset(b.q_pairs + r * f.head_dim, 0, sizeof(int16_t) * f.head_dim);
     } else {
       const int64_t row = range.first_row + r, head = range.kv_head * args.group + row / args.queries;
       const int64_t first =
@@ -657,6 +692,10 @@ void load_queries(const AttendArgs& args, const Range& range, const int16_t* map
       with_dtype(args.q.dtype, [&](auto type) {
         for (int c = 0; c < f.head_dim; c += kLanes) {
           store(q + c, load_elements<type>(args.q.data, first + c) * factor);
+        }
+        if (kHasBFloat16Dots && type == Dtype::kBFloat16) {
+          const int16_t* const as_is = static_cast<const int16_t*>(args.q.data) + first;
+          __builtin_memcpy(b.q_pairs + r * f.head_dim, as_is, sizeof(int16_t) * f.head_dim);
         }
       });
     }
@@ -834,7 +873,16 @@ void attend_rows(const AttendArgs& args, const AttendPlan& plan, const Range& ra
     if (tokens <= 0) break;
     const int padded = (tokens + kLanes - 1) / kLanes * kLanes;
     with_dtype(args.window_k.dtype, [&](auto type) {
-      window_scores<NR, type>(f, window(args.window_k, start), args.window_k.token_stride, tokens, b);
+      const auto scores = [&](auto pairs) __attribute__((always_inline)) {
+        window_scores<NR, type, pairs>(f, window(args.window_k, start), args.window_k.token_stride, tokens,
+                                       score_factor(args), b);
+      };
+      constexpr bool kMayPair = kHasBFloat16Dots && type == Dtype::kBFloat16;
+      if (kMayPair && args.q.dtype == Dtype::kBFloat16) {
+        scores(std::bool_constant<kMayPair>{});
+      } else {
+        scores(std::false_type{});
+      }
       for (int r = 0; r < NR; ++r) {
         for (int t = tokens; t < padded; ++t) b.weights[r * kUnitTokens + t] = -kInfinity;
       }
@@ -845,7 +893,13 @@ void attend_rows(const AttendArgs& args, const AttendPlan& plan, const Range& ra
         }
       }
       softmax<NR>(args, padded, biased, b);
-      window_values<NR, type>(f, window(args.window_v, start), args.window_v.token_stride, tokens, biased, b);
+      const void* const values = window(args.window_v, start);
+      const int64_t stride = args.window_v.token_stride;
+      if (biased) {
+        window_values<NR, type, true>(f, values, stride, tokens, b);
+      } else {
+        window_values<NR, type, false>(f, values, stride, tokens, b);
+      }
     });
   }
   store_partials(args, plan, range, head, split, b);

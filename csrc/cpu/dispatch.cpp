@@ -172,6 +172,7 @@ const std::vector<InstructionSet>& instruction_sets() {
     all.push_back({LOGQUANT_KERNELS_OF(amx, avx512), has_avx512 && (emulated_tiles || has_amx()),
                    emulated_tiles ? nullptr : allow_amx});
     all.push_back({LOGQUANT_KERNELS(avx512), has_avx512});
+    all.push_back({LOGQUANT_KERNELS_OF(avx512bf16, avx512), has_avx512 && __builtin_cpu_supports("avx512bf16")});
 #elif defined(__aarch64__)
     all.push_back({LOGQUANT_KERNELS(neon), true});
 #endif

@@ -28,7 +28,7 @@ LOGQUANT_INLINE F32 sum_of(int count, Term&& term) {
 }
 
 LOGQUANT_INLINE F32 fitted_code(F32 x, F32 inverse, F32 zero, F32 levels) {
-  return to_float(round_to_int(min(max((x - zero) * inverse, splat(0.0f)), levels)));
+  return round_positive(min(max((x - zero) * inverse, splat(0.0f)), levels));
 }
 
 struct KeyFit {

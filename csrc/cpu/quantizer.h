@@ -93,7 +93,7 @@ void quantize_keys(const PageFormat& f, const PageSource& source, const int16_t*
   float* const inverse = arena.take<float>(dim);
   float* const zero = arena.take<float>(dim);
   float* const levels = arena.take<float>(dim);
-  int32_t* const codes = arena.take<int32_t>(dim);
+  int32_t* const codes = arena.take<int32_t>(dim < kTablePadding ? kTablePadding : dim);
   int32_t* const columns = arena.take<int32_t>(dim);
   count_columns(f, map, columns);
   for (int c = 0; c < dim; ++c) {
@@ -152,6 +152,14 @@ void quantize_keys(const PageFormat& f, const PageSource& source, const int16_t*
     store(zero + c, p.zero);
   }
 
+  int32_t* const channels = arena.take<int32_t>(f.key_columns);
+  int32_t* const shifts = arena.take<int32_t>(f.key_columns);
+  int32_t* const spread = arena.take<int32_t>(f.key_columns);
+  for (int j = 0; j < f.key_columns && map != nullptr; j += kLanes) {
+    const I32 column = load_u16(reinterpret_cast<const uint16_t*>(map + j));
+    store(channels + j, column_channel(column));
+    store(shifts + j, column_digit(column) * bits);
+  }
   WordPacker<bits> packer(page + f.key_codes());
   for (int t = 0; t < tokens; ++t) {
     for (int c = 0; c < dim; c += kLanes) {
@@ -165,13 +173,9 @@ void quantize_keys(const PageFormat& f, const PageSource& source, const int16_t*
       }
     }
     if (map == nullptr) continue;
+    lookup(codes, dim, channels, f.key_columns, spread);
     for (int j = 0; j < f.key_columns; j += kLanes) {
-      I32 digits;
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const int entry = map[j + lane];
-        digits[lane] = codes[column_channel(entry)] >> (bits * column_digit(entry)) & static_cast<int>(code_mask(bits));
-      }
-      packer.push(digits);
+      packer.push((load(spread + j) >> load(shifts + j)) & static_cast<int32_t>(code_mask(bits)));
     }
   }
 }
@@ -236,23 +240,38 @@ void quantize_values(const PageFormat& f, const PageSource& source, int32_t* pag
 }
 
 // What a page's rotated values become when each token's error is taken off the later ones: in place, group by group.
-// x: [token][dim]; feedback: [token][later token]; counts: which tokens have an error that does, all bits or none.
+// x: [token][dim]; feedback: [later token][token]; counts: which tokens have an error that does, all bits or none;
+// errors: scratch, [token][kErrorVectors * kLanes]. A token is corrected all at once, when its turn comes: its
+// channels stay in registers, and vectors of several are corrected together, for each waits for the one before it.
+constexpr int kErrorVectors = 4;
 template <int bits>
 LOGQUANT_INLINE void feed_back(const PageFormat& f, int group, const float* scale, const float* inverse,
-                               const float* zero, const int32_t* counts, const float* feedback, float* x) {
+                               const float* zero, const int32_t* counts, const float* feedback, float* errors,
+                               float* x) {
   const int tokens = f.page_tokens, dim = f.value_dim;
   const F32 levels = splat(static_cast<float>(code_mask(bits)));
-  for (int c = group * f.value_group; c < (group + 1) * f.value_group; c += kLanes) {
+  const auto run = [&](auto vectors, int c) __attribute__((always_inline)) {
     for (int t = 0; t < tokens; ++t) {
-      const F32 own = load(x + t * dim + c), s = splat(scale[t]), z = splat(zero[t]);
-      const F32 code = to_float(code_of(own, s, splat(inverse[t]), z, levels));
-      const F32 error = bits_as<F32>(bits_as<I32>(own - (z + s * code)) & splat(counts[t]));
-      for (int later = t + 1; later < tokens; ++later) {
-        float* const at = x + later * dim + c;
-        store(at, load(at) - splat(feedback[t * tokens + later]) * error);
+      F32 own[vectors];
+      for (int i = 0; i < vectors; ++i) own[i] = load(x + t * dim + c + i * kLanes);
+      for (int earlier = 0; earlier < t; ++earlier) {
+        const F32 factor = splat(feedback[t * tokens + earlier]);
+        const float* const error = errors + earlier * vectors * kLanes;
+        for (int i = 0; i < vectors; ++i) own[i] -= factor * load(error + i * kLanes);
+      }
+      const F32 s = splat(scale[t]), z = splat(zero[t]);
+      for (int i = 0; i < vectors; ++i) {
+        store(x + t * dim + c + i * kLanes, own[i]);
+        const F32 code = to_float(code_of(own[i], s, splat(inverse[t]), z, levels));
+        const I32 error = bits_as<I32>(own[i] - (z + s * code)) & splat(counts[t]);
+        store(errors + (t * vectors + i) * kLanes, bits_as<F32>(error));
       }
     }
-  }
+  };
+  int c = group * f.value_group;
+  const int end = c + f.value_group, step = kErrorVectors * kLanes;
+  for (; c + step <= end; c += step) run(std::integral_constant<int, kErrorVectors>{}, c);
+  for (; c < end; c += kLanes) run(std::integral_constant<int, 1>{}, c);
 }
 
 // feedback: [token][token], or nullptr
@@ -279,23 +298,29 @@ void quantize_rotated_values(const PageFormat& f, const PageSource& source, cons
     hadamard(rotated + t * dim, dim, f.hadamard_block());
   }
   float* corrected = rotated;
-  float* factors = nullptr;
+  float *factors = nullptr, *errors = nullptr;
   if (feedback != nullptr) {
     corrected = arena.take<float>(tokens * dim);
     factors = arena.take<float>(tokens * tokens);
-    for (int i = 0; i < tokens * tokens; ++i) factors[i] = valid_feedback(feedback[i]);
+    errors = arena.take<float>(tokens * kErrorVectors * kLanes);
+    for (int t = 0; t < tokens; ++t) {
+      for (int later = t + 1; later < tokens; ++later) {
+        factors[later * tokens + t] = valid_feedback(feedback[t * tokens + later]);
+      }
+    }
     __builtin_memcpy(corrected, rotated, sizeof(float) * tokens * dim);
   }
-  I32 rows;
-  for (int lane = 0; lane < kLanes; ++lane) rows[lane] = lane * dim;
   uint8_t* const scale_bytes = reinterpret_cast<uint8_t*>(page + f.value_params());
   for (int group = 0; group < groups; ++group) {
     const int first = group * f.value_group;
     const int32_t* const counts = finite + group * tokens;
     const auto fit = [&] {
       for (int t = 0; t < tokens; t += kLanes) {
-        for (int c = 0; c < f.value_group; ++c) {
-          store(x + c * kLanes, gather(corrected + t * dim + first + c, rows));
+        for (int c = 0; c < f.value_group; c += kLanes) {
+          F32 square[kLanes];
+          for (int i = 0; i < kLanes; ++i) square[i] = load(corrected + (t + i) * dim + first + c);
+          transpose(square);
+          for (int i = 0; i < kLanes; ++i) store(x + (c + i) * kLanes, square[i]);
         }
         const I32 good = load(counts + t);
         const ValueFit best = fit_values(x, f.value_group, static_cast<float>(code_mask(bits)));
@@ -308,12 +333,12 @@ void quantize_rotated_values(const PageFormat& f, const PageSource& source, cons
     fit();
     if (feedback != nullptr) {
       // The scales that fit the values are not those that fit what becomes of them.
-      feed_back<bits>(f, group, scale, inverse, zero, counts, factors, corrected);
+      feed_back<bits>(f, group, scale, inverse, zero, counts, factors, errors, corrected);
       fit();
       for (int t = 0; t < tokens; ++t) {
         __builtin_memcpy(corrected + t * dim + first, rotated + t * dim + first, sizeof(float) * f.value_group);
       }
-      feed_back<bits>(f, group, scale, inverse, zero, counts, factors, corrected);
+      feed_back<bits>(f, group, scale, inverse, zero, counts, factors, errors, corrected);
     }
     pack_values<bits>(f, group, scale, inverse, zero, page,
                       [&](int t, int c) __attribute__((always_inline)) { return load(corrected + t * dim + c); });
@@ -322,9 +347,11 @@ void quantize_rotated_values(const PageFormat& f, const PageSource& source, cons
 
 LOGQUANT_INLINE int64_t quantizer_scratch(const PageFormat& f) {
   const int64_t tokens = f.page_tokens, groups = f.value_groups();
-  const int64_t keys = 6 * int64_t{f.head_dim} + (f.key_param_bits == 8 ? tokens * (kLanes + 1) : 0);
-  const int64_t rotated = 2 * tokens * f.value_dim + f.value_group * kLanes + groups * tokens + tokens * tokens;
-  return 64 * 24 + 4 * (keys + 3 * tokens + (f.hadamard_block() > 1 ? rotated : 0)) + 8 * tokens;
+  const int64_t keys = 6 * int64_t{f.head_dim} + kTablePadding + 3 * int64_t{f.key_columns} +
+                       (f.key_param_bits == 8 ? tokens * (kLanes + 1) : 0);
+  const int64_t rotated =
+      2 * tokens * f.value_dim + f.value_group * kLanes + groups * tokens + tokens * (tokens + kErrorVectors * kLanes);
+  return 64 * 28 + 4 * (keys + 3 * tokens + (f.hadamard_block() > 1 ? rotated : 0)) + 8 * tokens;
 }
 
 LOGQUANT_INLINE void quantize_one_page(const PageFormat& f, Dtype dtype, const PageSource& source, const int16_t* map,

@@ -88,6 +88,7 @@ LOGQUANT_INLINE F32 abs(F32 x) { return bits_as<F32>(bits_as<I32>(x) & 0x7FFFFFF
 LOGQUANT_INLINE I32 is_nonfinite(F32 x) { return (bits_as<I32>(x) & 0x7F800000) == 0x7F800000; }
 
 // Of min and max with a NaN, the second argument comes out; of max_abs, either; any_above is true for a NaN.
+// round_positive is to_float(round_to_int(x)) for 0 <= x < 2^22.
 #if defined(LOGQUANT_AVX512)
 LOGQUANT_INLINE F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
 LOGQUANT_INLINE F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
@@ -95,6 +96,7 @@ LOGQUANT_INLINE F32 max_abs(F32 a, F32 b) { return _mm512_range_ps(a, b, 0x0B); 
 LOGQUANT_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 LOGQUANT_INLINE F32 to_float(I32 x) { return _mm512_cvtepi32_ps(bits_as<__m512i>(x)); }
 LOGQUANT_INLINE I32 round_to_int(F32 x) { return bits_as<I32>(_mm512_cvtps_epi32(x)); }
+LOGQUANT_INLINE F32 round_positive(F32 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT); }
 LOGQUANT_INLINE bool any_above(F32 x, F32 limit) { return _mm512_cmp_ps_mask(x, limit, _CMP_NLE_UQ) != 0; }
 LOGQUANT_INLINE I32 dot_pairs(I32 sum, I32 a, I32 b) {
   return bits_as<I32>(_mm512_dpwssd_epi32(bits_as<__m512i>(sum), bits_as<__m512i>(a), bits_as<__m512i>(b)));
@@ -131,6 +133,7 @@ LOGQUANT_INLINE F32 max_abs(F32 a, F32 b) { return _mm256_max_ps(a, abs(b)); }
 LOGQUANT_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
 LOGQUANT_INLINE F32 to_float(I32 x) { return _mm256_cvtepi32_ps(bits_as<__m256i>(x)); }
 LOGQUANT_INLINE I32 round_to_int(F32 x) { return bits_as<I32>(_mm256_cvtps_epi32(x)); }
+LOGQUANT_INLINE F32 round_positive(F32 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT); }
 LOGQUANT_INLINE bool any_above(F32 x, F32 limit) {
   return _mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_NLE_UQ)) != 0;
 }
@@ -179,6 +182,7 @@ LOGQUANT_INLINE F32 fma(F32 a, F32 b, F32 c) {
 }
 LOGQUANT_INLINE F32 to_float(I32 x) { return bits_as<F32>(vcvtq_f32_s32(bits_as<int32x4_t>(x))); }
 LOGQUANT_INLINE I32 round_to_int(F32 x) { return bits_as<I32>(vcvtnq_s32_f32(bits_as<float32x4_t>(x))); }
+LOGQUANT_INLINE F32 round_positive(F32 x) { return bits_as<F32>(vrndnq_f32(bits_as<float32x4_t>(x))); }
 LOGQUANT_INLINE bool any_above(F32 x, F32 limit) { return vminvq_u32(bits_as<uint32x4_t>(x <= limit)) == 0; }
 // b is one pair in every lane, and smlal multiplies by an element of a register: the pair is loaded and not spread,
 // and a's two halves are narrowed once for all rows.
@@ -240,6 +244,7 @@ LOGQUANT_INLINE I32 dot_pairs(I32 sum, I32 a, I32 b) {
 LOGQUANT_INLINE F32 max_abs(F32 a, F32 b) { return max(a, abs(b)); }
 LOGQUANT_INLINE F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
 LOGQUANT_INLINE F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
+LOGQUANT_INLINE F32 round_positive(F32 x) { return to_float(round_to_int(x)); }
 template <class T>
 LOGQUANT_INLINE auto gather(const T* p, I32 index) {
   typedef T V __attribute__((vector_size(4 * kLanes)));
@@ -282,12 +287,12 @@ LOGQUANT_INLINE void store_s16(int16_t* p, I32 low, I32 high) {
 // out[j] = table[index[j]]; gathers are slow, so the table is held in registers where it fits: reads up to
 // kTablePadding elements of it, whatever is in them.
 constexpr int kTablePadding = 128;
-LOGQUANT_INLINE void lookup(const float* table, [[maybe_unused]] int size, const int32_t* index, int count,
-                            float* out) {
+template <class T>
+LOGQUANT_INLINE void lookup(const T* table, [[maybe_unused]] int size, const int32_t* index, int count, T* out) {
 #if defined(LOGQUANT_AVX512)
   const auto in_registers = [&](auto halves) __attribute__((always_inline)) {
     __m512 v[halves];
-    for (int i = 0; i < halves; ++i) v[i] = load(table + i * kLanes);
+    for (int i = 0; i < halves; ++i) v[i] = bits_as<__m512>(load(table + i * kLanes));
     for (int j = 0; j < count; j += kLanes) {
       const __m512i lanes = bits_as<__m512i>(load(index + j));
       __m512 x = _mm512_permutex2var_ps(v[0], lanes, v[1]);
@@ -295,7 +300,7 @@ LOGQUANT_INLINE void lookup(const float* table, [[maybe_unused]] int size, const
         const __mmask16 here = _mm512_cmpge_epi32_mask(lanes, _mm512_set1_epi32(i * kLanes));
         x = _mm512_mask_mov_ps(x, here, _mm512_permutex2var_ps(v[i], lanes, v[i + 1]));
       }
-      store(out + j, x);
+      store(out + j, bits_as<decltype(load(table))>(x));
     }
   };
   if (size <= 4 * kLanes) return in_registers(std::integral_constant<int, 4>{});
@@ -334,6 +339,20 @@ LOGQUANT_INLINE void store_elements(void* data, int64_t i, F32 x) {
   }
 }
 
+// sum + a0 * b0 + a1 * b1 of pairs of bfloat16.
+#if defined(LOGQUANT_AVX512) && defined(__AVX512BF16__)
+constexpr bool kHasBFloat16Dots = true;
+LOGQUANT_INLINE F32 dot_bfloat16(F32 sum, I32 a, I32 b) {
+  return _mm512_dpbf16_ps(sum, bits_as<__m512bh>(a), bits_as<__m512bh>(b));
+}
+#else
+constexpr bool kHasBFloat16Dots = false;
+LOGQUANT_INLINE F32 dot_bfloat16(F32 sum, I32 a, I32 b) {
+  constexpr int32_t kHigh = ~0xFFFF;
+  return fma(bits_as<F32>(a & kHigh), bits_as<F32>(b & kHigh), fma(bits_as<F32>(a << 16), bits_as<F32>(b << 16), sum));
+}
+#endif
+
 // Calls f with the dtype as a constant.
 template <class F>
 LOGQUANT_INLINE void with_dtype(Dtype dtype, F&& f) {
@@ -364,6 +383,20 @@ LOGQUANT_INLINE void with_bits(int bits, F&& f) {
 template <int Odd, class V, int... I>
 LOGQUANT_INLINE V every_second(V a, V b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, (2 * I + Odd)...);
+}
+
+// A square of words: lane j of v[i] becomes lane i of v[j].
+template <class V>
+LOGQUANT_INLINE void transpose(V (&v)[kLanes]) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
+  V next[kLanes];
+  for (int round = 1; round < kLanes; round *= 2) {
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[i] = every_second<0>(v[2 * i], v[2 * i + 1], lanes);
+      next[kLanes / 2 + i] = every_second<1>(v[2 * i], v[2 * i + 1], lanes);
+    }
+    for (int i = 0; i < kLanes; ++i) v[i] = next[i];
+  }
 }
 
 // Pairs of neighbouring lanes: a's results in the lower half, b's in the upper.

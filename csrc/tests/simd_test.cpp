@@ -54,6 +54,63 @@ void test_floats() {
     const float x = 0.5f * static_cast<float>(i);  // half of them ties
     check(round_to_int(splat(x))[i & (kLanes - 1)] == static_cast<int>(std::nearbyint(x)), "round_to_int");
     check(to_float(splat(i))[i & (kLanes - 1)] == static_cast<float>(i), "to_float");
+    if (i >= 0) check(round_positive(splat(x))[i & (kLanes - 1)] == std::nearbyint(x), "round_positive");
+  }
+}
+
+void test_bfloat16_dots() {
+  std::mt19937 random(2);
+  std::normal_distribution<float> normal;
+  for (int round = 0; round < 1000; ++round) {
+    F32 sum;
+    I32 a, b;
+    double expected[kLanes], size[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      sum[i] = normal(random);
+      expected[i] = sum[i];
+      size[i] = std::fabs(sum[i]);
+      a[i] = b[i] = 0;
+      for (int half = 0; half < 32; half += 16) {
+        const auto x = std::bit_cast<uint32_t>(normal(random)) >> 16, y = std::bit_cast<uint32_t>(normal(random)) >> 16;
+        a[i] = static_cast<int32_t>(static_cast<uint32_t>(a[i]) | x << half);
+        b[i] = static_cast<int32_t>(static_cast<uint32_t>(b[i]) | y << half);
+        const double product = static_cast<double>(std::bit_cast<float>(x << 16)) * std::bit_cast<float>(y << 16);
+        expected[i] += product;
+        size[i] += std::fabs(product);
+      }
+    }
+    const F32 dots = dot_bfloat16(sum, a, b);
+    for (int i = 0; i < kLanes; ++i) check(std::fabs(dots[i] - expected[i]) <= 3e-7 * size[i], "dot_bfloat16");
+  }
+}
+
+void test_transpose() {
+  F32 square[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < kLanes; ++j) square[i][j] = static_cast<float>(100 * i + j);
+  }
+  transpose(square);
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < kLanes; ++j) check(square[i][j] == static_cast<float>(100 * j + i), "transpose");
+  }
+}
+
+// Of tables that fit into registers and of others.
+void test_tables() {
+  std::mt19937 random(3);
+  for (const int size : {kLanes, 64, 80, 128, 256}) {
+    int32_t table[256], index[48], out[48];
+    float floats[256], floats_out[48];
+    for (int i = 0; i < 256; ++i) {
+      table[i] = static_cast<int32_t>(random());
+      floats[i] = static_cast<float>(table[i]);
+    }
+    for (int32_t& i : index) i = static_cast<int32_t>(random() % static_cast<unsigned>(size));
+    lookup(table, size, index, 48, out);
+    lookup(floats, size, index, 48, floats_out);
+    for (int i = 0; i < 48; ++i) {
+      check(out[i] == table[index[i]] && floats_out[i] == floats[index[i]], "lookup in a table");
+    }
   }
 }
 
@@ -198,6 +255,9 @@ int main() {
   test_floats();
   test_halves();
   test_integers();
+  test_bfloat16_dots();
+  test_transpose();
+  test_tables();
 #if defined(LOGQUANT_TILES)
   std::mt19937 random(1);
   for (int round = 0; round < 100; ++round) {
