@@ -114,7 +114,13 @@ class Calibration:
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], described: Mapping[str, object]) -> Calibration:
-        """The inverse of :meth:`state`; tensors of other names are left alone."""
+        """The inverse of :meth:`state`; tensors of other names are left alone.
+
+        Raises:
+            ValueError: a description that lacks something.
+        """
+        if missing := sorted({"model", "tokens"} - described.keys()):
+            raise ValueError(f"the description of a calibration must have model and tokens, lacks {missing}")
         scores = {int(n.split(".")[1]): t for n, t in tensors.items() if n.endswith(".key_scores")}
         return cls(scores, described["model"], described["tokens"])  # type: ignore[arg-type]
 

@@ -545,6 +545,12 @@ def bench_generate_command(
         bool, typer.Option("--peaks", help="Also measure the peak memory of each cache, in processes of their own.")
     ] = False,
     caches: Annotated[str, typer.Option(help=f"Separated by commas: {CACHE_HELP}")] = "full,logquant,recent",
+    full_attention: Annotated[
+        str | None,
+        typer.Option(
+            help="Also decode a full cache with this attention of transformers, such as eager; without peaks."
+        ),
+    ] = None,
     memory_budget: Annotated[
         float | None,
         typer.Option(
@@ -563,15 +569,21 @@ def bench_generate_command(
     from .bench.generate import bench_budget, bench_generate
     from .bench.memory import bench_memory
     from .bench.timing import WARMUP
-    from .specs import parse_caches
+    from .specs import CacheSpec, parse_caches
 
     batches = number_list("--batch", batch)
     with errors_of("--caches"):
         specs = parse_caches(caches)
+    attention = {} if full_attention is None else {f"full, {full_attention}": full_attention}
+    specs += [CacheSpec(name, None) for name in attention]
+    if attention and peaks:
+        raise typer.BadParameter("not given with --peaks", param_hint="--full-attention")
     if memory_budget is not None and context <= steps + WARMUP:
         raise typer.BadParameter(f"needed: more tokens than are decoded, {steps + WARMUP}", param_hint="--context")
     loaded, _ = load_model(model, dtype)
-    loaded.set_attn_implementation("logquant")
+    with errors_of("--full-attention"):
+        for name in attention.values():
+            loaded.set_attn_implementation(name)
     results = []
     runs = len(batches) if memory_budget is None else 1
     with progress() as bar:
@@ -589,12 +601,19 @@ def bench_generate_command(
                     batch=size,
                     steps=steps,
                     baseline_steps=baseline_steps,
+                    attention=attention,
                     on_progress=advance,
                 )
         else:
             with errors_of("--memory-budget"):
                 results = bench_budget(
-                    loaded, specs, context=context, budget=int(memory_budget * GIB), steps=steps, on_progress=advance
+                    loaded,
+                    specs,
+                    context=context,
+                    budget=int(memory_budget * GIB),
+                    steps=steps,
+                    attention=attention,
+                    on_progress=advance,
                 )
     title = f"{'after' if memory_budget is None else 'up to'} {context:,} tokens"
     rows = [result.as_dict() for result in results]

@@ -119,7 +119,9 @@ def quantize(
     """
     _check_devices(k, v=v, index=index, key_map=key_map, key_weights=key_weights, value_feedback=value_feedback)
     if _compiled():
-        pages: Tensor = torch.ops.logquant.quantize(k, v, fmt.fields(), index, key_map, key_weights, value_feedback)
+        pages: Tensor = torch.ops.logquant.quantize.default(
+            k, v, fmt.fields(), index, key_map, key_weights, value_feedback
+        )
         return pages
     return reference.quantize(
         k, v, fmt, index=index, key_map=key_map, key_weights=key_weights, value_feedback=value_feedback
@@ -146,7 +148,7 @@ def dequantize(
     """
     _check_devices(pages, key_map=key_map)
     if _compiled():
-        both: tuple[Tensor, Tensor] = torch.ops.logquant.dequantize(pages, fmt.fields(), dtype, key_map)
+        both: tuple[Tensor, Tensor] = torch.ops.logquant.dequantize.default(pages, fmt.fields(), dtype, key_map)
         return both
     return reference.dequantize(pages, fmt, dtype=dtype, key_map=key_map)
 
@@ -192,7 +194,7 @@ def evict_(
         value_feedback=value_feedback,
     )
     if _compiled():
-        torch.ops.logquant.evict_(
+        torch.ops.logquant.evict_.default(
             window_k,
             window_v,
             pages,
@@ -280,7 +282,7 @@ def attend(
         lengths=lengths,
     )
     if _compiled():
-        out_and_lse: tuple[Tensor, Tensor] = torch.ops.logquant.attend(
+        out_and_lse: tuple[Tensor, Tensor] = torch.ops.logquant.attend.default(
             q,
             pages,
             window_k,

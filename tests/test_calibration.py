@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import logquant
-from logquant import LogQuantCache, LogQuantConfig, columns
+from logquant import LogQuantCache, LogQuantConfig, columns, saving
 from logquant.calibrate import LEAST_TOKENS, calibrate
 from logquant.calibration import Calibration
 from logquant.cli import app
@@ -197,6 +197,13 @@ def test_a_damaged_file_is_refused(model, path, damage, message):
         LogQuantCache(model.config, calibration=path)
     with pytest.raises(ValueError, match=message):
         parse_cache(f"logquant:calibration={path}")
+
+
+def test_a_description_that_lacks_something_is_refused(path):
+    tensors, described = Calibration.load(path).state()
+    saving.write(path, "calibration", tensors, {"version": described["version"], "tokens": 3})
+    with pytest.raises(ValueError, match=r"must have model and tokens, lacks \['model'\]"):
+        Calibration.load(path)
 
 
 def test_files_of_another_kind_are_refused(model, ids, path, tmp_path):

@@ -8,11 +8,13 @@ import sys
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.models.llama import modeling_llama
 from typer.testing import CliRunner
 
 from logquant import LogQuantConfig, __version__, machine, models
 from logquant.bench.attend import DEQUANTIZE, FULL, FUSED
 from logquant.bench.generate import prefilled
+from logquant.bench.timing import WARMUP
 from logquant.cli import app
 from logquant.compat import as_argument
 from logquant.specs import cache_nbytes, parse_cache
@@ -265,6 +267,27 @@ def test_bench_generate_compares_round_by_round(model, json_file):
     assert rows[0]["speedup"]["samples"] == [1.0] * 6
     assert rows[1]["speedup"]["samples"] == [f / p for f, p in zip(full, packed, strict=True)]
     assert rows[2]["speedup"]["samples"] == [f / h for f, h in zip(full[1::2], hqq, strict=True)]
+
+
+def test_bench_generate_runs_another_attention_on_a_full_cache(model, json_file, monkeypatch):
+    """Each step with its own implementation, whichever ran before."""
+    args = ("bench", "generate", "--model", model, "--context", 200, "--batch", "2", "--steps", 3)
+    calls = []
+    eager = modeling_llama.eager_attention_forward
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return eager(*args, **kwargs)
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", counted)
+    succeed(*args, "--caches", "full,logquant", "--full-attention", "eager", "--json", json_file)
+    rows = json.loads(json_file.read_text())["results"]
+    assert [row["cache"] for row in rows] == ["full", "logquant", "full, eager"]
+    assert rows[0]["held"] == rows[2]["held"] and rows[2]["speedup"]["median"] > 0
+    assert len(calls) == (3 + WARMUP) * models.load(model)[0].config.num_hidden_layers
+    for refused in ([*args, "--full-attention", "none"], [*args, "--full-attention", "eager", "--peaks"]):
+        result = run(*refused)
+        assert result.exit_code == 2 and "--full-attention" in result.output
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read in /proc")

@@ -6,7 +6,7 @@ At one batch size for all caches, or at the largest that fits into a number of b
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,19 +110,23 @@ def bench_generate(
     batch: int,
     steps: int,
     baseline_steps: int | None = None,
+    attention: Mapping[str, str] | None = None,
     on_progress: Callable[[], None] = lambda: None,
 ) -> list[GenerateResult]:
     """Prefill each cache with the same random tokens, then decode, a step with each cache in turn.
 
     Args:
-        model: with its attention implementation set; ``"logquant"`` serves all caches.
+        model: a causal language model of transformers; its attention implementation becomes ``"logquant"``, which
+            serves all caches.
         specs: the caches.
         context: tokens of the prompt, the same for all sequences.
         batch: sequences decoded at once.
         steps: timed steps of each cache, after :data:`WARMUP` that are not.
         baseline_steps: those of caches that are neither LogQuant's nor full, if they are to be fewer.
+        attention: implementations that caches are decoded with instead, by name.
         on_progress: called after every prefill and every round of steps.
     """
+    model.set_attn_implementation("logquant")
     prompt = _random_tokens(model, context)
     exact = _run(model, prompt, DynamicCache(config=model.config)) if len(specs) > 1 else None
     caches = {}
@@ -132,7 +136,7 @@ def bench_generate(
     fewer = {spec.name: baseline_steps for spec in specs if spec.is_baseline} if baseline_steps else {}
     last = dict.fromkeys(caches, prompt[:, -1:].expand(batch, -1))
     del exact
-    timings = _time_steps(model, caches, last, steps, on_progress, fewer)
+    timings = _time_steps(model, caches, last, steps, on_progress, fewer, attention)
     full = next((timings[spec.name] for spec in specs if spec.settings is None), None)
     return [
         GenerateResult(name, batch, context, timing, cache_nbytes(caches[name]), full and timing.speedup_over(full))
@@ -148,6 +152,7 @@ def bench_budget(
     context: int,
     budget: int,
     steps: int,
+    attention: Mapping[str, str] | None = None,
     on_progress: Callable[[], None] = lambda: None,
 ) -> list[GenerateResult]:
     """As :func:`bench_generate`, each cache with as many sequences as fit into ``budget`` bytes.
@@ -155,13 +160,14 @@ def bench_budget(
     The sequences of a cache have the same prompt, which is run once; each then holds keys and values of its own.
 
     Args:
-        model, specs, steps, on_progress: as for :func:`bench_generate`.
+        model, specs, steps, attention, on_progress: as for :func:`bench_generate`.
         context: tokens of a sequence at the end, prompt and decoded.
         budget: bytes for keys and values.
 
     Raises:
         ValueError: not even one sequence fits, or a cache whose bytes the configuration does not tell.
     """
+    model.set_attn_implementation("logquant")
     prompt = _random_tokens(model, context - steps - WARMUP)
     caches, plans = {}, {}
     for spec in specs:
@@ -171,7 +177,7 @@ def bench_budget(
         plans[spec.name], caches[spec.name] = planned, prefilled(spec, model, prompt, planned.batch)
         on_progress()
     last = {name: prompt[:, -1:].expand(planned.batch, -1) for name, planned in plans.items()}
-    timings = _time_steps(model, caches, last, steps, on_progress)
+    timings = _time_steps(model, caches, last, steps, on_progress, attention=attention)
     return [
         GenerateResult(name, p.batch, context, timings[name], cache_nbytes(caches[name]), predicted=p.batch * p.nbytes)
         for name, p in plans.items()
@@ -190,11 +196,18 @@ def _time_steps(
     steps: int,
     on_progress: Callable[[], None],
     fewer: dict[str, int] | None = None,
+    attention: Mapping[str, str] | None = None,
 ) -> dict[str, Timing]:
     """Decode one token of each sequence with each cache in turn."""
+    implementations = dict.fromkeys(caches, "logquant") | dict(attention or {})
+    in_use = "logquant"
 
     def step_with(name: str) -> Callable[[], Tensor]:
         def step() -> Tensor:
+            nonlocal in_use
+            if in_use != implementations[name]:  # takes less than a millisecond
+                in_use = implementations[name]
+                model.set_attn_implementation(in_use)
             logits: Tensor = model(tokens[name], **as_argument(caches[name]), logits_to_keep=1).logits
             return logits.argmax(-1)
 
