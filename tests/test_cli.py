@@ -283,8 +283,14 @@ def test_bench_generate_runs_another_attention_on_a_full_cache(model, json_file,
     succeed(*args, "--caches", "full,logquant", "--full-attention", "eager", "--json", json_file)
     rows = json.loads(json_file.read_text())["results"]
     assert [row["cache"] for row in rows] == ["full", "logquant", "full, eager"]
-    assert rows[0]["held"] == rows[2]["held"] and rows[2]["speedup"]["median"] > 0
+    assert rows[0]["held"] == rows[2]["held"] and rows[0]["speedup"]["samples"] == [1.0] * 3
     assert len(calls) == (3 + WARMUP) * models.load(model)[0].config.num_hidden_layers
+    succeed(*args, "--caches", "logquant", "--full-attention", "eager", "--json", json_file)
+    assert [row["speedup"] for row in json.loads(json_file.read_text())["results"]] == [None, None]
+    budget = ("--memory-budget", 0.004, "--caches", "logquant", "--full-attention", "eager")
+    succeed(*args, *budget, "--json", json_file)
+    _, full = json.loads(json_file.read_text())["results"]
+    assert full["cache"] == "full, eager" and full["held"] == full["predicted"]
     for refused in ([*args, "--full-attention", "none"], [*args, "--full-attention", "eager", "--peaks"]):
         result = run(*refused)
         assert result.exit_code == 2 and "--full-attention" in result.output

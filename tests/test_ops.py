@@ -405,15 +405,16 @@ def test_attend_sees_nothing(backend):
 
 
 @backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("where", ["packed keys", "packed values", "exact keys", "exact values"])
-def test_attend_non_finite_tokens(backend, where):
+def test_attend_non_finite_tokens(backend, where, dtype):
     """A NaN reaches the queries that see it, and no others."""
     fmt = PageFormat(64)
-    k, v = tokens(fmt, 0, batch=1, heads=1, count=148)
+    k, v = tokens(fmt, 0, batch=1, heads=1, count=148, dtype=dtype)
     place = 70 if "packed" in where else 140
     (k if "keys" in where else v)[0, 0, place, 3] = torch.nan
     pages = reference.quantize(k[:, :, :128], v[:, :, :128], fmt)
-    q = torch.randn(1, 2, 2, 64)
+    q = torch.randn(1, 2, 2, 64).to(dtype)
     seen = torch.ones(1, 1, 2, 148, dtype=torch.bool)
     # A NaN key spoils its channel in the whole page.
     seen[0, 0, 0, 64 : 128 if where == "packed keys" else 148] = False
@@ -423,12 +424,14 @@ def test_attend_non_finite_tokens(backend, where):
     assert out[:, :, 1].isnan().any(-1).all()
     want, _ = reference.attend(q, pages, k[:, :, 128:], v[:, :, 128:], fmt, scale=0.125, mask=seen)
     assert torch.equal(out.isnan(), want.isnan())
-    assert torch.allclose(out[:, :, 0], want[:, :, 0], rtol=1e-3, atol=1e-3)
+    tolerance = 1e-3 if dtype == torch.float32 else 1e-2
+    assert torch.allclose(out[:, :, 0], want[:, :, 0], rtol=tolerance, atol=tolerance)
 
 
 @backends
-def test_attend_non_finite_query(backend):
-    problem = Problem(PageFormat(64), packed=128, exact=20, group=2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attend_non_finite_query(backend, dtype):
+    problem = Problem(PageFormat(64), packed=128, exact=20, group=2, dtype=dtype)
     for bad in (torch.nan, torch.inf):
         problem.q[0, 1, 0, 7] = bad
         out, _ = problem.run(backend)
@@ -436,16 +439,23 @@ def test_attend_non_finite_query(backend):
 
 
 @backends
-def test_attend_reads_strided_tensors(backend):
-    problem = Problem(PageFormat(64), packed=192, exact=30, batch=2, heads=2, group=2, queries=2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attend_reads_strided_tensors(backend, dtype):
+    problem = Problem(PageFormat(64), packed=192, exact=30, batch=2, heads=2, group=2, queries=2, dtype=dtype)
     want = problem.run(backend)
     problem.q = problem.q.transpose(1, 2).contiguous().transpose(1, 2)
-    problem.window_k = problem.window_k.mT.contiguous().mT
+    rows = torch.zeros(2 * 2 * 30 * 65 + 1, dtype=dtype)[1:].view(2, 2, 30, 65)  # aligned as elements are
+    rows[..., :64] = problem.window_k
+    problem.window_k = rows[..., :64]
+    problem.window_v = problem.window_v.mT.contiguous().mT
     store = torch.zeros(2, 2, 5, problem.fmt.words + 16, dtype=torch.int32)
     store[:, :, 1:4, 16:] = problem.pages
     problem.pages = store[:, :, 1:4, 16:]
     for got, expected in zip(problem.run(backend), want, strict=True):
-        assert torch.equal(got, expected)
+        if dtype == torch.float32:
+            assert torch.equal(got, expected)
+        else:  # CUDA has another kernel for rows that are not aligned
+            torch.testing.assert_close(got, expected, rtol=2**-7, atol=2**-9)
 
 
 @pytest.mark.parametrize("backend", CPU_SETS)

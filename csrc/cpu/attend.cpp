@@ -51,7 +51,7 @@ constexpr struct {
 template <int NR>
 struct Block {
   float *q, *q_columns;   // [NR][D], [NR][C]: times scale * log2(e), or scale / softcap
-  int16_t* q_pairs;       // [NR][D]: as it came, where that is bfloat16
+  int16_t* q_pairs;       // [NR][D]: as it came, where that is bfloat16 and has dot products of pairs
   float* q_scaled;        // [NR][C]: q_columns / score_scale
   float* column_weight;   // [C]: of its digit
   float* most_scale;      // [C]: the largest key scale that overflows no row's codes
@@ -558,18 +558,20 @@ LOGQUANT_INLINE void add_values(const PageFormat& f, const PageTiles<NR>& tiles,
 }
 
 // ---------------------------------------------------------------------------------------------------------- window
+// Sums of window_scores, which has fewer operands than dot_codes; AVX2 has 16 registers for all.
+constexpr int kWindowSums = kLanes == 8 ? 8 : 16;
 template <int NR>
-constexpr int kWindowTokens = kAccumulators / NR < 4 ? kAccumulators / NR : 4;  // at a time
+constexpr int kWindowTokens = kWindowSums / NR < 4 ? kWindowSums / NR : 4;  // at a time
 
 // With pairs, of bfloat16, q is multiplied as it came, and the scores by `factor`.
 template <int NR, Dtype dtype, bool pairs>
 LOGQUANT_INLINE void window_scores(const PageFormat& f, const void* k, int64_t stride, int tokens, float factor,
                                    const Block<NR>& b) {
-  constexpr int kBlock = kWindowTokens<NR>, kSums = NR * kBlock, kStep = kSums < kLanes ? kSums : kLanes;
+  constexpr int kBlock = kWindowTokens<NR>, kTotals = NR * kBlock, kStep = kTotals < kLanes ? kTotals : kLanes;
   const int dim = f.head_dim;
   for (int t = 0; t < tokens; t += kBlock) {
-    F32 sum[kSums];
-    unroll<kSums>([&](auto i) __attribute__((always_inline)) { sum[i] = splat(0.0f); });
+    F32 sum[kTotals];
+    unroll<kTotals>([&](auto i) __attribute__((always_inline)) { sum[i] = splat(0.0f); });
     // Past the last token the last one is read again.
     int64_t rows[kBlock];
     for (int k = 0; k < kBlock; ++k) rows[k] = smaller(t + k, tokens - 1) * stride;
@@ -586,8 +588,7 @@ LOGQUANT_INLINE void window_scores(const PageFormat& f, const void* k, int64_t s
     };
     if constexpr (pairs) {
       const int16_t* const keys = static_cast<const int16_t*>(k);
-      const auto both = [](const int16_t* p)
-                            __attribute__((always_inline)) { return load(reinterpret_cast<const int32_t*>(p)); };
+      const auto both = [](const int16_t* p) __attribute__((always_inline)) { return load_pairs(p); };
       const auto with_zeros = [](const int16_t* p) __attribute__((always_inline)) {
         return load_u16(reinterpret_cast<const uint16_t*>(p));
       };
@@ -605,7 +606,7 @@ LOGQUANT_INLINE void window_scores(const PageFormat& f, const void* k, int64_t s
             [](F32 to, F32 q, F32 x) __attribute__((always_inline)) { return fma(q, x, to); });
       }
     }
-    unroll<kSums / kStep>([&](auto part) __attribute__((always_inline)) {
+    unroll<kTotals / kStep>([&](auto part) __attribute__((always_inline)) {
       F32 total = reduce_lanes<kStep>(sum + part * kStep, Add{});
       if (pairs) total *= splat(factor);
       float totals[kLanes];
@@ -620,7 +621,7 @@ LOGQUANT_INLINE void window_scores(const PageFormat& f, const void* k, int64_t s
 
 template <int NR, Dtype dtype, bool biased>
 LOGQUANT_INLINE void window_values(const PageFormat& f, const void* v, int64_t stride, int tokens, const Block<NR>& b) {
-  constexpr int kBlock = kAccumulators / NR < 4 ? kAccumulators / NR : 4;
+  constexpr int kBlock = kVectors<NR>;
   const auto add = [&](auto block, int c) __attribute__((always_inline)) {
     F32 sum[NR][block];
     for (int r = 0; r < NR; ++r) {

@@ -241,8 +241,8 @@ void quantize_values(const PageFormat& f, const PageSource& source, int32_t* pag
 
 // What a page's rotated values become when each token's error is taken off the later ones: in place, group by group.
 // x: [token][dim]; feedback: [later token][token]; counts: which tokens have an error that does, all bits or none;
-// errors: scratch, [token][kErrorVectors * kLanes]. A token is corrected all at once, when its turn comes: its
-// channels stay in registers, and vectors of several are corrected together, for each waits for the one before it.
+// errors: scratch, [token][kErrorVectors * kLanes]. A token is corrected all at once, when its turn comes, so
+// that it stays in registers; several vectors of its channels side by side, as each subtraction waits for the last.
 constexpr int kErrorVectors = 4;
 template <int bits>
 LOGQUANT_INLINE void feed_back(const PageFormat& f, int group, const float* scale, const float* inverse,

@@ -339,7 +339,14 @@ LOGQUANT_INLINE void store_elements(void* data, int64_t i, F32 x) {
   }
 }
 
-// sum + a0 * b0 + a1 * b1 of pairs of bfloat16.
+// Pairs of neighbours, wherever they lie in memory.
+LOGQUANT_INLINE I32 load_pairs(const int16_t* p) {
+  I32 x;
+  __builtin_memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+// sum + a0 * b0 + a1 * b1 of pairs of bfloat16. The instruction takes subnormal numbers for 0.
 #if defined(LOGQUANT_AVX512) && defined(__AVX512BF16__)
 constexpr bool kHasBFloat16Dots = true;
 LOGQUANT_INLINE F32 dot_bfloat16(F32 sum, I32 a, I32 b) {

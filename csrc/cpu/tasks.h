@@ -70,7 +70,8 @@ LOGQUANT_DECLARE_TASKS(portable)
 LOGQUANT_DECLARE_TASKS(avx2)
 LOGQUANT_DECLARE_TASKS(avxvnni)
 LOGQUANT_DECLARE_TASKS(avx512)
-LOGQUANT_DECLARE_ATTEND(amx)  // everything else is avx512's
+// Everything else of these is avx512's.
+LOGQUANT_DECLARE_ATTEND(amx)
 LOGQUANT_DECLARE_ATTEND(avx512bf16)
 #elif defined(__aarch64__)
 LOGQUANT_DECLARE_TASKS(neon)

@@ -137,7 +137,8 @@ def bench_generate(
     last = dict.fromkeys(caches, prompt[:, -1:].expand(batch, -1))
     del exact
     timings = _time_steps(model, caches, last, steps, on_progress, fewer, attention)
-    full = next((timings[spec.name] for spec in specs if spec.settings is None), None)
+    others = attention or {}
+    full = next((timings[spec.name] for spec in specs if spec.settings is None and spec.name not in others), None)
     return [
         GenerateResult(name, batch, context, timing, cache_nbytes(caches[name]), full and timing.speedup_over(full))
         for name, timing in timings.items()
@@ -213,10 +214,13 @@ def _time_steps(
 
         return step
 
-    return time_interleaved(
-        {name: step_with(name) for name in caches},
-        steps,
-        fewer=fewer,
-        on_progress=on_progress,
-        clock=clock_of(model.device.type),
-    )
+    try:
+        return time_interleaved(
+            {name: step_with(name) for name in caches},
+            steps,
+            fewer=fewer,
+            on_progress=on_progress,
+            clock=clock_of(model.device.type),
+        )
+    finally:
+        model.set_attn_implementation("logquant")
