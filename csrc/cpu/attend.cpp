@@ -592,9 +592,9 @@ LOGQUANT_INLINE void window_scores(const PageFormat& f, const void* k, int64_t s
       const auto with_zeros = [](const int16_t* p) __attribute__((always_inline)) {
         return load_u16(reinterpret_cast<const uint16_t*>(p));
       };
-      const auto add_pairs = [&](auto&& load_pairs, int c) __attribute__((always_inline)) {
-        add([&](int64_t row) __attribute__((always_inline)) { return load_pairs(keys + row + c); },
-            [&](int row) __attribute__((always_inline)) { return load_pairs(b.q_pairs + row + c); }, dot_bfloat16);
+      const auto add_pairs = [&](auto&& pairs_at, int c) __attribute__((always_inline)) {
+        add([&](int64_t row) __attribute__((always_inline)) { return pairs_at(keys + row + c); },
+            [&](int row) __attribute__((always_inline)) { return pairs_at(b.q_pairs + row + c); }, dot_bfloat16);
       };
       int c = 0;
       for (; c + 2 * kLanes <= dim; c += 2 * kLanes) add_pairs(both, c);

@@ -137,8 +137,7 @@ def bench_generate(
     last = dict.fromkeys(caches, prompt[:, -1:].expand(batch, -1))
     del exact
     timings = _time_steps(model, caches, last, steps, on_progress, fewer, attention)
-    others = attention or {}
-    full = next((timings[spec.name] for spec in specs if spec.settings is None and spec.name not in others), None)
+    full = next((timings[s.name] for s in specs if s.settings is None and s.name not in (attention or {})), None)
     return [
         GenerateResult(name, batch, context, timing, cache_nbytes(caches[name]), full and timing.speedup_over(full))
         for name, timing in timings.items()
