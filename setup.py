@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import ninja
@@ -50,10 +51,10 @@ if SANITIZE:
     FLAGS += [*SANITIZE, "-O1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
     # Every inlined function's variables have a scope of their own: watching them takes gcc minutes a kernel.
     FLAGS += ["-fno-sanitize-address-use-after-scope"]
-# For `make sanitize`, too: LOGQUANT_EMULATED_TILES=1 has any machine with AVX-512 run the set amx, on emulated tiles.
-EMULATED_TILES = ["-DLOGQUANT_EMULATED_TILES=1"] if os.environ.get("LOGQUANT_EMULATED_TILES") == "1" else []
-KERNELS = ["quantize", "dequantize", "evict", "attend"]
-ATTEND_ONLY = ["amx", "avx512bf16"]  # sets that share everything else with avx512
+# For `make sanitize`, too: the library of CPU kernels that CMake has built, to link instead of compiling them again.
+CPU_KERNELS = os.environ.get("LOGQUANT_CPU_KERNELS")
+KERNELS = ["attend", "quantize", "evict", "dequantize"]  # those that take longest to compile first
+ATTEND_ONLY = ["avxvnni", "amx", "avx512bf16"]  # sets that share everything else with avx2 or avx512 (csrc/cpu/tasks.h)
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 INSTRUCTION_SETS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -63,7 +64,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     # gcc's own AVX-512 headers warn.
     INSTRUCTION_SETS["avx512"] += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
     INSTRUCTION_SETS["avx512bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
-    INSTRUCTION_SETS["amx"] = [*INSTRUCTION_SETS["avx512"], *(EMULATED_TILES or ["-mamx-tile", "-mamx-int8"])]
+    INSTRUCTION_SETS["amx"] = [*INSTRUCTION_SETS["avx512"], "-mamx-tile", "-mamx-int8"]
 elif platform.machine() in ("aarch64", "arm64"):
     # gcc's scheduling before register allocation has inner loops spill and copy: a quarter to a half more instructions.
     INSTRUCTION_SETS["neon"] = ["-DLOGQUANT_NEON", "-fno-schedule-insns"]
@@ -124,8 +125,14 @@ def static_cudart(home: Path) -> Path:
 class NinjaBuild(build_ext):
     """Compiles and links with ninja."""
 
+    def objects_dir(self) -> Path:
+        """Where objects are kept. An editable install would compile them in a directory that it throws away."""
+        if self.editable_mode:
+            return ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        return Path(self.build_temp).resolve()
+
     def build_extension(self, extension: Extension) -> None:
-        build_dir = Path(self.build_temp).resolve()
+        build_dir = self.objects_dir()
         build_dir.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -135,17 +142,14 @@ class NinjaBuild(build_ext):
         python = [f"-isystem{path}" for path in self.include_dirs]
         binding_flags = [*include, *python, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION:#x}"]
         binding_flags.append(f'-DLOGQUANT_VERSION=\\"{self.distribution.get_version()}\\"')
-        objects = {
+        objects: dict[str, tuple[Path, list[str]]] = {
             "ops.o": (CSRC / "ops.cpp", binding_flags),
             "arguments.o": (CSRC / "arguments.cpp", binding_flags),
             "module.o": (CSRC / "module.cpp", binding_flags),
-            "dispatch.o": (CSRC / "cpu" / "dispatch.cpp", EMULATED_TILES),
         }
-        for isa, isa_flags in INSTRUCTION_SETS.items():
-            for kernel in ["attend"] if isa in ATTEND_ONLY else KERNELS:
-                source = CSRC / "cpu" / f"{kernel}.cpp"
-                objects[f"{kernel}.{isa}.o"] = (source, [f"-DLOGQUANT_ISA={isa}", *isa_flags])
-
+        archives = [escape(Path(CPU_KERNELS).resolve())] if CPU_KERNELS else []
+        if not CPU_KERNELS:
+            objects |= cpu_kernels()
         libraries = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"]
         nvcc = "nvcc"
         if home := cuda_home():
@@ -153,38 +157,60 @@ class NinjaBuild(build_ext):
             architectures = cuda_architectures(home)
             objects["ops_cuda.o"] = (CSRC / "ops_cuda.cpp", [*binding_flags, f"-isystem{home / 'include'}"])
             module_flags = [*binding_flags, f'-DLOGQUANT_CUDA_ARCHITECTURES=\\"{",".join(architectures)}\\"']
-            objects["module.o"] = (CSRC / "module.cpp", module_flags)
+            objects["module_cuda.o"] = (objects.pop("module.o")[0], module_flags)
             for source in sorted((CSRC / "cuda").glob("*.cu")):
                 objects[f"{source.stem}.cu.o"] = (source, gencode(architectures))
             libraries += [escape(static_cudart(home)), "-ldl", "-lrt", "-lpthread"]
         compiler = (self.compiler.compiler_cxx or ["c++"])[0]
-        (build_dir / "build.ninja").write_text(ninja_file(compiler, nvcc, objects, target, libraries))
+        # Builds with CUDA kernels and without share objects; tests/cubins.py reads the CUDA kernels' machine code.
+        name = "cuda.ninja" if home else "build.ninja"
+        (build_dir / name).write_text(ninja_file(compiler, nvcc, objects, archives, target, libraries))
         jobs = [f"-j{self.parallel}"] if self.parallel else []
-        subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", build_dir, *jobs], check=True)
+        subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", build_dir, "-f", name, *jobs], check=True)
+
+
+def cpu_kernels() -> dict[str, tuple[Path, list[str]]]:
+    """The kernels' objects, one per instruction set, each with its source and its flags."""
+    objects: dict[str, tuple[Path, list[str]]] = {}
+    for kernel in KERNELS:
+        for isa, flags in INSTRUCTION_SETS.items():
+            if kernel == "attend" or isa not in ATTEND_ONLY:
+                objects[f"{kernel}.{isa}.o"] = (CSRC / "cpu" / f"{kernel}.cpp", [f"-DLOGQUANT_ISA={isa}", *flags])
+    return objects | {"dispatch.o": (CSRC / "cpu" / "dispatch.cpp", [])}
 
 
 def ninja_file(
-    compiler: str, nvcc: str, objects: dict[str, tuple[Path, list[str]]], target: Path, libraries: list[str]
+    compiler: str,
+    nvcc: str,
+    objects: dict[str, tuple[Path, list[str]]],
+    archives: list[str],
+    target: Path,
+    libraries: list[str],
 ) -> str:
     """The build as ninja reads it: each object with its source and its own flags, then the shared object."""
     link_flags = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-Wl,--exclude-libs,ALL"]
     link_flags += SANITIZE
     lines = [
         "rule compile",
+        "  description = compile $out",
         f"  command = {compiler} -MMD -MF $out.d {' '.join(FLAGS)} $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule compile_cuda",
-        f"  command = {nvcc} -MD -MF $out.d {' '.join(NVCC_FLAGS)} $flags -c $in -o $out",
+        "  description = compile $out",
+        # What ptxas says of registers and spills is for tests/cubins.py; everything else is for whoever builds.
+        f"  command = {nvcc} -MD -MF $out.d {' '.join(NVCC_FLAGS)} -Xptxas -v $flags -c $in -o $out > $out.log 2>&1; "
+        "failed=$$?; grep -vE '^ptxas info|^ +[0-9]+ bytes stack frame' $out.log; exit $$failed",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
+        "  description = link $out",
         f"  command = {compiler} -shared $in {' '.join([*link_flags, *libraries])} -o $out",
     ]
     for name, (source, flags) in objects.items():
         rule = "compile_cuda" if source.suffix == ".cu" else "compile"
         lines += [f"build {name}: {rule} {escape(source)}", f"  flags = {' '.join(flags)}"]
-    lines += [f"build {escape(target)}: link {' '.join(objects)}", f"default {escape(target)}", ""]
+    lines += [f"build {escape(target)}: link {' '.join([*objects, *archives])}", f"default {escape(target)}", ""]
     return "\n".join(lines)
 
 

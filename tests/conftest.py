@@ -13,14 +13,27 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Idle threads that spin would starve the others wherever something else runs besides the tests.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The processes of pytest-xdist share the cores.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
-hypothesis.settings.register_profile("fast", max_examples=25, deadline=None)
-hypothesis.settings.register_profile("brief", max_examples=6, deadline=None)
-hypothesis.settings.register_profile("thorough", max_examples=200, deadline=None)
+# The same examples every time; `make fuzz` draws new ones.
+for name, examples in (("brief", 6), ("fast", 25), ("thorough", 200)):
+    hypothesis.settings.register_profile(name, max_examples=examples, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("fuzz", max_examples=100, deadline=None, database=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("LOGQUANT_HYPOTHESIS", "fast"))
 
 # .ci/run sets NO_CHROMIUM where the system has no package of it.
 ALLOWED_SKIPS = ("needs Chromium",) if os.environ.get("NO_CHROMIUM") else ()
+
+
+def pytest_collection_modifyitems(items):
+    """The backends of a test run in one process, which computes what all are compared with once (tests/memo.py)."""
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        if "backend" in params:
+            others = [f"{name}={value}" for name, value in sorted(params.items()) if name != "backend"]
+            item.add_marker(pytest.mark.xdist_group(" ".join([item.nodeid.split("[")[0], *others])))
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -1,7 +1,7 @@
-"""Compiles csrc/cuda/*.cu for GPUs, without one: ``python -m tests.cubins [ARCH ...]``.
+"""The machine code of csrc/cuda/*.cu, without a GPU: ``python -m tests.cubins [ARCH ...]``.
 
-Each source becomes a cubin for each architecture in build/cubins, and beside it what ptxas says of registers and
-spills.
+What setup.py has compiled for an architecture is read from its objects. Otherwise each source becomes a cubin for each
+architecture in build/cubins. Beside either lies what ptxas says of registers and spills.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
 import ninja
 
+from tests.locks import locked
+
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "cubins"
+EXTENSION = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"  # see setup.py
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 FLAGS = ["-std=c++20", "-O3", "-cubin", "-Xptxas", "-v"]
 
@@ -29,8 +33,25 @@ def nvcc() -> str | None:
     return next((place for place in places if place and Path(place).exists()), None)
 
 
+def in_extension(arch: str) -> bool:
+    """Whether setup.py compiles for this architecture."""
+    rules = EXTENSION / "cuda.ninja"
+    return rules.exists() and f"code=sm_{arch} " in rules.read_text().replace("\n", " ")
+
+
+def path(name: str, arch: str) -> Path:
+    """The object or cubin that holds a source's machine code for an architecture."""
+    return EXTENSION / f"{name}.cu.o" if in_extension(arch) else BUILD / f"{name}.{arch}.cubin"
+
+
 def build(sources: list[str], architectures: list[str]) -> None:
     """Compile, where something changed, with two jobs."""
+    targets = [path(name, arch).name for name in sources for arch in architectures if in_extension(arch)]
+    if targets:
+        run_ninja(EXTENSION, "cuda.ninja", sorted(set(targets)))
+    own = [arch for arch in architectures if not in_extension(arch)]
+    if not own:
+        return
     BUILD.mkdir(parents=True, exist_ok=True)
     lines = [
         "rule cubin",
@@ -39,13 +60,18 @@ def build(sources: list[str], architectures: list[str]) -> None:
         "  depfile = $out.d",
         "  deps = gcc",
     ]
-    for arch in architectures:
-        for name in sources:
+    for arch in ARCHITECTURES:
+        for name in all_sources():
             lines += [f"build {name}.{arch}.cubin: cubin {SOURCES / name}.cu", f"  arch = {arch}"]
-    (BUILD / "build.ninja").write_text("\n".join([*lines, ""]))
-    result = subprocess.run(
-        [Path(ninja.BIN_DIR) / "ninja", "-C", BUILD, "-j2"], capture_output=True, text=True, check=False
-    )
+    with locked(BUILD):
+        (BUILD / "build.ninja").write_text("\n".join([*lines, ""]))
+    run_ninja(BUILD, "build.ninja", [f"{name}.{arch}.cubin" for name in sources for arch in own])
+
+
+def run_ninja(directory: Path, rules: str, targets: list[str]) -> None:
+    command = [Path(ninja.BIN_DIR) / "ninja", "-C", directory, "-f", rules, "-j2", *targets]
+    with locked(directory):
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise RuntimeError(f"the CUDA kernels do not compile:\n{result.stdout[-4000:]}")
 
@@ -59,8 +85,8 @@ class Usage:
 
 def usage(name: str, arch: str) -> list[Usage]:
     """What ptxas reported of the kernels of one source."""
-    text = (BUILD / f"{name}.{arch}.cubin.log").read_text()
-    pattern = r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
+    text = Path(f"{path(name, arch)}.log").read_text()
+    pattern = rf"entry function '(\w+)' for 'sm_{arch}'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
     return [Usage(m[1], int(m[3]), int(m[2])) for m in re.finditer(pattern, text, re.DOTALL)]
 
 

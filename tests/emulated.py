@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from logquant.reference import DTYPES, PageFormat
+from tests.locks import locked
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
@@ -59,7 +60,6 @@ def build(name: str, sources: list[Path], flags: list[str], *, shared: bool) -> 
     if include is None:
         raise RuntimeError("the emulated kernels need CUDA's headers: set CUDA_HOME to a toolkit")
     directory = ROOT / "build" / f"emulated-{name}"
-    directory.mkdir(parents=True, exist_ok=True)
     compiler = os.environ.get("CXX", "g++")
     objects = {source: f"{source.name}.o" for source in sources}
     lines = [
@@ -73,10 +73,10 @@ def build(name: str, sources: list[Path], flags: list[str], *, shared: bool) -> 
         f"build {name}: link {' '.join(objects.values())}",
         "",
     ]
-    (directory / "build.ninja").write_text("\n".join(lines))
-    result = subprocess.run(
-        [Path(ninja.BIN_DIR) / "ninja", "-C", directory, "-j2"], capture_output=True, text=True, check=False
-    )
+    with locked(directory):
+        (directory / "build.ninja").write_text("\n".join(lines))
+        command = [Path(ninja.BIN_DIR) / "ninja", "-C", directory, "-j2"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise RuntimeError(f"the emulated kernels do not compile:\n{result.stdout[-4000:]}")
     return directory / name
@@ -292,7 +292,12 @@ def attend_path(
     return library().emulated_attend_path((ctypes.c_int64 * len(numbers))(*numbers)).decode()
 
 
-if __name__ == "__main__":  # python -m tests.emulated NAME: csrc/tests/NAME.cu as a program, on the emulator
+if __name__ == "__main__":
+    # python -m tests.emulated: builds the library. python -m tests.emulated NAME: csrc/tests/NAME.cu as a program.
+    if len(sys.argv) == 1:
+        if cuda_include() is not None:
+            library()
+        sys.exit()
     name = sys.argv[1]
     program = build(name, [CSRC / f"tests/{name}.cu", CSRC / "emulator/emulator.cpp"], FLAGS, shared=False)
     sys.exit(subprocess.run([program], check=False).returncode)

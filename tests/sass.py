@@ -34,11 +34,13 @@ class Instruction:
         return int(match[1], 16) if match and self.opcode.startswith("BRA") else None
 
 
-def functions(cubin: Path) -> dict[str, list[Instruction]]:
-    """The kernels of a cubin by their mangled names."""
+def functions(compiled: Path, arch: str) -> dict[str, list[Instruction]]:
+    """The kernels of an object or a cubin by their mangled names."""
     tool = cuobjdump()
     assert tool is not None
-    text = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        [tool, "-sass", "-arch", f"sm_{arch}", compiled], capture_output=True, text=True, check=True
+    ).stdout
     found: dict[str, list[Instruction]] = {}
     current: list[Instruction] = []
     for line in text.splitlines():
@@ -115,7 +117,7 @@ def counts(name: str, arch: str) -> dict[tuple[str, int], int]:
 
     cubins.build([name], [arch])
     found = {}
-    for kernel, code in functions(cubins.BUILD / f"{name}.{arch}.cubin").items():
+    for kernel, code in functions(cubins.path(name, arch), arch).items():
         found["bf16" if "bfloat16" in kernel else "f16", tiles(kernel)] = warps(kernel) * len(page_loop(code))
     return found
 

@@ -14,7 +14,7 @@ import torch
 
 from logquant.reference import PageFormat
 from tests import cubins, emulated, sass
-from tests.test_cuda_emulated import TENSOR_FORMATS, name_of, problem_of, run
+from tests.problems import TENSOR_FORMATS, name_of, problem_of
 
 if cubins.nvcc() is None:
     pytest.skip("needs nvcc", allow_module_level=True)
@@ -65,7 +65,7 @@ def test_registers(name, arch):
 def test_instructions_of_the_page_loop(name, arch):
     cubins.build([name], [arch])
     counts, in_one_warp = {}, set()
-    for kernel, code in sass.functions(cubins.BUILD / f"{name}.{arch}.cubin").items():
+    for kernel, code in sass.functions(cubins.path(name, arch), arch).items():
         path = [x.opcode for x in sass.page_loop(code)]
         key = sass.tiles(kernel), "bf16" if "bfloat16" in kernel else "f16"
         counts[key] = sass.warps(kernel) * len(path) / PAGE_TOKENS
@@ -101,7 +101,7 @@ def test_bytes_in_flight_hide_the_latency_of_memory(fmt):
     """
     problem = problem_of(fmt, torch.float16, heads=1)
     emulated.counters()
-    run(problem)
+    problem.run("emulated")
     shared = emulated.counters()["shared_bytes"]
     columns = "" if fmt.key_columns == fmt.head_dim else f"_c{fmt.key_columns}"
     name = f"attend_d{fmt.head_dim}{columns}" + ("" if fmt.key_bits == 2 else f"_b{fmt.key_bits}")

@@ -14,19 +14,13 @@ from hypothesis import strategies as st
 from logquant import LogQuantConfig, reference
 from logquant.reference import PageFormat
 from tests import emulated
+from tests.problems import TENSOR_FORMATS, Problem, name_of, problem_of
 from tests.strategies import dtypes, formats, key_weights, seeds, tokens, value_feedback
-from tests.test_ops import Problem
 
 if emulated.cuda_include() is None:
     pytest.skip("needs CUDA's headers", allow_module_level=True)
 
 HALVES = (torch.float16, torch.bfloat16)
-TENSOR_DIMS = (64, 80, 96, 112, 128, 192, 256)
-# Those with tensor-core kernels: csrc/cuda/attend_d*.cu.
-TENSOR_FORMATS = [
-    *(config.page_format(dim) for config in (LogQuantConfig.paper(), LogQuantConfig()) for dim in TENSOR_DIMS),
-    PageFormat(128, key_bits=4, value_bits=4),
-]
 MACHINES = [
     {},
     {"order": "reverse", "copies": "eager"},
@@ -35,30 +29,12 @@ MACHINES = [
 ]
 
 
-def name_of(fmt: PageFormat) -> str:
-    fitted = "-p8" if (fmt.key_param_bits, fmt.value_param_bits) == (8, 8) else ""
-    return f"d{fmt.head_dim}-c{fmt.key_columns}-b{fmt.key_bits}{fitted}"
-
-
-def problem_of(fmt: PageFormat, dtype: torch.dtype, **shape: int | float) -> Problem:
-    # A map on a format that needs none takes the general kernel; seeds that are multiples of 3 give none.
-    return Problem(fmt, **{"packed": 5 * fmt.page_tokens, "exact": 50, "group": 4, "dtype": dtype, "seed": 3, **shape})
-
-
 def run(problem: Problem, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
     return problem.call(emulated.attend, problem.q, **options)
 
 
-def check(problem: Problem, *, slack: float = 0.0, **options: torch.Tensor | float) -> None:
-    """Output and log-sum-exp are at most twice as far off as those of eager attention in the model's dtype."""
-    for got, rough, true in zip(
-        run(problem, **options), problem.low_precision(**options), problem.truth(**options), strict=True
-    ):
-        seen = true.isfinite()
-        assert torch.equal(got.isfinite(), seen)
-        if seen.any():
-            off, low = ((x.double() - true)[seen].abs().max() for x in (got, rough))
-            assert off <= 2 * low + slack * true[seen].abs().max(), (off, low)
+def check(problem: Problem, **options: torch.Tensor | float) -> None:
+    problem.check_results(*run(problem, **options), **options)
 
 
 # ------------------------------------------------------------------------------------------------------ the emulator
@@ -138,7 +114,7 @@ def test_every_operator_in_every_order(fmt, dtype, seed, pages, exact, group, qu
     weights, feedback = key_weights(seed, **shape), value_feedback(fmt, seed, **shape)
     options = {"key_map": problem.key_map, "key_weights": weights, "value_feedback": feedback}
     with emulated.machine(**machine):
-        check(problem, slack=1e-6)
+        check(problem)
         packed = emulated.quantize(k, v, fmt, **options)
         restored = emulated.dequantize(packed, fmt, dtype=dtype, key_map=problem.key_map)
         window = [k.clone(), v.clone(), torch.zeros_like(packed)]

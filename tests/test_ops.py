@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,18 +16,13 @@ from logquant.reference import DTYPES, PageFormat
 from logquant.window import RULES, evicted_slots
 from tests import emulated
 from tests.backends import BACKENDS, CPU_SETS, on
+from tests.memo import by_content
 from tests.on_device import OnDevice
+from tests.problems import Problem, key_map_of, rms
 from tests.strategies import column_map, dtypes, formats, key_weights, seeds, tokens, value_feedback
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def key_map_of(fmt: PageFormat, seed: int, batch: int, heads: int) -> Tensor | None:
-    """A random column map; now and then none, or one for all heads, where that is allowed."""
-    if fmt.key_columns == fmt.head_dim and seed % 3 == 0:
-        return None
-    shape = (batch, heads) if seed % 2 else (1, 1)
-    return column_map(fmt, seed, batch=shape[0], heads=shape[1])
+quantize, dequantize = by_content(reference.quantize), by_content(reference.dequantize)
 
 
 # ------------------------------------------------------------------------------------------- quantize, dequantize
@@ -45,9 +41,9 @@ def test_quantize_and_dequantize_bit_for_bit(backend, fmt, dtype, seed, batch, h
     with on(backend):
         packed = ops.quantize(k, v, fmt, **options)
         restored = ops.dequantize(packed, fmt, dtype=dtype, key_map=key_map)
-    expected = reference.quantize(k, v, fmt, **options)
+    expected = quantize(k, v, fmt, **options)
     assert torch.equal(packed, expected)
-    for got, want in zip(restored, reference.dequantize(expected, fmt, dtype=dtype, key_map=key_map), strict=True):
+    for got, want in zip(restored, dequantize(expected, fmt, dtype=dtype, key_map=key_map), strict=True):
         assert torch.equal(got, want)
 
 
@@ -65,7 +61,7 @@ def test_quantize_takes_the_indexed_tokens(backend, fmt, seed, rows):
     }
     with on(backend):
         packed = ops.quantize(k, v, fmt, **options)
-    assert torch.equal(packed, reference.quantize(k, v, fmt, **options))
+    assert torch.equal(packed, quantize(k, v, fmt, **options))
 
 
 FITTED = PageFormat(64, key_columns=80, key_param_bits=8, value_param_bits=8)
@@ -94,7 +90,7 @@ def test_quantize_extreme_values(backend, dtype, fmt):
     options = {"key_map": key_map, "value_feedback": value_feedback(fmt, 3, batch=1, heads=2, count=256)}
     with on(backend):
         packed = ops.quantize(k, v, fmt, **options)
-    assert torch.equal(packed, reference.quantize(k, v, fmt, **options))
+    assert torch.equal(packed, quantize(k, v, fmt, **options))
 
 
 @backends
@@ -113,7 +109,7 @@ def test_feedback_without_bounds_stays_bit_for_bit(backend, fmt, factor):
         options["key_map"] = column_map(fmt, 0, batch=1, heads=1)
     with on(backend):
         packed = ops.quantize(k, v, fmt, **options)
-    assert torch.equal(packed, reference.quantize(k, v, fmt, **options))
+    assert torch.equal(packed, quantize(k, v, fmt, **options))
 
 
 @backends
@@ -124,10 +120,18 @@ def test_quantize_reads_strided_tensors(backend):
     channels_apart = [x.mT.contiguous().mT for x in (k, v)]
     with on(backend):
         for strided in (as_projected, channels_apart):
-            assert torch.equal(ops.quantize(*strided, fmt), reference.quantize(k, v, fmt))
+            assert torch.equal(ops.quantize(*strided, fmt), quantize(k, v, fmt))
 
 
 # ---------------------------------------------------------------------------------------------------------- evict_
+@by_content
+def evicted(k: Tensor, v: Tensor, pages: Tensor, fmt: PageFormat, **step: Any) -> list[Tensor]:
+    """What an eviction leaves of the window and of the pages."""
+    changed = [x.clone() for x in (k, v, pages)]
+    reference.evict_(*changed, fmt, **step)
+    return changed
+
+
 @backends
 @given(
     fmt=formats(),
@@ -148,10 +152,9 @@ def test_evict_(backend, fmt, dtype, seed, rule, sinks, pages_per_window):
     step["key_weights"] = key_weights(seed, batch=2, heads=2, count=window)
     step["value_feedback"] = value_feedback(fmt, seed, batch=2, heads=2, count=window)
     got = [x.clone() for x in (k, v, store)]
-    want = [x.clone() for x in (k, v, store)]
     with on(backend):
         ops.evict_(*got, fmt, **step)
-    reference.evict_(*want, fmt, **step)
+    want = evicted(k, v, store, fmt, **step)
     assert torch.equal(got[2], want[2])
     for a, b in zip(got[:2], want[:2], strict=True):
         assert torch.equal(a[:, :, : full - window], b[:, :, : full - window])
@@ -159,91 +162,6 @@ def test_evict_(backend, fmt, dtype, seed, rule, sinks, pages_per_window):
 
 
 # ---------------------------------------------------------------------------------------------------------- attend
-class Problem:
-    """One attention call, what it should give, and how far a low-precision computation of the same is from that."""
-
-    def __init__(
-        self,
-        fmt: PageFormat,
-        *,
-        packed: int,
-        exact: int,
-        batch: int = 1,
-        heads: int = 2,
-        group: int = 2,
-        queries: int = 1,
-        dtype: torch.dtype = torch.float32,
-        seed: int = 0,
-        sharpness: float = 1.0,
-    ) -> None:
-        random = torch.Generator().manual_seed(seed)
-        self.fmt, self.dtype = fmt, dtype
-        k, v = tokens(fmt, seed, batch=batch, heads=heads, count=packed + exact, dtype=dtype)
-        self.key_map = key_map_of(fmt, seed, batch, heads)
-        self.pages = reference.quantize(k[:, :, :packed], v[:, :, :packed], fmt, key_map=self.key_map)
-        self.window_k, self.window_v = k[:, :, packed:], v[:, :, packed:]
-        self.q = torch.randn(batch, heads * group, queries, fmt.head_dim, generator=random).mul(sharpness).to(dtype)
-        self.scale = fmt.head_dim**-0.5
-        self.slots = packed + exact
-
-    def call(self, function: Any, q: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        return function(
-            q, self.pages, self.window_k, self.window_v, self.fmt, scale=self.scale, key_map=self.key_map, **options
-        )
-
-    def run(self, backend: str, **options: Any) -> tuple[Tensor, Tensor]:
-        with on(backend):
-            return self.call(ops.attend, self.q, **options)
-
-    def truth(self, **options: Any) -> tuple[Tensor, Tensor]:
-        return self.call(reference.attend, self.q.double(), **options)
-
-    def low_precision(self, **options: Any) -> tuple[Tensor, Tensor]:
-        """Eager attention in bfloat16 (float16 for float16 models) over the dequantised cache."""
-        low = torch.float16 if self.dtype == torch.float16 else torch.bfloat16
-        pages = self.pages
-        if (table := options.get("page_table")) is not None:
-            pages = pages[table.long()].transpose(1, 2)
-        packed = reference.dequantize(pages, self.fmt, dtype=low, key_map=self.key_map)
-        keys, values = (
-            torch.cat([x, w.to(low)], 2).repeat_interleave(self.q.shape[1] // x.shape[1], 1)
-            for x, w in zip(packed, (self.window_k, self.window_v), strict=True)
-        )
-        # Masks and the like are not a matter of precision: take the scores that they leave from the reference.
-        scores = (self.q.to(low) @ keys.mT * self.scale).float()
-        if cap := options.get("softcap"):
-            scores = cap * torch.tanh(scores / cap)
-        visible = reference.visible_scores(
-            scores,
-            self.fmt,
-            packed[0].shape[2],
-            **{name: options.get(name) for name in ("positions", "mask", "query_positions", "lengths")},
-        )
-        if (sinks := options.get("sinks")) is not None:
-            visible = torch.cat([visible, sinks[None, :, None, None].expand(*visible.shape[:3], 1)], -1)
-        weights = visible.softmax(-1).nan_to_num(0.0)[..., : keys.shape[2]]
-        return weights.to(low) @ values, visible.logsumexp(-1)
-
-    def check(self, backend: str, **options: Any) -> None:
-        out, lse = self.run(backend, **options)
-        truth, true_lse = self.truth(**options)
-        assert out.dtype == self.dtype and lse.dtype == torch.float32
-        assert out.shape == truth.shape and lse.shape == true_lse.shape
-        seen = true_lse.isfinite()
-        assert torch.equal(lse.isfinite(), seen)
-        low, low_lse = self.low_precision(**options)
-        for got, rough, true in ((out, low, truth), (lse[seen], low_lse[seen], true_lse[seen])):
-            if true.numel():
-                error, low_error = ((x.double() - true).abs().max().item() for x in (got, rough))
-                assert error <= 2 * low_error + 1e-6 * true.abs().max().item()
-        if not self.rounds_keys(backend):
-            assert torch.allclose(lse.double()[seen], true_lse[seen], rtol=1e-3, atol=1e-3)
-
-    def rounds_keys(self, backend: str) -> bool:
-        """Whether keys are dequantised to the model's dtype, as prefill on CUDA does and nothing else."""
-        return backend == "emulated" and self.call(emulated.attend_path, self.q) == "prefill"
-
-
 @backends
 @given(
     fmt=formats(),
@@ -256,6 +174,18 @@ class Problem:
     group=st.sampled_from([1, 2, 3, 4, 7, 8, 16]),
     queries=st.integers(1, 16),
     sharpness=st.sampled_from([1.0, 8.0]),
+)
+@example(  # few numbers, of which torch's own bfloat16 result happens to have most right
+    fmt=PageFormat(16, 16, 32, 8, 2, 16, 16, 8, 8),
+    dtype=torch.float16,
+    seed=6603520,
+    pages=1,
+    exact=0,
+    batch=1,
+    heads=1,
+    group=1,
+    queries=9,
+    sharpness=8.0,
 )
 def test_attend(backend, fmt, dtype, seed, pages, exact, batch, heads, group, queries, sharpness):
     packed = pages * fmt.page_tokens
@@ -273,6 +203,54 @@ def test_attend(backend, fmt, dtype, seed, pages, exact, batch, heads, group, qu
         seed=seed,
         sharpness=sharpness,
     ).check(backend)
+
+
+# Errors over many problems, of outputs and of log-sum-exps, as a share of what low precision costs (tests/problems.py):
+# about 1.4 times what they are. A kernel that becomes twice as inexact is above.
+INEXACT = {
+    ("cpu", torch.float32): (0.013, 0.008),
+    ("cpu", torch.float16): (0.42, 0.07),
+    ("cpu", torch.bfloat16): (0.40, 0.009),
+    ("tensor", torch.float16): (0.64, 0.40),
+    ("tensor", torch.bfloat16): (0.42, 0.08),
+    ("general", torch.float32): (1.05e-4, 1.05e-4),
+    ("general", torch.float16): (0.38, 9e-4),
+    ("general", torch.bfloat16): (0.37, 1.15e-4),
+    ("prefill", torch.float16): (0.70, 0.53),
+    ("prefill", torch.bfloat16): (0.70, 0.50),
+}
+MANY_PROBLEMS = {
+    "tensor": [{"fmt": PageFormat(64), "packed": 128}, {"fmt": LogQuantConfig().page_format(128), "packed": 64}],
+    "general": [{"fmt": PageFormat(16, 32), "packed": 128}, {"fmt": PageFormat(80, 64, 32, 4, 2), "packed": 32}],
+    "prefill": [
+        {"fmt": PageFormat(16, 16, 32, 8, 2, 16, 16, 8, 8), "packed": 32, "exact": 0, "queries": 9},
+        {"fmt": PageFormat(64), "packed": 64, "queries": 20},
+    ],
+}
+
+
+ON_GPU = [name for name in BACKENDS if name in ("emulated", "cuda")]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("backend", "path"), [*((name, "cpu") for name in CPU_SETS), *product(ON_GPU, ("tensor", "general", "prefill"))]
+)
+def test_attend_is_as_exact_as_it_was(backend, path, dtype):
+    """Over many problems, with flat softmaxes and sharp ones."""
+    shapes = MANY_PROBLEMS[path] if path != "cpu" else [shape for some in MANY_PROBLEMS.values() for shape in some]
+    taken = path if path == "cpu" or dtype != torch.float32 else "general"
+    ratios = []
+    for shape, seed in product(shapes, range(24)):
+        shape = {"exact": 40, "group": 4, **shape, "seed": 3 * seed, "sharpness": (1.0, 8.0)[seed % 2]}
+        problem = Problem(**shape, dtype=dtype)
+        if backend == "emulated":
+            assert problem.call(emulated.attend_path, problem.q) == taken
+        pairs = zip(problem.run(backend), problem.truth(), problem.low_precision(), strict=True)
+        ratios.append([rms(got.double() - true) / rms(low) for got, true, low in pairs])
+    for ratio, most in zip(map(rms, torch.tensor(ratios).T), INEXACT[taken, dtype], strict=True):
+        print(f"{taken} {dtype}: {ratio:.3g} of at most {most}")
+        assert ratio <= most < 2 * ratio
 
 
 @backends

@@ -121,7 +121,7 @@ struct InstructionSet {
 #endif
 
 // Not every compiler's __builtin_cpu_supports knows it. It needs nothing of the system that AVX2 does not need.
-bool has_avxvnni() {
+[[maybe_unused]] bool has_avxvnni() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && eax >= 1 &&
          __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1) != 0;
@@ -130,7 +130,7 @@ bool has_avxvnni() {
 constexpr int kTileData = 18;  // XFEATURE_XTILEDATA
 
 // AMX-TILE and AMX-INT8, on a system that saves its registers.
-bool has_amx() {
+[[maybe_unused]] bool has_amx() {
 #if defined(__linux__)
   constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
   constexpr int kGetSupported = 0x1021;  // ARCH_GET_XCOMP_SUPP
@@ -144,7 +144,7 @@ bool has_amx() {
 }
 
 // The system's permission, for the whole process and for good: signal handlers need larger stacks from then on.
-bool allow_amx() {
+[[maybe_unused]] bool allow_amx() {
 #if defined(__linux__)
   constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -160,19 +160,31 @@ const std::vector<InstructionSet>& instruction_sets() {
     std::vector<InstructionSet> all{{LOGQUANT_KERNELS(portable), true}};
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool has_avx2 =
+    [[maybe_unused]] const bool has_avx2 =
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                            __builtin_cpu_supports("avx512vnni");
-    const bool evex = LOGQUANT_EVEX_VNNI, emulated_tiles = LOGQUANT_EMULATED_TILES;
+    [[maybe_unused]] const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                                             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+    // CMake leaves sets out (LOGQUANT_SETS) that a test need not cover.
+#ifndef LOGQUANT_WITHOUT_avx2
     all.push_back({LOGQUANT_KERNELS(avx2), has_avx2});
-    all.push_back({LOGQUANT_KERNELS(avxvnni), evex ? has_avx512 : has_avx2 && has_avxvnni()});
+#endif
+#ifndef LOGQUANT_WITHOUT_avxvnni
+    const bool evex = LOGQUANT_EVEX_VNNI;
+    all.push_back({LOGQUANT_KERNELS_OF(avxvnni, avx2), evex ? has_avx512 : has_avx2 && has_avxvnni()});
+#endif
+#ifndef LOGQUANT_WITHOUT_amx
     // Not behind avx512, and so in use only where it is asked for: no processor with AMX has run it yet.
+    const bool emulated_tiles = LOGQUANT_EMULATED_TILES;
     all.push_back({LOGQUANT_KERNELS_OF(amx, avx512), has_avx512 && (emulated_tiles || has_amx()),
                    emulated_tiles ? nullptr : allow_amx});
+#endif
+#ifndef LOGQUANT_WITHOUT_avx512
     all.push_back({LOGQUANT_KERNELS(avx512), has_avx512});
+#endif
+#ifndef LOGQUANT_WITHOUT_avx512bf16
     all.push_back({LOGQUANT_KERNELS_OF(avx512bf16, avx512), has_avx512 && __builtin_cpu_supports("avx512bf16")});
+#endif
 #elif defined(__aarch64__)
     all.push_back({LOGQUANT_KERNELS(neon), true});
 #endif

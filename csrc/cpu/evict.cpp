@@ -1,14 +1,36 @@
 // One step of the rule on one KV head's window: quantise the leaving slots straight into the page store, then move the
 // other tokens up. A task is one head; it reads and writes the window once.
 
-#include "quantizer.h"
+#include "simd.h"
+#include "tasks.h"
 
 namespace logquant::cpu::LOGQUANT_ISA {
 
 namespace {
 
+// The leaving slots, as the quantiser takes them.
+QuantizeArgs leaving(const EvictArgs& args) {
+  QuantizeArgs quantize;
+  quantize.format = args.format;
+  quantize.k = {args.k.data, args.k.dtype, args.k.batch_stride, args.k.head_stride, args.k.token_stride};
+  quantize.v = {args.v.data, args.v.dtype, args.v.batch_stride, args.v.head_stride, args.v.token_stride};
+  quantize.pages = args.pages;
+  quantize.key_map = args.key_map;
+  quantize.key_weights = args.key_weights;
+  quantize.value_feedback = args.value_feedback;
+  quantize.index_start = args.start;
+  quantize.index_step = args.step;
+  quantize.batch = args.batch;
+  quantize.heads = args.heads;
+  quantize.page_count = args.count / args.format.page_tokens;
+  return quantize;
+}
+
 // Moves the tokens that stay to the front, in order. Rows do not overlap, and a row only ever moves down.
-void close_gaps(char* window, int64_t row_bytes, int64_t stride_bytes, const EvictArgs& args) {
+void close_gaps(const MutableTokens& x, int dim, int64_t task, const EvictArgs& args) {
+  const int64_t bytes = element_bytes(x.dtype), row_bytes = dim * bytes, stride_bytes = x.token_stride * bytes;
+  const int64_t first = task / args.heads * x.batch_stride + task % args.heads * x.head_stride;
+  char* const window = static_cast<char*>(x.data) + first * bytes;
   int64_t to = args.start;
   for (int64_t from = args.start; from < args.tokens; ++from) {
     const int64_t offset = from - args.start;
@@ -21,27 +43,10 @@ void close_gaps(char* window, int64_t row_bytes, int64_t stride_bytes, const Evi
 }  // namespace
 
 void evict_head(const EvictArgs& args, int64_t task) {
-  const PageFormat& f = args.format;
-  const int64_t head = task % args.heads, batch = task / args.heads;
-  const auto base = [&](const MutableTokens& x) {
-    const int64_t first = batch * x.batch_stride + head * x.head_stride;
-    return static_cast<char*>(x.data) + first * element_bytes(x.dtype);
-  };
-  char* const k = base(args.k);
-  char* const v = base(args.v);
-  const int16_t* const map = args.key_map.of(batch, head);
-  int32_t* page = args.pages.data + batch * args.pages.batch_stride + head * args.pages.head_stride;
-  for (int64_t first = 0; first < args.count; first += f.page_tokens, page += args.pages.page_stride) {
-    Arena arena(thread_scratch(quantizer_scratch(f)));
-    int64_t* const rows = arena.take<int64_t>(f.page_tokens);
-    for (int t = 0; t < f.page_tokens; ++t) rows[t] = args.start + args.step * (first + t);
-    quantize_one_page(f, args.k.dtype, {k, v, args.k.token_stride, args.v.token_stride, rows}, map,
-                      args.key_weights.of(batch, head, first),
-                      args.value_feedback.of(batch, head, first * f.page_tokens), page, arena);
-  }
-  const int64_t bytes = element_bytes(args.k.dtype);
-  close_gaps(k, f.head_dim * bytes, args.k.token_stride * bytes, args);
-  close_gaps(v, f.value_dim * bytes, args.v.token_stride * bytes, args);
+  const QuantizeArgs pages = leaving(args);
+  for (int64_t p = 0; p < pages.page_count; ++p) quantize_page(pages, task * pages.page_count + p);
+  close_gaps(args.k, args.format.head_dim, task, args);
+  close_gaps(args.v, args.format.value_dim, task, args);
 }
 
 }  // namespace logquant::cpu::LOGQUANT_ISA

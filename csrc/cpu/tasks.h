@@ -68,9 +68,9 @@ struct AttendPlan {
 LOGQUANT_DECLARE_TASKS(portable)
 #if defined(__x86_64__)
 LOGQUANT_DECLARE_TASKS(avx2)
-LOGQUANT_DECLARE_TASKS(avxvnni)
 LOGQUANT_DECLARE_TASKS(avx512)
-// Everything else of these is avx512's.
+// Everything else of these is avx2's or avx512's.
+LOGQUANT_DECLARE_ATTEND(avxvnni)
 LOGQUANT_DECLARE_ATTEND(amx)
 LOGQUANT_DECLARE_ATTEND(avx512bf16)
 #elif defined(__aarch64__)

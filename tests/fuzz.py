@@ -1,0 +1,35 @@
+"""New examples for the tests that draw them, until the time is up: ``python -m tests.fuzz MINUTES [ARGUMENT...]``.
+
+Each round has a seed of its own. Where one fails, the seed that finds it again is printed.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+import time
+
+
+def main(minutes: float, arguments: list[str]) -> int:
+    end = time.monotonic() + 60 * minutes
+    rounds = 0
+    while time.monotonic() < end:
+        seed = secrets.randbelow(2**32)
+        repeat = ["-m", "pytest", "-q", "-m", "hypothesis and not slow", f"--hypothesis-seed={seed}", *arguments]
+        print(f"== round {rounds + 1}, seed {seed}, {(end - time.monotonic()) / 60:.1f} minutes left", flush=True)
+        # A round is not cut short: what it would have found is not lost, and the last one may end late.
+        environment = {**os.environ, "LOGQUANT_HYPOTHESIS": "fuzz"}
+        command = [sys.executable, *repeat, "-n", str(min(8, os.cpu_count() or 1)), "-p", "no:cacheprovider"]
+        if subprocess.run(command, env=environment, check=False).returncode:
+            quoted = " ".join(f"'{word}'" if " " in word else word for word in repeat)
+            print(f"\nagain: LOGQUANT_HYPOTHESIS=fuzz {sys.executable} {quoted}   (append the failed test's name)")
+            return 1
+        rounds += 1
+    print(f"nothing found in {rounds} rounds")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(float(sys.argv[1]), sys.argv[2:]))
