@@ -46,9 +46,9 @@ demo: build
 	$(BIN)/logquant generate --max-new-tokens 400 \
 	  --prompt "Write a short story about a lighthouse keeper and a storm, in three paragraphs."
 
-# As many processes as cores, up to 8 (JOBS=1: none besides), after what both would have to wait for.
+# As many processes as cores, up to 8; first what all of them would have to wait for.
 JOBS ?= auto
-PYTEST = $(BIN)/python -m pytest $(if $(filter 1,$(JOBS)),,-n $(JOBS) --maxprocesses 8)
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadgroup
 emulated: build
 	@$(BIN)/python -m tests.emulated
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from hypothesis.internal.conjecture.providers import Constants, HypothesisProvider
 
 # Nothing here may reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,7 +18,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
-# The same examples every time; `make fuzz` draws new ones.
+# The same examples every time; `make fuzz` draws new ones. Hypothesis would also try numbers that it finds in the source
+# of the modules loaded so far, and which those are differs from run to run (tests/test_examples.py).
+HypothesisProvider._local_constants = Constants()
 for name, examples in (("brief", 6), ("fast", 25), ("thorough", 200)):
     hypothesis.settings.register_profile(name, max_examples=examples, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("fuzz", max_examples=100, deadline=None, database=None, print_blob=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import subprocess
 import sys
 import time
@@ -21,10 +22,11 @@ def main(minutes: float, arguments: list[str]) -> int:
         print(f"== round {rounds + 1}, seed {seed}, {(end - time.monotonic()) / 60:.1f} minutes left", flush=True)
         # A round is not cut short: what it would have found is not lost, and the last one may end late.
         environment = {**os.environ, "LOGQUANT_HYPOTHESIS": "fuzz"}
-        command = [sys.executable, *repeat, "-n", str(min(8, os.cpu_count() or 1)), "-p", "no:cacheprovider"]
+        workers = ["-n", "auto", "--maxprocesses", "8", "--dist", "loadgroup", "-p", "no:cacheprovider"]
+        command = [sys.executable, *repeat, *workers]
         if subprocess.run(command, env=environment, check=False).returncode:
-            quoted = " ".join(f"'{word}'" if " " in word else word for word in repeat)
-            print(f"\nagain: LOGQUANT_HYPOTHESIS=fuzz {sys.executable} {quoted}   (append the failed test's name)")
+            again = shlex.join([sys.executable, *repeat])
+            print(f"\nto repeat, with the failed test's name at the end:\nLOGQUANT_HYPOTHESIS=fuzz {again}")
             return 1
         rounds += 1
     print(f"nothing found in {rounds} rounds")
