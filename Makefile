@@ -48,7 +48,7 @@ demo: build
 
 # As many processes as cores, up to 8; first what all of them would have to wait for.
 JOBS ?= auto
-PYTEST = $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadgroup
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8
 emulated: build
 	@$(BIN)/python -m tests.emulated
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 import hypothesis
@@ -18,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
-# The same examples every time; `make fuzz` draws new ones. Hypothesis would also try numbers that it finds in the source
+# The same examples every time; `make fuzz` draws new ones. Hypothesis would also try numbers that stand in the source
 # of the modules loaded so far, and which those are differs from run to run (tests/test_examples.py).
 HypothesisProvider._local_constants = Constants()
 for name, examples in (("brief", 6), ("fast", 25), ("thorough", 200)):
@@ -30,13 +31,17 @@ hypothesis.settings.load_profile(os.environ.get("LOGQUANT_HYPOTHESIS", "fast"))
 ALLOWED_SKIPS = ("needs Chromium",) if os.environ.get("NO_CHROMIUM") else ()
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
     """The backends of a test run in one process, which computes what all are compared with once (tests/memo.py)."""
-    for item in items:
-        params = getattr(getattr(item, "callspec", None), "params", {})
-        if "backend" in params:
-            others = [f"{name}={value}" for name, value in sorted(params.items()) if name != "backend"]
-            item.add_marker(pytest.mark.xdist_group(" ".join([item.nodeid.split("[")[0], *others])))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class BackendsTogether(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            test, _, parameters = nodeid.partition("[")
+            return f"{test}[{re.sub('reference|emulated|cuda|cpu-[a-z0-9]+', '', parameters)}"
+
+    return BackendsTogether(config, log)
 
 
 @pytest.hookimpl(hookwrapper=True)

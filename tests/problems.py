@@ -176,8 +176,9 @@ def low_precision(
     if page_table is not None:
         pages = pages[page_table.long()].transpose(1, 2)
     packed_k, packed_v = reference.dequantize(pages, fmt, key_map=key_map)
-    queries = q.shape[0] * q.shape[1] * q.shape[2]
-    draws = min(max(4, 256 // max(queries, 1)), 32)
+    # More draws where there are few numbers; of large problems, which have many, each takes long.
+    rows, elements = q.shape[:3].numel(), packed_k.numel() + packed_v.numel() + window_k.numel() + window_v.numel()
+    draws = min(max(256 // max(rows, 1), 4), max(2**23 // max(elements, 1), 4), 32)
     random = torch.Generator().manual_seed(0)
 
     def compute(precise: bool) -> tuple[Tensor, Tensor]:
