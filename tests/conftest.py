@@ -33,15 +33,20 @@ ALLOWED_SKIPS = ("needs Chromium",) if os.environ.get("NO_CHROMIUM") else ()
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """The backends of a test run in one process, which computes what all are compared with once (tests/memo.py)."""
+    """Tests that share what takes long to make run in one process.
+
+    Those are the backends of a test, which share what they are compared with (tests/memo.py), and pages of reports.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
-    class BackendsTogether(LoadScopeScheduling):
+    class Sharing(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             test, _, parameters = nodeid.partition("[")
+            if "test_report.py" in test:
+                return "test_report.py"
             return f"{test}[{re.sub('reference|emulated|cuda|cpu-[a-z0-9]+', '', parameters)}"
 
-    return BackendsTogether(config, log)
+    return Sharing(config, log)
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -208,7 +208,7 @@ def test_attend_on_tensor_cores(fmt, dtype):
         problem = problem_of(fmt, dtype, **shape)
         assert problem.call(emulated.attend_path, problem.q) == "tensor"
         check(problem)
-    problem = problem_of(fmt, dtype, batch=2, queries=3)
+    problem = problem_of(fmt, dtype, batch=2, heads=1, queries=3)
     random = torch.Generator().manual_seed(0)
     options = {
         "softcap": 20.0,
@@ -254,7 +254,7 @@ def test_attend_for_many_queries(fmt, dtype):
         assert problem.call(emulated.attend_path, problem.q) == "prefill"
         with emulated.machine(multiprocessors=processors):
             check(problem)
-    problem = problem_of(fmt, dtype, batch=2, queries=40)
+    problem = problem_of(fmt, dtype, batch=2, heads=1, queries=40)
     random = torch.Generator().manual_seed(0)
     options = {
         "softcap": 20.0,

@@ -169,6 +169,7 @@ LOGQUANT_INLINE void transpose_any(const int32_t* in, int32_t* out, int count, i
   }
 }
 
+// Not inlined: it depends on nothing that add_pages is a template of, whose copies would each compile it again.
 __attribute__((noinline)) void load_key_words(const PageFormat& f, const int32_t* page, int32_t* out) {
   const int32_t* const in = page + f.key_codes();
   const int count = f.key_code_words(), tokens = f.page_tokens;
