@@ -162,6 +162,8 @@ class NinjaBuild(build_ext):
                 objects[f"{source.stem}.cu.o"] = (source, gencode(architectures))
             libraries += [escape(static_cudart(home)), "-ldl", "-lrt", "-lpthread"]
         compiler = (self.compiler.compiler_cxx or ["c++"])[0]
+        if cache := shutil.which("ccache"):
+            compiler, nvcc = f"{cache} {compiler}", f"{cache} {nvcc}"
         # Builds with CUDA kernels and without share objects; tests/cubins.py reads the CUDA kernels' machine code.
         name = "cuda.ninja" if home else "build.ninja"
         (build_dir / name).write_text(ninja_file(compiler, nvcc, objects, archives, target, libraries))
