@@ -8,6 +8,7 @@ import torch
 
 import logquant
 from logquant import _C, machine, ops
+from logquant.ops import reference
 
 site, cuobjdump, *architectures = sys.argv[1:]
 assert logquant.__file__.startswith(site), logquant.__file__
@@ -22,6 +23,6 @@ for kind, names in (("elf", architectures), ("ptx", [name for name in architectu
     assert found == {name.removesuffix("+PTX").replace(".", "") for name in names}, (kind, found)
 k = torch.randn(1, 1, 64, 64)
 fmt = logquant.PageFormat(64)
-assert torch.equal(ops.quantize(k, k, fmt), logquant.reference.quantize(k, k, fmt))
+assert torch.equal(ops.quantize(k, k, fmt), reference.quantize(k, k, fmt))
 facts = machine.describe()
 print("imported:", facts["instruction_set"], facts["cuda_architectures"], facts["cuda_device"])

@@ -6,7 +6,7 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
-from logquant.window import Rule, split_positions
+from logquant.rule import Rule, split_positions
 
 # Small, so that single tokens can be seen; a cache has 64 by default. The rule is the same.
 WINDOW = 16

@@ -14,16 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .config import LogQuantConfig
-from .reference import PageFormat
+from .format import PageFormat
 
 if TYPE_CHECKING:
-    from .cache import LogQuantCache
-    from .generation import disable, enable
+    from .cache.cache import LogQuantCache
+    from .integrations.transformers import disable, enable
 
 
 __all__ = ["LogQuantCache", "LogQuantConfig", "PageFormat", "__version__", "disable", "enable"]
 
-_LAZY = {"LogQuantCache": "cache", "disable": "generation", "enable": "generation"}
+_LAZY = {
+    "LogQuantCache": "cache.cache",
+    "disable": "integrations.transformers",
+    "enable": "integrations.transformers",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-from .calibration import Calibration
-from .feedback import MAP_QUERIES, QUERIES
-from .reference import BITS, PAGE_TOKENS, PARAM_BITS, PageFormat
-from .window import RULES, Rule, evicted_slots, evictions
+import torch
+from torch import Tensor
+
+from .format import BITS, PAGE_TOKENS, PARAM_BITS, PageFormat
+from .rule import RULES, Rule
+
+
+@runtime_checkable
+class KeyMaps(Protocol):
+    """Which key channels get which bits, the same in every sequence (:mod:`logquant.quantizer.calibration`)."""
+
+    def key_map(self, layer: int, fmt: PageFormat, heads: int, device: torch.device) -> Tensor:
+        """The bit allocation of a layer, int16 ``[1, H, C]`` (csrc/format.h)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -31,12 +41,12 @@ class LogQuantConfig:
             most (csrc/format.h). 1 gives each channel one; by default 1.25 for keys of 2 bits, else 1. Rounded down so
             that a head has a multiple of 16.
         param_bits: 8 stores scales in 8 bits, fits them and rotates values, as the newest queries tell, which are kept
-            (:mod:`logquant.feedback`); 16 stores the range of the elements.
+            (:mod:`logquant.quantizer.queries`); 16 stores the range of the elements.
         calibration: what says which channels get the columns, the same for every sequence: a
-            :class:`logquant.calibration.Calibration` of the model, or its file. By default each sequence says it.
+            :class:`logquant.quantizer.calibration.Calibration` of the model, or its file, which the cache reads. By
+            default each sequence says it.
 
     Raises:
-        FileNotFoundError: no such file.
         ValueError: naming the field, what it was and what it must be.
     """
 
@@ -50,7 +60,7 @@ class LogQuantConfig:
     sinks: int = 4
     key_columns: float | None = None
     param_bits: int = 8
-    calibration: Calibration | str | os.PathLike[str] | None = None
+    calibration: KeyMaps | str | os.PathLike[str] | None = None
 
     @classmethod
     def paper(cls, **changes: Any) -> LogQuantConfig:
@@ -102,49 +112,17 @@ class LogQuantConfig:
             "calibration",
             "None where key_columns is 1: every channel has one column",
         )
-        if isinstance(self.calibration, str | os.PathLike):
-            object.__setattr__(self, "calibration", Calibration.load(self.calibration))
         need(
-            self.calibration is None or isinstance(self.calibration, Calibration),
+            self.calibration is None or isinstance(self.calibration, str | os.PathLike | KeyMaps),
             "calibration",
             "a Calibration, the path of its file, or None",
         )
 
-    # The fields are optional only in the constructor; these give them to type checkers as what they are afterwards.
     @property
     def page_size(self) -> int:
-        """``page_tokens``, resolved."""
+        """``page_tokens``, which is optional only in the constructor."""
         assert self.page_tokens is not None
         return self.page_tokens
-
-    @property
-    def sink_tokens(self) -> int:
-        """``sinks``."""
-        return self.sinks
-
-    @property
-    def calibrated(self) -> Calibration | None:
-        """``calibration``, read."""
-        assert self.calibration is None or isinstance(self.calibration, Calibration)
-        return self.calibration
-
-    @property
-    def window_capacity(self) -> int:
-        """Exact tokens there is room for; the cache evicts as soon as this many are there."""
-        return self.sink_tokens + 3 * self.window
-
-    def window_slots(self, exact: int) -> int:
-        """Slots that are allocated for ``exact`` exact tokens: room for W more, but not beyond the capacity."""
-        return min(self.window_capacity, exact + self.window)
-
-    @property
-    def evicted_slots(self) -> slice:
-        """The slots of a full window that one eviction quantises."""
-        return evicted_slots(self.rule, self.window, self.sink_tokens)
-
-    def packed_tokens(self, tokens: int) -> int:
-        """How many of ``tokens`` tokens are quantised."""
-        return self.window * evictions(tokens, self.window, self.sink_tokens)
 
     def page_format(self, head_dim: int, value_dim: int | None = None) -> PageFormat:
         """The format of the pages of one KV head.
@@ -169,42 +147,6 @@ class LogQuantConfig:
         """Whether each sequence chooses a column map of its own, for pages of this format."""
         return fmt.has_map and self.calibration is None
 
-    @staticmethod
-    def store_pages(pages: int) -> int:
-        """Pages that a store is given when it grows to hold ``pages``.
-
-        Attention reads the whole store at every token, and the store is copied once in at least W tokens: growing it by
-        little costs little time, and every page to spare costs memory.
-        """
-        return pages + max(1, pages // 32)
-
-    def head_nbytes(
-        self,
-        tokens: int,
-        head_dim: int,
-        value_dim: int | None = None,
-        itemsize: int = 2,
-        *,
-        decoding: bool = False,
-        query_heads: int = 0,
-    ) -> int:
-        """Bytes of one KV head of one sequence after a prompt of ``tokens`` tokens: its pages and its window.
-
-        Args:
-            tokens: tokens seen.
-            head_dim, value_dim: channels of a key and of a value.
-            itemsize: bytes of an exact element.
-            query_heads: query heads of a KV head, whose newest queries are kept where parameters are fitted or columns
-                chosen; 0 counts none, as when the attention does not tell its queries.
-            decoding: the last tokens were decoded, not part of a prompt: the most that the cache may hold then, for a
-                store that grows gets pages to spare.
-        """
-        fmt = self.page_format(head_dim, value_dim)
-        packed = self.packed_tokens(tokens)
-        pages = packed // fmt.page_tokens
-        window = self.window_slots(tokens if packed == 0 else self.window_capacity)
-        stored = self.store_pages(pages) if decoding and pages else pages
-        key_map = 2 * fmt.key_columns if self.chooses_map(fmt) else 0
-        kept = MAP_QUERIES if self.chooses_map(fmt) and not packed else QUERIES if fmt.is_fitted else 0
-        queries = min(tokens, kept) * query_heads * fmt.head_dim * itemsize
-        return key_map + queries + stored * fmt.nbytes + window * (fmt.head_dim + fmt.value_dim) * itemsize
+    def allocates_bits(self, fmt: PageFormat) -> bool:
+        """Whether each sequence finds the bit allocation of its keys by itself, for pages of this format."""
+        return fmt.has_map and self.calibration is None

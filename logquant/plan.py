@@ -9,7 +9,8 @@ from typing import Any
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .specs import CacheSpec
+from .cache.sizes import head_nbytes
+from .methods.registry import CacheSpec
 
 _MOST_TOKENS = 1 << 40
 
@@ -91,8 +92,8 @@ def sequence_nbytes(
         elif type(layer) is not DynamicLayer:
             raise ValueError(f"layer {i} must be full or sliding-window attention, got {type(layer).__name__}")
         if type(layer) is DynamicLayer and spec.quantization is not None:
-            head = spec.quantization.head_nbytes(
-                tokens, shape.dim, itemsize=itemsize, decoding=decoding, query_heads=shape.group
+            head = head_nbytes(
+                spec.quantization, tokens, shape.dim, itemsize=itemsize, decoding=decoding, query_heads=shape.group
             )
         else:
             head = kept * 2 * shape.dim * itemsize

@@ -1,7 +1,7 @@
 """The CUDA kernels on the CPU: csrc/cuda/*.cu compiled by g++ against csrc/emulator, called through ctypes.
 
-The functions have the signatures of :mod:`logquant.reference` and take CPU tensors. Nothing here checks arguments: the
-tests only pass valid ones.
+The functions have the signatures of :mod:`logquant.ops.reference` and take CPU tensors. Nothing here checks arguments:
+the tests only pass valid ones.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import ninja
 import torch
 from torch import Tensor
 
-from logquant.reference import DTYPES, PageFormat
+from logquant.format import DTYPES, PageFormat
 from tests.locks import locked
 
 ROOT = Path(__file__).parents[1]

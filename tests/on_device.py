@@ -1,4 +1,4 @@
-"""The compiled operators on another device, called with CPU tensors: the functions of :mod:`logquant.reference`."""
+"""The compiled operators on another device, called with CPU tensors: the functions of :mod:`logquant.ops.reference`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from logquant.reference import PageFormat
+from logquant.format import PageFormat
 
 
 class OnDevice:

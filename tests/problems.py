@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logquant import LogQuantConfig, ops, reference
-from logquant.reference import PageFormat
+from logquant import LogQuantConfig, ops
+from logquant.format import PageFormat
+from logquant.ops import reference
+from logquant.ops.reference.attend import visible_scores
 from tests import emulated
 from tests.backends import on
 from tests.memo import by_content
@@ -192,7 +194,7 @@ def low_precision(
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
         # Masks and the like are not a matter of precision: take the scores that they leave from the reference.
-        visible = reference.visible_scores(scores, fmt, packed_k.shape[2], **hiding)
+        visible = visible_scores(scores, fmt, packed_k.shape[2], **hiding)
         if sinks is not None:
             visible = torch.cat([visible, sinks.double()[None, :, None, None].expand(*visible.shape[:3], 1)], -1)
         weights = low_of(visible.softmax(-1).nan_to_num(0.0)[..., : keys.shape[2]])

@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from logquant.reference import BITS, DTYPES, PAGE_TOKENS, PARAM_BITS, PageFormat
+from logquant.format import BITS, DTYPES, PAGE_TOKENS, PARAM_BITS, PageFormat
 
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 2**31 - 1)

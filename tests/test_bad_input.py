@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from logquant import ops
-from logquant.reference import PageFormat
+from logquant.format import PageFormat
 
 FMT = PageFormat(64)
 COLUMNS = PageFormat(64, key_columns=80)

@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 
 from logquant import LogQuantConfig
-from logquant.baselines import H2O, HQQ, KIVI, OSCAR, Partial, Quanto, Streaming, TurboQuant, quantized_cache
-from logquant.baselines.minmax import MinMax
-from logquant.baselines.oscar import rotation_for
-from logquant.baselines.streaming import rope_frequencies
-from logquant.baselines.turboquant import codebook, rotation
 from logquant.compat import as_argument
 from logquant.eval import evaluate
-from logquant.specs import cache_nbytes, packed_bits_per_element, parse_cache, token_nbytes
-from logquant.window import split_positions
+from logquant.methods import H2O, HQQ, KIVI, OSCAR, Partial, Quanto, Streaming, TurboQuant, quanto
+from logquant.methods.layers.minmax import MinMax
+from logquant.methods.oscar import rotation_for
+from logquant.methods.registry import cache_nbytes, packed_bits_per_element, parse_cache, token_nbytes
+from logquant.methods.streaming import rope_frequencies
+from logquant.methods.turboquant import codebook, rotation
+from logquant.rule import split_positions
 
 from .tiny import one_thread, tiny_config, tiny_model  # noqa: F401
 
@@ -352,7 +352,7 @@ def test_quantized_cache_is_that_of_transformers(settings):
 
 @pytest.mark.parametrize(("name", "package"), [("quanto", "optimum-quanto"), ("hqq", "hqq")])
 def test_a_missing_package_is_named(monkeypatch, name, package):
-    monkeypatch.setattr(quantized_cache.importlib.util, "find_spec", lambda module: None)
+    monkeypatch.setattr(quanto.importlib.util, "find_spec", lambda module: None)
     with pytest.raises(ImportError, match=rf"cache '{name}' needs the package {package}: pip install"):
         parse_cache(name)
 

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from logquant import LogQuantCache, LogQuantConfig, attention, reference
-from logquant.attention import KVHandle, exact_attention
-from logquant.cache import LogQuantLayer
+from logquant import LogQuantCache, LogQuantConfig
+from logquant.attention import exact, handle, view
+from logquant.attention.exact import exact_attention
+from logquant.attention.handle import KVHandle
+from logquant.cache.layer import LogQuantLayer
+from logquant.cache.sizes import head_nbytes
 from logquant.compat import as_argument
-from logquant.window import RULES, split_positions
+from logquant.ops import reference
+from logquant.rule import RULES, split_positions
 from tests.tiny import PLAIN
 
 IMPLEMENTATIONS = ["logquant", "sdpa", "eager"]
@@ -54,7 +58,7 @@ def test_prefill_and_single_steps_give_the_same_state(window, rule, tokens):
     feed(whole, k, v, [tokens])
     feed(single, k, v, [1] * tokens)
     feed(mixed, k, v, [37, 1, 1, tokens // 2, 5, tokens - 44 - tokens // 2])
-    packed, exact = split_positions(tokens, window, rule, whole.config.sink_tokens)
+    packed, exact = split_positions(tokens, window, rule, whole.config.sinks)
     fmt = whole.format
     expected = reference.quantize(k, v, fmt, index=packed[None]), k[:, :, exact.long()], v[:, :, exact.long()]
     for layer in (whole, single, mixed):
@@ -68,7 +72,7 @@ def test_bytes_are_those_of_the_formula(options):
     layer = make_layer(**options)
     k, v = random_tokens(8000, heads=3, dim=64, value_dim=32)
     layer.update(k.bfloat16(), v.bfloat16())
-    assert layer.nbytes == 3 * layer.config.head_nbytes(8000, 64, 32, itemsize=2)
+    assert layer.nbytes == 3 * head_nbytes(layer.config, 8000, 64, 32, itemsize=2)
     assert layer.full_precision_nbytes == 3 * 8000 * (64 + 32) * 2
 
 
@@ -100,7 +104,7 @@ def test_handles_stand_for_all_tokens_in_logical_order(portions):
     assert (keys.kv_view.dense()[0] - k).abs().max() < 0.05
     assert torch.equal(keys.kv_view.dense()[1][:, :, -portions[-1] :], v[:, :, -portions[-1] :]), "new tokens are exact"
     if portions[-1] > 1:
-        exact = split_positions(start, 64, "log", layer.config.sink_tokens)[1].long()
+        exact = split_positions(start, 64, "log", layer.config.sinks)[1].long()
         assert torch.equal(keys.kv_view.dense()[0][:, :, exact], k[:, :, exact]), "what was exact still is, this once"
 
 
@@ -320,8 +324,8 @@ def test_a_long_chunk_attends_through_the_operator_as_it_does_dequantised(llama,
     mask = torch.ones_like(ids)
     mask[1, : 5 * padded] = 0
     logits = []
-    for most in (attention.MAX_FUSED_QUERIES, 1000):
-        monkeypatch.setattr(attention, "MAX_FUSED_QUERIES", most)
+    for most in (view.MAX_FUSED_QUERIES, 1000):
+        monkeypatch.setattr(view, "MAX_FUSED_QUERIES", most)
         logits.append(logits_of(llama, LogQuantCache(llama.config, window=32), ids, PORTIONS[1], "logquant", mask))
     difference = (logits[0] - logits[1]).abs()
     difference[1, : 5 * padded] = 0
@@ -540,7 +544,7 @@ def test_beam_search_gives_the_same_through_every_implementation(llama, ids, opt
 
 
 def test_dequantising_at_every_step_warns_once(llama, ids):
-    attention._warn_dense.cache_clear()
+    handle._warn_dense.cache_clear()
     with pytest.warns(
         RuntimeWarning, match=r"is dequantised at every step.*set_attn_implementation\(\"logquant\"\)"
     ) as caught:
@@ -567,7 +571,7 @@ def test_memory_of_a_long_prompt_is_a_fifth_or_less(llama, ids):
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("kind", ["none", "causal", "bool", "float"])
 def test_exact_attention_in_blocks(monkeypatch, softcap, with_sinks, kind):
-    monkeypatch.setattr(attention, "_SCORES_AT_ONCE", 2 * 4 * 50 * 7)
+    monkeypatch.setattr(exact, "_SCORES_AT_ONCE", 2 * 4 * 50 * 7)
     random = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, 50, d, generator=random) for h, d in ((4, 32), (2, 32), (2, 16)))
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0]) if with_sinks else None

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from logquant import LogQuantCache, LogQuantConfig, reference
-from logquant.calibration import Calibration
-from logquant.saving import fingerprint
+from logquant import LogQuantCache, LogQuantConfig
+from logquant.files import fingerprint
+from logquant.ops import reference
+from logquant.quantizer.calibration import Calibration
 from tests.test_padding import causal_mask
 from tests.test_window import PlainRow
 from tests.tiny import PLAIN, tiny_config
@@ -33,10 +34,10 @@ class PlainLayerRow(PlainRow):
     """A row with contents: what each token is held as, ``[2, D]`` of key and value, by position."""
 
     def __init__(self, config: LogQuantConfig, layer: int) -> None:
-        super().__init__(config.window, config.rule, config.sink_tokens)
+        super().__init__(config.window, config.rule, config.sinks)
         self.format = config.page_format(DIM)
         self.key_map = None
-        if config.calibrated:
+        if config.calibration:
             self.key_map = CALIBRATION.key_map(layer, self.format, HEADS, torch.device("cpu"))
         self.held: list[Tensor] = []
         self.packed: list[int] = []

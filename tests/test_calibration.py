@@ -14,15 +14,18 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import logquant
-from logquant import LogQuantCache, LogQuantConfig, columns, saving
-from logquant.calibrate import LEAST_TOKENS, calibrate
-from logquant.calibration import Calibration
+from logquant import LogQuantCache, LogQuantConfig, files
+from logquant.cache.sizes import head_nbytes
 from logquant.cli import app
 from logquant.compat import as_argument
 from logquant.eval import evaluate
-from logquant.feedback import MAP_QUERIES, Attention
-from logquant.saving import fingerprint
-from logquant.specs import parse_cache, parse_caches
+from logquant.files import fingerprint
+from logquant.methods.registry import parse_cache, parse_caches
+from logquant.quantizer import columns
+from logquant.quantizer.calibrate import LEAST_TOKENS, calibrate
+from logquant.quantizer.calibration import Calibration
+from logquant.quantizer.feedback import Attention
+from logquant.quantizer.queries import MAP_QUERIES
 from tests.test_cache import tiny_config as config_of
 from tests.test_padding import pad_mask
 from tests.tiny import one_thread, save_tiny_model, tiny_config, tiny_model  # noqa: F401
@@ -111,7 +114,7 @@ def test_every_sequence_has_the_same_maps_from_the_start(model, ids, calibration
     maps = 2 * HEADS * fmt.key_columns * 2
     assert own.nbytes - other.nbytes == maps
     config = other.quantization
-    assert other.nbytes == 2 * HEADS * config.head_nbytes(400, DIM, itemsize=4, query_heads=2)
+    assert other.nbytes == 2 * HEADS * head_nbytes(config, 400, DIM, itemsize=4, query_heads=2)
 
 
 def test_crop_leaves_the_maps_of_a_fresh_run(model, ids, calibration):
@@ -162,15 +165,15 @@ def test_generate_and_eval_take_it(model, ids, path):
     logquant.enable(model, calibration=path)
     try:
         out = model.generate(ids[:1, :300], max_new_tokens=5, return_dict_in_generate=True, use_cache=True)
-        assert out.past_key_values.quantization.calibrated == Calibration.load(path)
+        assert out.past_key_values.quantization.calibration == Calibration.load(path)
     finally:
         logquant.disable(model)
     specs = parse_caches(f"logquant,logquant:calibration={path},recent:calibration={path},window=32")
-    assert [spec.quantization.calibrated is None for spec in specs] == [True, False, False]
+    assert [spec.quantization.calibration is None for spec in specs] == [True, False, False]
     own, calibrated, recent = evaluate(model, ids, specs, prefill=300, chunk=33)
     assert 0 < sum(calibrated.kl) < 2 * sum(own.kl) and sum(recent.kl) > 0
     assert own.bits_per_element > calibrated.bits_per_element == LogQuantConfig().page_format(DIM).bits_per_element
-    assert parse_cache(f"logquant:calibration={path}").replace(window=32).quantization.calibrated is not None
+    assert parse_cache(f"logquant:calibration={path}").replace(window=32).quantization.calibration is not None
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
@@ -201,7 +204,7 @@ def test_a_damaged_file_is_refused(model, path, damage, message):
 
 def test_a_description_that_lacks_something_is_refused(path):
     tensors, described = Calibration.load(path).state()
-    saving.write(path, "calibration", tensors, {"version": described["version"], "tokens": 3})
+    files.write(path, "calibration", tensors, {"version": described["version"], "tokens": 3})
     with pytest.raises(ValueError, match=r"must have model and tokens, lacks \['model'\]"):
         Calibration.load(path)
 
@@ -213,7 +216,7 @@ def test_files_of_another_kind_are_refused(model, ids, path, tmp_path):
     with pytest.raises(ValueError, match="holds no LogQuant cache"):
         LogQuantCache.load(path, model)
     with pytest.raises(FileNotFoundError, match="there is no file"):
-        LogQuantConfig(calibration=tmp_path / "nothing")
+        LogQuantCache(model.config, calibration=tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("change", [{"num_hidden_layers": 3}, {"head_dim": 128}, {"hidden_size": 128}], ids=str)

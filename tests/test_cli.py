@@ -15,9 +15,10 @@ from logquant import LogQuantConfig, __version__, machine, models
 from logquant.bench.attend import DEQUANTIZE, FULL, FUSED
 from logquant.bench.generate import prefilled
 from logquant.bench.timing import WARMUP
+from logquant.cache.sizes import head_nbytes
 from logquant.cli import app
 from logquant.compat import as_argument
-from logquant.specs import cache_nbytes, parse_cache
+from logquant.methods.registry import cache_nbytes, parse_cache
 
 from .tiny import one_thread, save_tiny_model  # noqa: F401
 
@@ -72,8 +73,8 @@ def test_generate_streams_text_and_ends_with_the_cost(model, json_file):
     assert written["new_tokens"] == 8 and written["prompt_tokens"] == len("<user>" + "x" * 300 + "<assistant>")
     assert result.stdout == written["text"] + "\n"
     config, heads, seen = LogQuantConfig(), 4, written["prompt_tokens"] + 7  # the last token is never cached
-    assert written["bytes"] == heads * config.head_nbytes(
-        seen, 32, itemsize=4, decoding=True, query_heads=2
+    assert written["bytes"] == heads * head_nbytes(
+        config, seen, 32, itemsize=4, decoding=True, query_heads=2
     )  # it has just evicted
     assert written["full_precision_bytes"] == heads * seen * 2 * 32 * 4
     ratio = written["full_precision_bytes"] / written["bytes"]
@@ -99,7 +100,7 @@ def test_generate_takes_settings_and_prompts_from_files(model, tmp_path, json_fi
     assert written["cache"] == "logquant:bits=4,value_bits=2,window=32,page_tokens=32"
     assert written["prompt_tokens"] == 103  # the file, an empty line, the prompt
     config = LogQuantConfig(bits=4, value_bits=2, window=32, page_tokens=32)
-    assert written["bytes"] == 4 * config.head_nbytes(104, 32, query_heads=2)
+    assert written["bytes"] == 4 * head_nbytes(config, 104, 32, query_heads=2)
 
 
 def test_generate_samples_the_same_with_the_same_seed(model):
@@ -235,7 +236,7 @@ def test_bench_memory_holds_what_the_formula_says(model, json_file):
     output = succeed("bench", "memory", *args, "--json", json_file).output
     full, packed = json.loads(json_file.read_text())["results"]
     assert full["held"] == full["predicted"] == 4 * 700 * 2 * 32 * 2
-    assert packed["held"] == packed["predicted"] == 4 * LogQuantConfig(window=32).head_nbytes(700, 32, query_heads=2)
+    assert packed["held"] == packed["predicted"] == 4 * head_nbytes(LogQuantConfig(window=32), 700, 32, query_heads=2)
     assert all(row["peak_rise"] > 0 and row["live_peak_rise"] > 0 for row in (full, packed))
     assert output.count("equal") == 2
 

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from logquant import columns, ops, reference
-from logquant.reference import PageFormat
+from logquant import ops
+from logquant.format import BITS, PageFormat
+from logquant.ops import reference
+from logquant.quantizer import columns
 from tests.strategies import column_map, seeds
 
 
@@ -38,7 +40,7 @@ def test_columns_go_where_they_gain_most(seed, columns_of_16):
         assert all(e & 3 == 0 or e - 1 in row for e in row), "digits of a channel count from 0"
 
 
-@pytest.mark.parametrize("bits", reference.BITS)
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("score", [0.0, torch.nan, torch.inf, 1.0])
 def test_any_score_gives_a_map_that_the_operators_take(bits, score):
     for per_dim in (1, 8 // bits):

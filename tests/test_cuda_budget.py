@@ -12,7 +12,7 @@ from itertools import product
 import pytest
 import torch
 
-from logquant.reference import PageFormat
+from logquant.format import PageFormat
 from tests import cubins, emulated, sass
 from tests.problems import TENSOR_FORMATS, name_of, problem_of
 

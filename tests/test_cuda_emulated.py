@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from logquant import LogQuantConfig, reference
-from logquant.reference import PageFormat
+from logquant import LogQuantConfig
+from logquant.format import PageFormat
+from logquant.ops import reference
 from tests import emulated
 from tests.problems import TENSOR_FORMATS, Problem, name_of, problem_of
 from tests.strategies import dtypes, formats, key_weights, seeds, tokens, value_feedback

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import logquant
 from logquant import LogQuantCache, LogQuantConfig
-from logquant.cache import LogQuantLayer
+from logquant.cache.layer import LogQuantLayer
 from logquant.compat import as_argument
 from tests.backends import on
 from tests.test_padding import causal_mask, pad_mask, row_contents

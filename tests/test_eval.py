@@ -9,11 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from logquant import LogQuantConfig
-from logquant.baselines.history import HistoryLayer
+from logquant.cache.sizes import head_nbytes
 from logquant.compat import as_argument
 from logquant.eval import bootstrap_interval, evaluate, read_tokens
 from logquant.eval.run import take_prompt
-from logquant.specs import cache_nbytes, packed_bits_per_element, parse_cache, parse_caches
+from logquant.methods.layers.history import HistoryLayer
+from logquant.methods.registry import cache_nbytes, packed_bits_per_element, parse_cache, parse_caches
 
 from .test_cache import tiny_config as config_of
 from .tiny import one_thread, save_tiny_model, tiny_model  # noqa: F401
@@ -62,7 +63,8 @@ def test_bits_and_bytes_are_those_of_the_format(model, ids):
     heads = 4  # of two layers
     assert by_name["full"].nbytes == heads * seen * 2 * 32 * 4
     least, most = (
-        heads * config.head_nbytes(seen, 32, itemsize=4, decoding=decoding, query_heads=2) for decoding in (False, True)
+        heads * head_nbytes(config, seen, 32, itemsize=4, decoding=decoding, query_heads=2)
+        for decoding in (False, True)
     )
     assert least <= by_name["logquant:window=32"].nbytes <= most
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from logquant.compat import as_argument
 from logquant.eval import greedy_agreement, passkey
 from logquant.eval.passkey import passkey_text
-from logquant.specs import parse_cache, parse_caches
+from logquant.methods.registry import parse_cache, parse_caches
 
 from .tiny import one_thread, save_tiny_model, tiny_model  # noqa: F401
 

@@ -28,8 +28,8 @@ from transformers import (
 
 import logquant
 from logquant import LogQuantCache, LogQuantConfig
-from logquant.attention import KVHandle
-from logquant.cache import LogQuantLayer
+from logquant.attention.handle import KVHandle
+from logquant.cache.layer import LogQuantLayer
 from logquant.compat import as_argument
 from tests.test_cache import logits_of, tiny_config
 

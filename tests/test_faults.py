@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from logquant import LogQuantCache, ops
-from logquant.cache import LogQuantLayer
+from logquant.cache.layer import LogQuantLayer
 from logquant.compat import as_argument
 from tests.test_cache import make_layer, random_tokens
 from tests.test_padding import causal_mask, pad_mask, row_contents

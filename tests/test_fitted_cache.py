@@ -8,10 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from logquant import LogQuantCache, LogQuantConfig, columns, feedback, reference
-from logquant.cache import LogQuantLayer
+from logquant import LogQuantCache, LogQuantConfig
+from logquant.cache.layer import LogQuantLayer
+from logquant.cache.sizes import head_nbytes, window_capacity
 from logquant.compat import as_argument
-from logquant.window import split_positions
+from logquant.format import PageFormat
+from logquant.ops import reference
+from logquant.quantizer import columns, feedback
+from logquant.quantizer.queries import MAP_QUERIES, QUERIES, Newest
+from logquant.rule import evicted_slots, split_positions
 from tests.test_cache import feed, random_tokens
 from tests.test_padding import causal_mask, pad_mask, row_contents
 from tests.tiny import tiny_model
@@ -35,13 +40,13 @@ def attend(layer: LogQuantLayer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
 
 def map_of(layer: LogQuantLayer, q: Tensor, k: Tensor, leaving: Tensor) -> Tensor:
     """The column map that the last of ``q`` choose, ``k`` being the exact keys."""
-    newest = feedback.Newest.of(q[:, :, -feedback.MAP_QUERIES :], None, 0.125, 0.0)
+    newest = Newest.of(q[:, :, -MAP_QUERIES:], None, 0.125, 0.0)
     return columns.allocate(feedback.Attention(newest, k, leaving).key_scores(64), layer.format)
 
 
 def options_of(layer: LogQuantLayer, q: Tensor, k: Tensor, leaving: Tensor) -> dict[str, Tensor]:
     """What the quantiser is told when the last of ``q`` are the newest queries and ``k`` the exact keys."""
-    newest = feedback.Newest.of(q[:, :, -feedback.QUERIES :], None, 0.125, 0.0)
+    newest = Newest.of(q[:, :, -QUERIES:], None, 0.125, 0.0)
     part = feedback.Attention(newest, k, leaving)[:]
     return {"key_weights": feedback.key_weights(part, 64), "value_feedback": feedback.value_feedback(part, 64)}
 
@@ -50,7 +55,7 @@ def test_the_newest_queries_choose_columns_weights_and_feedback():
     layer, q, k, v = layer_and_tokens()
     attend(layer, q[:, :, :PROMPT], k[:, :, :PROMPT], v[:, :, :PROMPT])
     fmt, config = layer.format, layer.config
-    packed, exact = split_positions(PROMPT, config.window, config.rule, config.sink_tokens)
+    packed, exact = split_positions(PROMPT, config.window, config.rule, config.sinks)
     key_map = map_of(layer, q[:, :, :PROMPT], k[:, :, :PROMPT], packed)
     assert torch.equal(layer.key_map, key_map)
     options = options_of(layer, q[:, :, :PROMPT], k[:, :, :PROMPT], packed)
@@ -65,7 +70,7 @@ def test_the_newest_queries_choose_columns_weights_and_feedback():
             continue
         exact = before.slots[0].positions()[before.packed :]
         slots = torch.cat([exact, exact.new_tensor([t])]).long()
-        leaving = torch.arange(len(slots), dtype=torch.int32)[config.evicted_slots]
+        leaving = torch.arange(len(slots), dtype=torch.int32)[evicted_slots(config.rule, config.window, config.sinks)]
         options = options_of(layer, q[:, :, : t + 1], k[:, :, slots], leaving)
         added = reference.quantize(k[:, :, slots], v[:, :, slots], fmt, index=leaving[None], key_map=key_map, **options)
         want = torch.cat([want, added], 2)
@@ -97,7 +102,7 @@ def test_without_queries_every_channel_and_token_counts_alike():
     layer, _, k, v = layer_and_tokens()
     layer.update(k, v)
     config = layer.config
-    packed, _ = split_positions(PROMPT + STEPS, config.window, config.rule, config.sink_tokens)
+    packed, _ = split_positions(PROMPT + STEPS, config.window, config.rule, config.sinks)
     want_map = columns.allocate(columns.variances(k, 128), layer.format)
     want = reference.quantize(k, v, layer.format, index=packed[None], key_map=want_map)
     assert torch.equal(row_contents(layer, 0)[0], want[0]) and torch.equal(layer.key_map, want_map)
@@ -114,10 +119,12 @@ def test_short_prompts_are_remembered_until_columns_are_chosen():
         if layer.rows.packed:
             break
     tokens = layer.get_seq_length()
-    assert tokens == layer.config.window_capacity
-    leaving = torch.arange(tokens, dtype=torch.int32)[layer.config.evicted_slots]
+    assert tokens == window_capacity(layer.config)
+    leaving = torch.arange(tokens, dtype=torch.int32)[
+        evicted_slots(layer.config.rule, layer.config.window, layer.config.sinks)
+    ]
     assert torch.equal(layer.key_map, map_of(layer, q[:, :, :tokens], k[:, :, :tokens], leaving))
-    assert layer.nbytes == 2 * layer.config.head_nbytes(tokens, 64, itemsize=4, decoding=True, query_heads=2), (
+    assert layer.nbytes == 2 * head_nbytes(layer.config, tokens, 64, itemsize=4, decoding=True, query_heads=2), (
         "no more queries are kept than are needed from now on"
     )
 
@@ -198,8 +205,8 @@ def test_bad_settings(options, message):
 
 def test_the_paper_is_one_option_away():
     paper = LogQuantConfig.paper()
-    assert paper.page_format(128) == reference.PageFormat(128)
-    assert (paper.sink_tokens, paper.rule) == (0, "log")
+    assert paper.page_format(128) == PageFormat(128)
+    assert (paper.sinks, paper.rule) == (0, "log")
     assert LogQuantConfig.paper(bits=4, rule="recent", sinks=4).page_format(64).bits_per_element == 4.5
     assert LogQuantConfig().page_format(128).bits_per_element <= 2.5
 

@@ -9,13 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from logquant import reference
-from logquant.hadamard import hadamard
-from logquant.reference import PageFormat, pack_words, unpack_words
+from logquant.format import BITS, PARAM_BITS, PageFormat
+from logquant.ops import reference
+from logquant.ops.reference import words
+from logquant.ops.reference.hadamard import hadamard
+from logquant.ops.reference.words import pack_words, unpack_words
 from tests.strategies import column_map, formats, tokens
 
 
-@given(bits=st.sampled_from(reference.BITS), seed=st.integers(0, 2**31), words=st.integers(1, 9))
+@given(bits=st.sampled_from(BITS), seed=st.integers(0, 2**31), words=st.integers(1, 9))
 def test_packing_round_trip(bits, seed, words):
     codes = torch.randint(0, 2**bits, (3, words * 32 // bits), generator=torch.Generator().manual_seed(seed))
     packed = pack_words(codes, bits)
@@ -23,7 +25,7 @@ def test_packing_round_trip(bits, seed, words):
     assert torch.equal(unpack_words(packed, bits), codes.int())
 
 
-@pytest.mark.parametrize("bits", reference.BITS)
+@pytest.mark.parametrize("bits", BITS)
 def test_elements_pair_up_in_the_halves_of_a_word(bits):
     """(word >> bits * i) & mask gives elements 2i and 2i + 1 as two 16-bit lanes (csrc/format.h)."""
     codes = torch.arange(32 // bits) % 2**bits
@@ -64,7 +66,7 @@ def test_quantised_values_are_fixed_points():
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("param_bits", reference.PARAM_BITS)
+@pytest.mark.parametrize("param_bits", PARAM_BITS)
 def test_a_non_finite_element_makes_its_group_nan_and_nothing_else(poison, param_bits):
     fmt = PageFormat(64, value_group=32, key_param_bits=param_bits, value_param_bits=param_bits)
     k, v = torch.randn(1, 1, 128, 64), torch.randn(1, 1, 128, 64)
@@ -177,17 +179,17 @@ def test_the_rotation_is_its_own_inverse(block):
 
 def test_scale_bytes():
     byte = torch.arange(255, dtype=torch.int32)
-    scale = reference.byte_scale(byte)
+    scale = words.byte_scale(byte)
     assert torch.allclose(scale.double(), 2 ** ((byte.double() - 160) / 8), rtol=1e-7)
-    for borders in (reference.SCALE_MIDDLES, reference.SCALE_EIGHTHS):
-        assert torch.equal(reference.scale_byte(scale, borders), byte)
+    for borders in (words.SCALE_MIDDLES, words.SCALE_EIGHTHS):
+        assert torch.equal(words.scale_byte(scale, borders), byte)
     x = torch.rand(1000).mul(30).sub(19).exp2()
-    nearest = reference.byte_scale(reference.scale_byte(x, reference.SCALE_MIDDLES)) / x
-    above = reference.byte_scale(reference.scale_byte(x, reference.SCALE_EIGHTHS)) / x
+    nearest = words.byte_scale(words.scale_byte(x, words.SCALE_MIDDLES)) / x
+    above = words.byte_scale(words.scale_byte(x, words.SCALE_EIGHTHS)) / x
     assert nearest.min() > 2 ** (-1 / 15.9) and nearest.max() < 2 ** (1 / 15.9)
     assert above.min() >= 1 and above.max() < 2 ** (1 / 7.9)
     outside = torch.tensor([0.0, 1e-30, 1e30, torch.inf])
-    assert reference.scale_byte(outside, reference.SCALE_MIDDLES).tolist() == [0, 0, 254, 254]
+    assert words.scale_byte(outside, words.SCALE_MIDDLES).tolist() == [0, 0, 254, 254]
 
 
 @pytest.mark.parametrize(

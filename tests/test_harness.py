@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from logquant.compat import as_argument
-from logquant.specs import parse_cache
+from logquant.methods.registry import parse_cache
 
 from .tiny import one_thread, save_tiny_model  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""Every operator on every backend against logquant/reference.py."""
+"""Every operator on every backend against logquant/ops/reference."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from logquant import LogQuantConfig, ops, reference
-from logquant.reference import DTYPES, PageFormat
-from logquant.window import RULES, evicted_slots
+from logquant import LogQuantConfig, ops
+from logquant.cache.sizes import packed_tokens
+from logquant.format import BITS, DTYPES, PageFormat
+from logquant.ops import reference
+from logquant.rule import RULES, evicted_slots
 from tests import emulated
 from tests.backends import BACKENDS, CPU_SETS, EMULATED, on
 from tests.memo import by_content
@@ -255,13 +257,13 @@ def test_attend_is_as_exact_as_it_was(backend, path, dtype):
 @pytest.mark.parametrize("context", [1, 63, 191, 500, 2_000, 20_000])
 @pytest.mark.parametrize(("heads", "group"), [(2, 1), (1, 4), (1, 16)])
 def test_attend_over_context_lengths(backend, dtype, context, heads, group):
-    packed = LogQuantConfig().packed_tokens(context)
+    packed = packed_tokens(LogQuantConfig(), context)
     problem = Problem(PageFormat(128), packed=packed, exact=context - packed, heads=heads, group=group, dtype=dtype)
     problem.check(backend)
 
 
 @backends
-@pytest.mark.parametrize("bits", reference.BITS)
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dim", [64, 80, 96, 112, 128, 192, 256])
 def test_attend_head_dims_of_real_models(backend, bits, dim):
     fmt = PageFormat(dim, key_bits=bits, value_bits=bits)

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from logquant import LogQuantCache
-from logquant.cache import LogQuantLayer
+from logquant.cache.layer import LogQuantLayer
 from logquant.compat import as_argument
 from tests.test_cache import feed, make_layer, random_tokens
 from tests.tiny import tiny_model

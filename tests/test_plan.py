@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from logquant.cache import LogQuantLayer
+from logquant.cache.layer import LogQuantLayer
 from logquant.compat import as_argument
+from logquant.methods.registry import cache_nbytes, parse_cache
 from logquant.plan import plan, sequence_nbytes
-from logquant.specs import cache_nbytes, parse_cache
 from tests.test_cache import FAMILIES, tiny_config
 from tests.test_cli import model, run, succeed  # noqa: F401
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from logquant import LogQuantCache
-from logquant.cache import LogQuantLayer
+from logquant.cache.layer import LogQuantLayer
+from logquant.cache.sizes import head_nbytes
 from logquant.compat import as_argument
 from tests.tiny import PLAIN
 
@@ -76,7 +77,7 @@ def test_bytes_held_at_8000_tokens(smollm2, prompt):
     keys, values = 64 * columns * 2 // 32 + 2 * head_dim // 4, 64 * 2 // 32 * head_dim + 64 // 4
     window, queries = 2 * (4 + 3 * 64) * head_dim * 4, 16 * 3 * head_dim * 4
     assert cache.nbytes == heads * (pages * 4 * (keys + values) + window + queries + 2 * columns)
-    assert cache.nbytes == heads * cache.quantization.head_nbytes(8000, head_dim, itemsize=4, query_heads=3)
+    assert cache.nbytes == heads * head_nbytes(cache.quantization, 8000, head_dim, itemsize=4, query_heads=3)
     assert cache.full_precision_nbytes == heads * 8000 * 2 * head_dim * 4
     assert all(isinstance(layer, LogQuantLayer) for layer in cache.layers)
 

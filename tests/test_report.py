@@ -15,7 +15,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from matplotlib import image
 
-from logquant.report import render
+from logquant.cli.report import render
 from tests.test_cli import model, run, succeed  # noqa: F401
 
 from .tiny import one_thread  # noqa: F401

@@ -11,14 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from logquant.window import RULES, Rows, Rule, Slots, evicted_slots, evictions, split_positions
+from logquant.cache.layout import Rows, Slots
+from logquant.rule import RULES, Rule, evicted_slots, evictions, split_positions
 
 CPU = torch.device("cpu")
 rules = st.sampled_from(RULES)
 
 
 def step_by_step(tokens: int, window: int, rule: Rule, sinks: int) -> tuple[list[int], list[int]]:
-    """DESIGN section 2, one token at a time."""
+    """The rule as logquant/rule.py states it, one token at a time."""
     kept_apart: list[int] = []
     exact: list[int] = []
     packed: list[int] = []

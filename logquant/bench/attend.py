@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import columns, ops
+from .. import ops
 from ..config import LogQuantConfig
-from ..window import split_positions
+from ..quantizer import columns
+from ..rule import split_positions
 from .timing import ColdCache, Timing, clock_of, time_interleaved
 
 FUSED = "logquant attend"
@@ -133,7 +134,7 @@ def bench_attend(
         return torch.randn(shape.batch, heads, tokens, shape.dim, generator=generator, device=device).to(dtype)
 
     q, k, v = random(shape.heads, 1), random(shape.kv_heads, shape.context), random(shape.kv_heads, shape.context)
-    packed, exact = split_positions(shape.context, quantization.window, quantization.rule, quantization.sink_tokens)
+    packed, exact = split_positions(shape.context, quantization.window, quantization.rule, quantization.sinks)
     fmt = quantization.page_format(shape.dim)
     key_map = columns.allocate(columns.variances(k, 2 * fmt.page_tokens), fmt) if fmt.has_map else None
     pages = ops.quantize(k, v, fmt, index=packed[None].to(device), key_map=key_map)

@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..attention import Attended
-from ..baselines import Baseline, Quanto
-from ..cache import LogQuantLayer
+from ..attention.view import Attended
+from ..cache.layer import LogQuantLayer
 from ..compat import as_argument
+from ..methods import Baseline, Quanto
+from ..methods.registry import CacheSpec, cache_nbytes
 from ..plan import head_shape, plan
-from ..specs import CacheSpec, cache_nbytes
 from .timing import WARMUP, Timing, clock_of, time_interleaved
 
 

@@ -15,8 +15,8 @@ import torch
 
 from .. import models
 from ..compat import as_argument
+from ..methods.registry import CacheSpec, cache_nbytes
 from ..plan import sequence_nbytes
-from ..specs import CacheSpec, cache_nbytes
 from .generate import prefilled
 
 

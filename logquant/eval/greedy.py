@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..compat import as_argument
-from ..specs import CacheSpec
+from ..methods.registry import CacheSpec
 from .run import log_probabilities
 from .stats import bootstrap_interval
 

@@ -1,4 +1,4 @@
-"""Any task of lm-evaluation-harness with any cache of :mod:`logquant.specs`.
+"""Any task of lm-evaluation-harness with any cache of :mod:`logquant.methods.registry`.
 
 As a program it is the harness's own, with one more model::
 
@@ -25,7 +25,7 @@ except ImportError as error:
     raise ImportError(f"lm-evaluation-harness is missing ({error}): pip install 'logquant[lm-eval]'") from error
 
 from ..compat import as_argument
-from ..specs import parse_cache
+from ..methods.registry import parse_cache
 from .run import log_probabilities
 
 # What the harness asks for: a key or None, token ids of the context, token ids of the continuation.
@@ -42,7 +42,7 @@ class CacheLM(HFLM):  # type: ignore[misc]
 
     Args:
         pretrained: a directory, a hub id or a model; by default the packaged SmolLM2-135M-Instruct.
-        cache: a name as :func:`logquant.specs.parse_cache` takes it, with semicolons for commas.
+        cache: a name as :func:`logquant.methods.registry.parse_cache` takes it, with semicolons for commas.
         chunk: tokens of a continuation that are scored at once. Only 1 is decoding as it happens.
         **options: of the harness's ``hf`` model. ``batch_size`` counts for generation alone; some baselines take no
             padding and need 1.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..specs import CacheSpec
+from ..methods.registry import CacheSpec
 from .run import log_probabilities, take_prompt
 
 # The task of Mohtashami and Jaggi (arXiv 2305.16300), as KIVI and many others have it.

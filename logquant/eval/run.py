@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..attention import Attended, KVHandle
-from ..baselines.history import HistoryLayer
-from ..baselines.observed import ObservedView
+from ..attention.handle import KVHandle
+from ..attention.observed import ObservedView
+from ..attention.view import Attended
 from ..compat import as_argument
-from ..specs import CacheSpec, cache_nbytes, packed_bits_per_element, token_nbytes
+from ..methods.layers.history import HistoryLayer
+from ..methods.registry import CacheSpec, cache_nbytes, packed_bits_per_element, token_nbytes
 from .stats import bootstrap_interval
 
 
@@ -32,7 +33,7 @@ class CacheScores:
         top1: by text, how often the likeliest token is the full cache's.
         bits_per_element: of a quantised element, codes and parameters; None where nothing was quantised.
         nbytes: bytes that the cache of one text holds at the end.
-        token_nbytes: bytes that each further token takes (:func:`logquant.specs.token_nbytes`); None where nothing was
+        token_nbytes: bytes that each further token takes (``token_nbytes`` of methods/registry.py); None where nothing was
             quantised that is to be.
     """
 

@@ -1,0 +1,229 @@
+"""``LogQuantCache``: the layers of a model together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from ..config import LogQuantConfig
+from ..quantizer.calibration import calibration_of, with_calibration
+from .layer import LogQuantLayer, _Shared
+from .layout import Rows, Slots
+from .sizes import tensors_in
+
+
+class LayerReport(NamedTuple):
+    """What one layer of a cache holds.
+
+    Attributes:
+        layer: its index.
+        kind: its class.
+        exact, packed: tokens of all rows that are exact and that are quantised; None where a layer is not LogQuant's.
+        nbytes: bytes of its tensors.
+        bits_per_element: of its tensors, for each element of the keys and values of its tokens; None if it has none.
+    """
+
+    layer: int
+    kind: str
+    exact: int | None
+    packed: int | None
+    nbytes: int
+    bits_per_element: float | None
+
+
+class LogQuantCache(DynamicCache):
+    """A KV cache that keeps old tokens in 2 bits and a few hundred exact ones, dense near the end.
+
+    Use it where a ``DynamicCache`` would be used; layers with full attention are LogQuant layers, all others (sliding
+    windows, linear attention) what transformers would have made::
+
+        cache = LogQuantCache(model.config)
+        model.generate(**inputs, past_key_values=cache)
+
+    Args:
+        config: the model's configuration.
+        quantization: what to keep exact and how to store the rest.
+        **options: fields of :class:`logquant.LogQuantConfig` given directly, as in ``LogQuantCache(config, bits=4)``.
+
+    Raises:
+        TypeError: ``quantization`` together with ``options``, or an unknown option.
+        ValueError: an invalid option, a head dimension that pages cannot hold, or a calibration of another model.
+    """
+
+    def __init__(self, config: PreTrainedConfig, quantization: LogQuantConfig | None = None, **options: Any) -> None:
+        if quantization is not None and options:
+            raise TypeError(f"give either quantization or its fields, got both: {', '.join(options)}")
+        if not isinstance(config, PreTrainedConfig):
+            raise TypeError(f"config must be the model's configuration (model.config), got {type(config).__name__}")
+        self.quantization = with_calibration(quantization or LogQuantConfig(**options))
+        head_dim = getattr(config.get_text_config(decoder=True), "head_dim", None)
+        if head_dim:
+            self.quantization.page_format(head_dim)
+        rows = Rows((Slots(self.quantization.window, self.quantization.rule, self.quantization.sinks),))
+        layers = DynamicCache(config=config).layers
+        if (calibration := calibration_of(self.quantization)) is not None:
+            calibration.check(config, [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer])
+        self.config = config
+        self._shared = _Shared(layers=sum(type(layer) is DynamicLayer for layer in layers))
+        # Not DynamicCache's own __init__, which would make other layers. It is the base because transformers asks for
+        # it where a cache must be able to crop and select rows (EncoderDecoderCache).
+        Cache.__init__(
+            self,
+            layers=[
+                LogQuantLayer(self.quantization, self._shared, rows, i) if type(layer) is DynamicLayer else layer
+                for i, layer in enumerate(layers)
+            ],
+        )
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, ...]]:
+        """Keys and values of each layer, dequantised, and its sliding window, as those of a ``DynamicCache``."""
+        for layer in self.layers:
+            yield tuple(getattr(layer, name, None) for name in ("keys", "values", "_sliding_window_tensor"))
+
+    def set_padding(self, attention_mask: Tensor | None) -> None:
+        """Say which columns are padding, for attention implementations that do not tell (all but logquant and sdpa).
+
+        Args:
+            attention_mask: ``[B, columns]``, 0 where there is padding, of all columns up to those that come next; None
+                if there is none. It holds until the next call.
+
+        Raises:
+            ValueError: another number of dimensions.
+        """
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(f"attention_mask must be [batch, columns], got {list(attention_mask.shape)}")
+        self._shared.padding = attention_mask
+
+    def set_drafts(self, drafts: int | None) -> None:
+        """Say how many of the columns that come next are drafts (:meth:`LogQuantLayer.activate_past_recording`).
+
+        Args:
+            drafts: the newest so many. None, if that is not known: all of them, or none if the cache is empty. It holds
+                until the next call.
+        """
+        self._shared.drafts = drafts
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors the cache holds."""
+        own = [layer for layer in self.layers if isinstance(layer, LogQuantLayer)]
+        shared = {id(layer.rows): layer.rows.nbytes for layer in own}
+        return sum(layer.nbytes for layer in own) + sum(shared.values()) + self._other_nbytes
+
+    @property
+    def full_precision_nbytes(self) -> int:
+        """Bytes a ``DynamicCache`` holds after the same tokens."""
+        own = [layer for layer in self.layers if isinstance(layer, LogQuantLayer)]
+        return sum(layer.full_precision_nbytes for layer in own) + self._other_nbytes
+
+    @property
+    def _other_nbytes(self) -> int:
+        others = [layer for layer in self.layers if not isinstance(layer, LogQuantLayer)]
+        return sum(t.nbytes for layer in others for t in tensors_in(vars(layer)))
+
+    def report(self) -> list[LayerReport]:
+        """What each layer holds."""
+        lines = []
+        for i, layer in enumerate(self.layers):
+            kind = type(layer).__name__
+            if not isinstance(layer, LogQuantLayer):
+                lines.append(LayerReport(i, kind, None, None, sum(t.nbytes for t in tensors_in(vars(layer))), None))
+                continue
+            rows = layer.rows
+            copies = layer.batch_size if layer.is_initialized and rows.alike else 1
+            exact, packed = (copies * sum(getattr(s, name) for s in rows.slots) for name in ("exact", "packed"))
+            bits = None
+            if exact + packed:
+                elements = (exact + packed) * layer.window_k.shape[1] * (layer.format.head_dim + layer.format.value_dim)
+                bits = 8 * layer.nbytes / elements
+            lines.append(LayerReport(i, kind, exact, packed, layer.nbytes, bits))
+        return lines
+
+    # ------------------------------------------------------------------------------------- moving, saving, recovering
+    def to(self, device: torch.device | str) -> LogQuantCache:
+        """Move all tensors to ``device``; the tokens that come next must be there."""
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device)
+            if isinstance(value, torch.device):
+                return torch.empty(0, device=device).device
+            if isinstance(value, dict):
+                return {key: moved(item) for key, item in value.items()}
+            return [moved(item) for item in value] if isinstance(value, list) else value
+
+        for layer in self.layers:
+            if isinstance(layer, LogQuantLayer):
+                layer.to(device)
+            else:
+                vars(layer).update(moved(vars(layer)))
+        return self
+
+    def save(self, path: str | os.PathLike[str], model: PreTrainedModel | None = None) -> None:
+        """Write the cache to a safetensors file. A file that is there is replaced once the new one is complete.
+
+        Args:
+            path: where to.
+            model: given, the file also tells its weights from others with the same configuration.
+
+        Raises:
+            OSError: the file cannot be written, as on a full disk; nothing is left of it, and the cache is unchanged.
+            ValueError: some layers have more tokens than others (:meth:`rewind`).
+        """
+        from . import saving
+
+        saving.save(self, path, model)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: PreTrainedModel | PreTrainedConfig,
+        device: torch.device | str | None = None,
+    ) -> LogQuantCache:
+        """Read a cache that :meth:`save` has written.
+
+        Args:
+            path: the file.
+            model: the model that the cache is for, or its configuration.
+            device: where the tensors go; by default the model's device, or the CPU.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a damaged file, one of another format version, or of another model.
+        """
+        from . import saving
+
+        return saving.load(cls, path, model, device)
+
+    def check_layers_agree(self) -> None:
+        """Refuse if some layers have more tokens than others (ValueError), as after an error within a forward pass."""
+        lengths = {layer.get_seq_length() for layer in self.layers if isinstance(layer, LogQuantLayer)}
+        if len(lengths - {0}) > 1:
+            raise ValueError(
+                f"the layers of the cache hold {sorted(lengths)} tokens: a forward pass ended early; rewind() the cache"
+            )
+
+    def rewind(self) -> int:
+        """After an error within a forward pass: remove the tokens that only the first layers have.
+
+        The tokens of one pass are removed without a trace (:meth:`LogQuantLayer.crop`).
+
+        Returns:
+            How many tokens there are now.
+
+        Raises:
+            RuntimeError: a sliding or linear layer has forgotten what it would need; :meth:`reset` the cache then.
+        """
+        layers = [layer for layer in self.layers if isinstance(layer, CacheLayerMixin) and hasattr(layer, "crop")]
+        length = min(layer.get_seq_length() for layer in layers)
+        for layer in layers:
+            if layer.get_seq_length() > length:
+                layer.crop(length - layer.get_seq_length())
+        return length

@@ -1,0 +1,84 @@
+"""Bytes and capacities that follow from a configuration, and bytes of what caches hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from ..config import LogQuantConfig
+from ..quantizer.queries import MAP_QUERIES, QUERIES
+from ..rule import evictions
+
+
+def window_capacity(config: LogQuantConfig) -> int:
+    """Exact tokens there is room for; the cache evicts as soon as this many are there."""
+    return config.sinks + 3 * config.window
+
+
+def window_slots(config: LogQuantConfig, exact: int) -> int:
+    """Slots that are allocated for ``exact`` exact tokens: room for W more, but not beyond the capacity."""
+    return min(window_capacity(config), exact + config.window)
+
+
+def packed_tokens(config: LogQuantConfig, tokens: int) -> int:
+    """How many of ``tokens`` tokens are quantised."""
+    return config.window * evictions(tokens, config.window, config.sinks)
+
+
+def store_pages(pages: int) -> int:
+    """Pages that a store is given when it grows to hold ``pages``.
+
+    Attention reads the whole store at every token, and the store is copied once in at least W tokens: growing it by
+    little costs little time, and every page to spare costs memory.
+    """
+    return pages + max(1, pages // 32)
+
+
+def head_nbytes(
+    config: LogQuantConfig,
+    tokens: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    itemsize: int = 2,
+    *,
+    decoding: bool = False,
+    query_heads: int = 0,
+) -> int:
+    """Bytes of one KV head of one sequence after a prompt of ``tokens`` tokens: its pages and its window.
+
+    Args:
+        config: what is kept exact and how the rest is stored.
+        tokens: tokens seen.
+        head_dim, value_dim: channels of a key and of a value.
+        itemsize: bytes of an exact element.
+        query_heads: query heads of a KV head, whose newest queries are kept where parameters are searched or bits
+            allocated; 0 counts none, as when the attention does not tell its queries.
+        decoding: the last tokens were decoded, not part of a prompt: the most that the cache may hold then, for a
+            store that grows gets pages to spare.
+    """
+    fmt = config.page_format(head_dim, value_dim)
+    packed = packed_tokens(config, tokens)
+    pages = packed // fmt.page_tokens
+    window = window_slots(config, tokens if packed == 0 else window_capacity(config))
+    stored = store_pages(pages) if decoding and pages else pages
+    key_map = 2 * fmt.key_columns if config.allocates_bits(fmt) else 0
+    kept = MAP_QUERIES if config.allocates_bits(fmt) and not packed else QUERIES if fmt.mse_searched else 0
+    queries = min(tokens, kept) * query_heads * fmt.head_dim * itemsize
+    return key_map + queries + stored * fmt.nbytes + window * (fmt.head_dim + fmt.value_dim) * itemsize
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The plain tensors that a value holds: in dictionaries, in lists, in tensors that are made of others."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, Tensor):
+        if type(value) is not Tensor and hasattr(value, "__tensor_flatten__"):
+            names, _ = value.__tensor_flatten__()
+            yield from tensors_in([getattr(value, name) for name in names])
+        else:
+            yield value

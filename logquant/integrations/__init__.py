@@ -1,0 +1,1 @@
+"""LogQuant caches inside other libraries."""

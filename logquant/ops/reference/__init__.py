@@ -1,0 +1,10 @@
+"""The operators in plain torch: short, obviously right, and the definition of correct.
+
+Every backend is tested against this package: codes and parameters bit for bit, attention within twice the error of a
+low-precision torch computation. The page is described in csrc/format.h, which :class:`logquant.PageFormat` mirrors.
+"""
+
+from .attend import attend
+from .quantize import dequantize, evict_, quantize
+
+__all__ = ["attend", "dequantize", "evict_", "quantize"]
