@@ -33,7 +33,7 @@ class CacheScores:
         top1: by text, how often the likeliest token is the full cache's.
         bits_per_element: of a quantised element, codes and parameters; None where nothing was quantised.
         nbytes: bytes that the cache of one text holds at the end.
-        token_nbytes: bytes that each further token takes (``token_nbytes`` of methods/registry.py); None where nothing was
+        token_nbytes: bytes that each further token takes (``methods.registry.token_nbytes``); None where nothing was
             quantised that is to be.
     """
 
