@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaCo
 
 from logquant import LogQuantCache, LogQuantConfig
 from logquant.attention import exact, handle, view
+from logquant.attention.call import AttentionCall
 from logquant.attention.exact import exact_attention
 from logquant.attention.handle import KVHandle
 from logquant.cache.layer import LogQuantLayer
@@ -43,9 +44,14 @@ def feed(layer: LogQuantLayer, k: Tensor, v: Tensor, portions: list[int]) -> Non
 
 
 def contents(layer: LogQuantLayer) -> tuple[Tensor, Tensor, Tensor]:
+    layer.commit()
     used = layer.rows.packed // layer.format.page_tokens
     exact = layer.rows.exact
-    return layer.pages[:, :, :used], layer.window_k[:, :, :exact], layer.window_v[:, :, :exact]
+    return (
+        layer.held.storage.pages[:, :, :used],
+        layer.held.storage.window_k[:, :, :exact],
+        layer.held.storage.window_v[:, :, :exact],
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ the layer
@@ -62,6 +68,7 @@ def test_prefill_and_single_steps_give_the_same_state(window, rule, tokens):
     fmt = whole.format
     expected = reference.quantize(k, v, fmt, index=packed[None]), k[:, :, exact.long()], v[:, :, exact.long()]
     for layer in (whole, single, mixed):
+        layer.commit()
         assert layer.rows.positions(k.device)[0].tolist() == packed.tolist() + exact.tolist()
         for got, want in zip(contents(layer), expected, strict=True):
             assert torch.equal(got, want)
@@ -72,6 +79,7 @@ def test_bytes_are_those_of_the_formula(options):
     layer = make_layer(**options)
     k, v = random_tokens(8000, heads=3, dim=64, value_dim=32)
     layer.update(k.bfloat16(), v.bfloat16())
+    layer.commit()
     assert layer.nbytes == 3 * head_nbytes(layer.config, 8000, 64, 32, itemsize=2)
     assert layer.full_precision_nbytes == 3 * 8000 * (64 + 32) * 2
 
@@ -82,8 +90,9 @@ def test_page_store_grows_by_at_most_one_page_in_32():
     layer.update(k[:, :, :3000], v[:, :, :3000])
     for t in range(3000, 6000):
         layer.update(k[:, :, t : t + 1], v[:, :, t : t + 1])
+        layer.commit()
         used = layer.rows.packed // layer.format.page_tokens
-        assert layer.pages.shape[2] <= used + max(1, used // 32)
+        assert layer.held.storage.pages.shape[2] <= used + max(1, used // 32)
 
 
 def test_first_prompt_attends_to_itself_exactly():
@@ -115,7 +124,7 @@ def test_a_stale_handle_refuses():
     keys, _ = layer.update(k[:, :, 300:301], v[:, :, 300:301])
     layer.update(k[:, :, 301:], v[:, :, 301:])
     with pytest.raises(RuntimeError, match="stale: their LogQuant cache layer was updated since"):
-        keys.kv_view.attend(torch.zeros(1, 2, 1, 64), None, 1.0)
+        keys.kv_view.attend(AttentionCall(torch.zeros(1, 2, 1, 64), None, 1.0))
 
 
 BAD_UPDATES = [
@@ -444,6 +453,7 @@ def test_crop_of_exact_tokens_leaves_no_trace(removed):
         layer.update(torch.cat([k[:, :, new], wrong_k], 2), torch.cat([v[:, :, new], wrong_v], 2))
         layer.crop(-removed)
     feed(straight, k, v, [400, 200])
+    straight.commit()
     assert layer.rows.positions(k.device)[0].tolist() == straight.rows.positions(k.device)[0].tolist()
     for got, want in zip(contents(layer), contents(straight), strict=True):
         assert torch.equal(got, want)
@@ -471,15 +481,17 @@ def test_crop_leaves_what_a_fresh_run_has(left):
     k, v = random_tokens(1000)
     layer, fresh = make_layer(), make_layer()
     layer.update(k, v)
+    layer.commit()
     before = layer.rows
     never_packed = set(before.positions(k.device)[0, before.packed :].tolist())
     dequantised = [x.clone() for x in layer.dense()]
     layer.crop(left - 1000)
     assert layer.get_seq_length() == left
     if left == 0:
-        assert layer.rows.packed == 0 and layer.pages.shape[2] == 0
+        assert layer.rows.packed == 0 and layer.held.storage.pages.shape[2] == 0
         return
     fresh.update(k[:, :, :left], v[:, :, :left])
+    fresh.commit()
     assert torch.equal(layer.rows.positions(k.device), fresh.rows.positions(k.device))
     (pages, *windows), (want_pages, *want_windows) = contents(layer), contents(fresh)
     assert torch.equal(pages, want_pages)
@@ -577,7 +589,7 @@ def test_exact_attention_in_blocks(monkeypatch, softcap, with_sinks, kind):
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0]) if with_sinks else None
     seen = torch.ones(50, 50, dtype=torch.bool).tril()
     mask = {"bool": seen[None, None], "float": torch.zeros(50, 50).masked_fill(~seen, -torch.inf)[None, None]}.get(kind)
-    got = exact_attention(q, k, v, mask, 0.2, softcap=softcap, sinks=sinks, causal=kind == "causal")
+    got = exact_attention(AttentionCall(q, mask, 0.2, softcap, sinks, kind == "causal"), k, v)
     scores = 0.2 * q @ k.repeat_interleave(2, 1).mT
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from logquant import LogQuantCache, LogQuantConfig
+from logquant.attention.call import AttentionCall
 from logquant.files import fingerprint
 from logquant.ops import reference
 from logquant.quantizer.calibration import Calibration
@@ -115,9 +116,8 @@ class CachePrograms(RuleBasedStateMachine):
         for i, rows in enumerate(self.rows):
             k, v = (torch.randn(self.batch, HEADS, new, DIM, generator=self.random) for _ in range(2))
             keys, _ = self.cache.update(k, v, i)
-            keys.kv_view.attend(
-                k, None if padding.all() else causal_mask(padding, new), 1.0, causal=bool(padding.all())
-            )
+            mask = None if padding.all() else causal_mask(padding, new)
+            keys.kv_view.attend(AttentionCall(k, mask, 1.0, causal=mask is None))
             for row, tokens, is_real in zip(rows, torch.stack([k, v], 3)[:, 0], real, strict=True):
                 row.arrive(tokens, is_real, recallable)
 
@@ -188,6 +188,7 @@ class CachePrograms(RuleBasedStateMachine):
     def positions_and_contents_are_those_of_the_model(self) -> None:
         if not hasattr(self, "cache"):
             return
+        self.cache.commit()
         assert self.cache.get_seq_length() == self.columns
         for layer, rows in zip(self.cache.layers, self.rows, strict=True):
             if not layer.is_initialized:

@@ -63,7 +63,7 @@ def filled(model, ids, mask=None, **options) -> LogQuantCache:
 
 
 def maps_of(cache: LogQuantCache) -> list[torch.Tensor]:
-    return [layer.key_map for layer in cache.layers]
+    return [layer.held.advice.key_map for layer in cache.layers]
 
 
 # --------------------------------------------------------------------------------------------------- what it is made of
@@ -75,8 +75,8 @@ def test_scores_are_the_sum_of_what_points_of_texts_say(model, calibration):
         cache = filled(model, text[None, :LEAST_TOKENS], window=128)
         leaving = torch.arange(4, 4 + 128, 2, dtype=torch.int32)
         for i, layer in enumerate(cache.layers):
-            assert layer.rows.packed == 0 and layer.newest_queries.query.shape[2] == MAP_QUERIES
-            attention = Attention(layer.newest_queries, layer.window_k[:, :, :LEAST_TOKENS], leaving)
+            assert layer.rows.packed == 0 and layer.held.advice.queries.query.shape[2] == MAP_QUERIES
+            attention = Attention(layer.held.advice.queries, layer.held.storage.window_k[:, :, :LEAST_TOKENS], leaving)
             want[i] = want.get(i, 0) + attention.key_scores(64)[0]
     tensors, described = calibration.state()
     assert sorted(tensors) == [f"layers.{i}.key_scores" for i in want] and described["tokens"] == 600
@@ -137,7 +137,7 @@ def test_rows_of_a_padded_batch_have_the_maps_too(model, ids, calibration):
     cache.batch_repeat_interleave(2)
     cache.to("cpu")
     for layer, dense in zip(cache.layers, before, strict=True):
-        assert layer.key_map.shape[0] == 4 and layer.key_map.stride(0) == 0
+        assert layer.held.advice.key_map.shape[0] == 4 and layer.held.advice.key_map.stride(0) == 0
         for got, want in zip(layer.dense(), dense, strict=True):
             assert torch.equal(got, want[[1, 1, 0, 0]])
 

@@ -15,6 +15,7 @@ from torch.fx.passes.split_module import split_module
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from logquant import LogQuantCache
+from logquant.attention.call import AttentionCall
 from logquant.compat import as_argument
 from tests.test_cache import tiny_config as family_config
 from tests.test_padding import pad_mask
@@ -111,13 +112,14 @@ def test_a_mask_whose_memory_is_used_again_loses_no_token(ids):
     with torch.no_grad():
         model(ids[:, :300], attention_mask=mask[:, :300], **as_argument(cache))
     layer = cache.layers[0]
-    new = torch.randn(2, *layer.window_k.shape[1::2]).unsqueeze(2)
+    new = torch.randn(2, *layer.held.storage.window_k.shape[1::2]).unsqueeze(2)
     query = torch.randn(2, model.config.num_attention_heads, 1, new.shape[3])
     for tokens in ([301, 296], [302, 297]):
         seen = torch.cat([mask[:, :300], torch.ones(2, tokens[0] - 300, dtype=torch.long)], 1)[:, None, None].bool()
         key, _ = layer.update(new, new)
-        key.kv_view.attend(query, seen, 1.0)
+        key.kv_view.attend(AttentionCall(query, seen, 1.0))
         seen.fill_(False)
+        layer.commit()
         assert [slots.tokens for slots in layer.rows.slots] == tokens
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import logquant
 from logquant import LogQuantCache, LogQuantConfig
+from logquant.attention.call import AttentionCall
 from logquant.cache.layer import LogQuantLayer
 from logquant.compat import as_argument
 from tests.backends import on
@@ -25,16 +26,17 @@ def attend(layer: LogQuantLayer, start: int, states: tuple[Tensor, ...], padding
     q, k, v = states
     keys, _ = layer.update(k, v)
     mask = None if padding is None else causal_mask(padding[:, : start + k.shape[2]], k.shape[2])
-    return keys.kv_view.attend(q, mask, DIM**-0.5, causal=mask is None)
+    return keys.kv_view.attend(AttentionCall(q, mask, DIM**-0.5, causal=mask is None))
 
 
 def assert_same(layer: LogQuantLayer, other: LogQuantLayer) -> None:
     """Bit for bit."""
+    layer.commit(), other.commit()
     assert torch.equal(layer.rows.positions(layer.device), other.rows.positions(layer.device))
     for row in range(layer.batch_size):
         assert all(torch.equal(a, b) for a, b in zip(row_contents(layer, row), row_contents(other, row), strict=True))
-    if layer.key_map is not None and layer.rows.packed:
-        assert torch.equal(layer.key_map, other.key_map)
+    if layer.held.advice.key_map is not None and layer.rows.packed:
+        assert torch.equal(layer.held.advice.key_map, other.held.advice.key_map)
 
 
 @pytest.mark.parametrize(("backend", "bits"), [("reference", 2), ("cpu", 2), ("cpu", 8)])

@@ -64,7 +64,7 @@ def test_falcon_whose_one_key_head_sdpa_broadcasts(ids):
             out = [m(ids[:, :200], **as_argument(cache)).logits]
             out += [m(ids[:, i : i + 1], **as_argument(cache)).logits for i in range(200, 240)]
         outputs.append(torch.cat(out, 1))
-    assert cache.layers[0].rows.packed > 0 and cache.layers[0].pages.shape[1] == 1
+    assert cache.layers[0].rows.packed > 0 and cache.layers[0].held.storage.pages.shape[1] == 1
     assert (outputs[0] - outputs[1]).abs().max() < 3e-3 * outputs[1].abs().max()
 
 

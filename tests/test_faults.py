@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from logquant import LogQuantCache, ops
+from logquant.attention.call import AttentionCall
 from logquant.cache.layer import LogQuantLayer
 from logquant.compat import as_argument
 from tests.test_cache import make_layer, random_tokens
@@ -38,6 +39,7 @@ class FailingAllocation(TorchDispatchMode):
 
 
 def state(layer: LogQuantLayer) -> list[Tensor]:
+    layer.commit()
     rows = layer.rows.positions(torch.device("cpu")).clone()
     return [rows] + [t.clone() for i in range(layer.batch_size) for t in row_contents(layer, i)]
 
@@ -54,8 +56,9 @@ def step(layer: LogQuantLayer, start: int, new: int, mask: bool) -> None:
     part = slice(start, start + new)
     keys, _ = layer.update(K[:, :, part], V[:, :, part])
     seen = causal_mask(PADDED[:, : start + new], new) if mask else None
-    keys.kv_view.attend(K[:, :, part], seen, 1.0, causal=not mask)
-    assert layer.rows.columns == start + new
+    keys.kv_view.attend(AttentionCall(K[:, :, part], seen, 1.0, causal=not mask))
+    layer.commit()
+    assert layer.rows.length == start + new
 
 
 # name: (columns before, what is done)

@@ -10,14 +10,14 @@ from torch import Tensor
 from logquant.format import PageFormat
 from logquant.ops import reference
 from logquant.quantizer import feedback
-from logquant.quantizer.queries import Newest
+from logquant.quantizer.queries import RecentQueries
 from tests.strategies import seeds
 
 FITTED = PageFormat(64, key_param_bits=8, value_param_bits=8)
 
 
 def attention_of(queries: Tensor, keys: Tensor, leaving: Tensor) -> feedback.Attention:
-    return feedback.Attention(Newest.of(queries, None, 0.25, 0.0), keys, leaving)
+    return feedback.Attention(RecentQueries.of(queries, None, 0.25, 0.0), keys, leaving)
 
 
 def test_attention_is_that_of_a_softmax_over_all_keys():
@@ -40,7 +40,7 @@ def test_key_scores_are_what_errors_of_keys_change():
     squares = q.unflatten(1, (2, 2)).flatten(2, 3).square()
     want = torch.einsum("bhqp,bhqd,bhpd->bhd", weights, squares, variance)
     torch.testing.assert_close(attention.key_scores(64), want)
-    hidden = Newest.of(q, torch.tensor([[False, True, True]]), 0.25, 0.0)
+    hidden = RecentQueries.of(q, torch.tensor([[False, True, True]]), 0.25, 0.0)
     some = feedback.Attention(hidden, k, leaving).key_scores(64)
     torch.testing.assert_close(some, attention_of(q[:, :, 1:], k, leaving).key_scores(64))
 
@@ -94,7 +94,7 @@ def test_attention_over_quantised_values_is_closer_with_feedback():
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 4, 32, 64), torch.randn(1, 2, 512, 64), torch.randn(1, 2, 512, 64)
     known, later = q[:, :, :16], q[:, :, 16:] * 0.1 + q[:, :, :16]
-    attention = feedback.Attention(Newest.of(known, None, 0.25, 0.0), k, torch.arange(512).int())
+    attention = feedback.Attention(RecentQueries.of(known, None, 0.25, 0.0), k, torch.arange(512).int())
     weights = (0.25 * later.unflatten(1, (2, 2)) @ k.mT.unsqueeze(2)).softmax(-1)
     errors = []
     for options in ({}, {"value_feedback": feedback.value_feedback(attention[:], 64)}):
@@ -123,7 +123,7 @@ def test_the_newest_queries_of_each_row_are_kept(seed, lengths, portions):
         if first == last:
             continue
         mask = real[:, first:last]
-        part = Newest.of(query[:, :, first:last], None if mask.all() else mask, 1.0, 0.0)
+        part = RecentQueries.of(query[:, :, first:last], None if mask.all() else mask, 1.0, 0.0)
         newest = part.keep(16) if newest is None else newest.then(part, 16)
     shown: list[int] = []
     for first, last in zip([0, *portions], [*portions, 40], strict=True):
@@ -136,12 +136,12 @@ def test_the_newest_queries_of_each_row_are_kept(seed, lengths, portions):
 
 def test_cropped_queries_are_those_before():
     query, _ = rows_of([40], 0)
-    newest = Newest.of(query, None, 1.0, 0.0).keep(20)
+    newest = RecentQueries.of(query, None, 1.0, 0.0).keep(20)
     assert torch.equal(newest.crop(5).query, query[:, :, 20:35])
     assert newest.crop(0) is newest and newest.crop(20) is None
-    padded = Newest.of(query, rows_of([30], 1)[1], 1.0, 0.0).keep(20)
+    padded = RecentQueries.of(query, rows_of([30], 1)[1], 1.0, 0.0).keep(20)
     assert padded.crop(1) is None, "which columns are left is not known"
-    after = padded.then(Newest.of(query[:, :, :3], None, 1.0, 0.0), 23)
+    after = padded.then(RecentQueries.of(query[:, :, :3], None, 1.0, 0.0), 23)
     assert torch.equal(after.crop(2).query[:, :, -1], query[:, :, 0]) and after.crop(3) is None
 
 
@@ -149,10 +149,10 @@ def test_kept_queries_keep_no_other_memory():
     """One by one, in memory of their own: of a prompt, of decoded tokens, of parts of something larger."""
     prompt, fused = torch.randn(2, 4, 50, 8), torch.randn(2, 12, 1, 8)
     own = torch.randn(2, 4, 1, 8)
-    newest = Newest.of(prompt, None, 1.0, 0.0).keep(16).apart()
+    newest = RecentQueries.of(prompt, None, 1.0, 0.0).keep(16).apart()
     kept = own.clone()
     for query in (fused[:, :4], own):
-        newest = newest.then(Newest.of(query, None, 1.0, 0.0), 16)
+        newest = newest.then(RecentQueries.of(query, None, 1.0, 0.0), 16)
     own.zero_()  # its maker may use its memory for the next one
     assert torch.equal(newest.query, torch.cat([prompt[:, :, -14:], fused[:, :4], kept], 2))
     assert newest.nbytes == sum(part.untyped_storage().nbytes() for part in newest.parts) == 2 * 4 * 16 * 8 * 4

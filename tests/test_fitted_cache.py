@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from logquant import LogQuantCache, LogQuantConfig
+from logquant.attention.call import AttentionCall
 from logquant.cache.layer import LogQuantLayer
 from logquant.cache.sizes import head_nbytes, window_capacity
 from logquant.compat import as_argument
 from logquant.format import PageFormat
 from logquant.ops import reference
 from logquant.quantizer import columns, feedback
-from logquant.quantizer.queries import MAP_QUERIES, QUERIES, Newest
+from logquant.quantizer.queries import MAP_QUERIES, QUERIES, RecentQueries
 from logquant.rule import evicted_slots, split_positions
 from tests.test_cache import feed, random_tokens
 from tests.test_padding import causal_mask, pad_mask, row_contents
@@ -35,18 +36,20 @@ def layer_and_tokens(batch: int = 1, **options) -> tuple[LogQuantLayer, Tensor, 
 
 def attend(layer: LogQuantLayer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     keys, _ = layer.update(k, v)
-    return keys.kv_view.attend(q, mask, 0.125, causal=mask is None)
+    out = keys.kv_view.attend(AttentionCall(q, mask, 0.125, causal=mask is None))
+    layer.commit()
+    return out
 
 
 def map_of(layer: LogQuantLayer, q: Tensor, k: Tensor, leaving: Tensor) -> Tensor:
     """The column map that the last of ``q`` choose, ``k`` being the exact keys."""
-    newest = Newest.of(q[:, :, -MAP_QUERIES:], None, 0.125, 0.0)
+    newest = RecentQueries.of(q[:, :, -MAP_QUERIES:], None, 0.125, 0.0)
     return columns.allocate(feedback.Attention(newest, k, leaving).key_scores(64), layer.format)
 
 
 def options_of(layer: LogQuantLayer, q: Tensor, k: Tensor, leaving: Tensor) -> dict[str, Tensor]:
     """What the quantiser is told when the last of ``q`` are the newest queries and ``k`` the exact keys."""
-    newest = Newest.of(q[:, :, -QUERIES:], None, 0.125, 0.0)
+    newest = RecentQueries.of(q[:, :, -QUERIES:], None, 0.125, 0.0)
     part = feedback.Attention(newest, k, leaving)[:]
     return {"key_weights": feedback.key_weights(part, 64), "value_feedback": feedback.value_feedback(part, 64)}
 
@@ -57,7 +60,7 @@ def test_the_newest_queries_choose_columns_weights_and_feedback():
     fmt, config = layer.format, layer.config
     packed, exact = split_positions(PROMPT, config.window, config.rule, config.sinks)
     key_map = map_of(layer, q[:, :, :PROMPT], k[:, :, :PROMPT], packed)
-    assert torch.equal(layer.key_map, key_map)
+    assert torch.equal(layer.held.advice.key_map, key_map)
     options = options_of(layer, q[:, :, :PROMPT], k[:, :, :PROMPT], packed)
     want = reference.quantize(k, v, fmt, index=packed[None], key_map=key_map, **options)
     assert torch.equal(row_contents(layer, 0)[0], want[0])
@@ -76,7 +79,7 @@ def test_the_newest_queries_choose_columns_weights_and_feedback():
         want = torch.cat([want, added], 2)
     assert want.shape[2] == layer.rows.packed // 64 > len(packed) // 64
     assert torch.equal(row_contents(layer, 0)[0], want[0])
-    assert torch.equal(layer.key_map, key_map)
+    assert torch.equal(layer.held.advice.key_map, key_map)
 
 
 def test_queries_of_what_is_taken_back_say_nothing():
@@ -105,7 +108,7 @@ def test_without_queries_every_channel_and_token_counts_alike():
     packed, _ = split_positions(PROMPT + STEPS, config.window, config.rule, config.sinks)
     want_map = columns.allocate(columns.variances(k, 128), layer.format)
     want = reference.quantize(k, v, layer.format, index=packed[None], key_map=want_map)
-    assert torch.equal(row_contents(layer, 0)[0], want[0]) and torch.equal(layer.key_map, want_map)
+    assert torch.equal(row_contents(layer, 0)[0], want[0]) and torch.equal(layer.held.advice.key_map, want_map)
 
 
 def test_short_prompts_are_remembered_until_columns_are_chosen():
@@ -123,7 +126,7 @@ def test_short_prompts_are_remembered_until_columns_are_chosen():
     leaving = torch.arange(tokens, dtype=torch.int32)[
         evicted_slots(layer.config.rule, layer.config.window, layer.config.sinks)
     ]
-    assert torch.equal(layer.key_map, map_of(layer, q[:, :, :tokens], k[:, :, :tokens], leaving))
+    assert torch.equal(layer.held.advice.key_map, map_of(layer, q[:, :, :tokens], k[:, :, :tokens], leaving))
     assert layer.nbytes == 2 * head_nbytes(layer.config, tokens, 64, itemsize=4, decoding=True, query_heads=2), (
         "no more queries are kept than are needed from now on"
     )
@@ -139,14 +142,14 @@ def test_every_row_has_its_own_columns_and_takes_them_along():
     for row, length in enumerate([PROMPT, 220]):
         alone, own = LogQuantLayer(layer.config), slice(PROMPT - length, PROMPT)
         attend(alone, *(x[row : row + 1, :, own] for x in (q, k, v)))
-        assert torch.equal(layer.key_map[row], alone.key_map[0])
+        assert torch.equal(layer.held.advice.key_map[row], alone.held.advice.key_map[0])
         assert all(torch.equal(a, b) for a, b in zip(row_contents(layer, row), row_contents(alone, 0), strict=True))
         rows.append(alone)
-    assert not torch.equal(layer.key_map[0], layer.key_map[1])
+    assert not torch.equal(layer.held.advice.key_map[0], layer.held.advice.key_map[1])
     assert layer.rows.slots[2].packed == 0
     twin = copy.deepcopy(layer)
     layer.reorder_cache(torch.tensor([1, 1, 0]))
-    assert torch.equal(layer.key_map, torch.stack([twin.key_map[i] for i in (1, 1, 0)]))
+    assert torch.equal(layer.held.advice.key_map, torch.stack([twin.held.advice.key_map[i] for i in (1, 1, 0)]))
     assert torch.equal(layer.dense()[0][2], twin.dense()[0][0])
 
 
@@ -167,8 +170,8 @@ def test_implementations_agree_and_files_keep_the_columns(tmp_path, options):
     (cache, got), (other, want) = caches
     assert (got - want).abs().max() < 3e-3 * want.abs().max()
     for layer, twin in zip(cache.layers, other.layers, strict=True):
-        assert layer.format.has_map == (layer.key_map is not None)
-        assert layer.key_map is None or torch.equal(layer.key_map, twin.key_map)
+        assert layer.format.has_map == (layer.held.advice.key_map is not None)
+        assert layer.held.advice.key_map is None or torch.equal(layer.held.advice.key_map, twin.held.advice.key_map)
     cache.save(tmp_path / "cache", model)
     loaded = LogQuantCache.load(tmp_path / "cache", model)
     for layer, twin in zip(cache.layers, loaded.layers, strict=True):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from logquant import LogQuantCache
+from logquant.attention.call import AttentionCall
 from logquant.compat import as_argument
 from tests.test_cache import contents, feed, make_layer, random_tokens
 from tests.tiny import tiny_model
@@ -32,14 +33,14 @@ def test_copies_share_pages_until_one_writes():
     layer = make_layer()
     feed(layer, k, v, [600])
     twin, third = copy.deepcopy(layer), copy.deepcopy(layer)
-    store = layer.pages.data_ptr()
-    assert twin.pages.data_ptr() == third.pages.data_ptr() == store
+    store = layer.held.storage.pages.data_ptr()
+    assert twin.held.storage.pages.data_ptr() == third.held.storage.pages.data_ptr() == store
     before = [t.clone() for t in contents(layer)]
     feed(twin, k[:, :, 600:], v[:, :, 600:], [1] * 30)
-    assert twin.pages.data_ptr() == store, "the window has taken all of them"
+    assert twin.held.storage.pages.data_ptr() == store, "the window has taken all of them"
     feed(twin, -k[:, :, :60], -v[:, :, :60], [1] * 60)
-    assert twin.rows.packed > layer.rows.packed and twin.pages.data_ptr() != store
-    assert third.pages.data_ptr() == store
+    assert twin.rows.packed > layer.rows.packed and twin.held.storage.pages.data_ptr() != store
+    assert third.held.storage.pages.data_ptr() == store
     for got, want in zip(contents(layer), before, strict=True):
         assert torch.equal(got, want)
     del third
@@ -53,12 +54,12 @@ def test_the_last_owner_of_shared_pages_writes_in_place():
     k, v = random_tokens(1000)
     layer = make_layer()
     feed(layer, k, v, [600] + [1] * 64)
-    assert layer.pages.shape[2] > layer.rows.packed // 64, "there is room"
+    assert layer.held.storage.pages.shape[2] > layer.rows.packed // 64, "there is room"
     twin = copy.deepcopy(layer)
-    store = layer.pages.data_ptr()
+    store = layer.held.storage.pages.data_ptr()
     del layer
     feed(twin, k[:, :, 664:], v[:, :, 664:], [1] * 63)
-    assert twin.rows.packed // 64 == twin.pages.shape[2] and twin.pages.data_ptr() == store
+    assert twin.rows.packed // 64 == twin.held.storage.pages.shape[2] and twin.held.storage.pages.data_ptr() == store
 
 
 def test_stores_of_all_layers_are_made_by_the_first_that_packs():
@@ -68,10 +69,10 @@ def test_stores_of_all_layers_are_made_by_the_first_that_packs():
     for i in range(3):
         k, v = random_tokens(500, dim=32, value_dim=32, seed=i)
         keys, _ = cache.update(k, v, i)
-        keys.kv_view.attend(k[:, :, :2], None, 1.0)
-        left.append(len(cache._shared._stores))
+        keys.kv_view.attend(AttentionCall(k[:, :, :2], None, 1.0))
+        left.append(len(cache._shared.allocator._stores))
     assert left == [2, 1, 0]
-    assert {layer.pages.shape[:3] for layer in cache.layers} == {(1, 2, 320 // 64)}
+    assert {layer.held.storage.pages.shape[:3] for layer in cache.layers} == {(1, 2, 320 // 64)}
 
 
 PREFILL = """
@@ -84,12 +85,12 @@ heads, tokens = 8, 100_000
 layer = LogQuantLayer(LogQuantConfig())
 # What is loaded and allocated once is no part of it.
 small = torch.zeros(1, heads, 300, 128, dtype=torch.bfloat16)
-LogQuantLayer(LogQuantConfig()).update(small, small)[0].kv_view.observed(None)
+LogQuantLayer(LogQuantConfig()).update(small, small)[0].kv_view.observe(None)
 before = peak()
 k, v = (torch.full((1, heads, tokens, 128), x, dtype=torch.bfloat16) for x in (1.0, 2.0))
 exact = k.nbytes + v.nbytes
 keys, values = layer.update(k, v)
-keys.kv_view.observed(None)
+keys.kv_view.observe(None)
 assert layer.rows.packed == 64 * (tokens // 64 - 2)
 prompt = (peak() - before) / exact
 del keys, values, k, v
@@ -147,7 +148,7 @@ def test_nothing_keeps_a_cache_alive_that_is_dropped():
     cache = LogQuantCache(model.config)
     ids = torch.randint(0, 256, (1, 400))
     model.generate(ids, **as_argument(cache), max_new_tokens=5)
-    tensors = [weakref.ref(layer.pages) for layer in cache.layers]
+    tensors = [weakref.ref(layer.held.storage.pages) for layer in cache.layers]
     del cache
     gc.collect()
     assert all(ref() is None for ref in tensors)

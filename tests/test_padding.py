@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from logquant import LogQuantCache
+from logquant.attention.call import AttentionCall
 from logquant.cache.layer import LogQuantLayer
 from logquant.compat import as_argument
 from tests.test_cache import feed, make_layer, random_tokens
@@ -32,13 +33,14 @@ def causal_mask(padding: Tensor, new: int) -> Tensor:
 def step(layer: LogQuantLayer, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """One update, attended to by queries that are the keys."""
     keys, _ = layer.update(k, v)
-    return keys.kv_view.attend(k, mask, 0.1)
+    return keys.kv_view.attend(AttentionCall(k, mask, 0.1))
 
 
 def row_contents(layer: LogQuantLayer, row: int) -> tuple[Tensor, ...]:
+    layer.commit()
     slots = layer.rows.slots[row if len(layer.rows.slots) > 1 else 0]
-    pages = layer.pages[row, :, : slots.packed // layer.format.page_tokens]
-    return pages, layer.window_k[row, :, : slots.exact], layer.window_v[row, :, : slots.exact]
+    pages = layer.held.storage.pages[row, :, : slots.packed // layer.format.page_tokens]
+    return pages, layer.held.storage.window_k[row, :, : slots.exact], layer.held.storage.window_v[row, :, : slots.exact]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -99,8 +101,9 @@ def test_padding_that_a_later_mask_shows_is_refused_and_nothing_changes():
     step(layer, k[:, :, :50], v[:, :, :50], causal_mask(pad_mask([50, 40], "left"), 50))
     keys, _ = layer.update(k[:, :, 50:51], v[:, :, 50:51])
     for mask in (None, torch.ones(2, 1, 1, 51, dtype=torch.bool)):
-        with pytest.raises(ValueError, match="attention_mask must hide column 0 of row 1"):
-            keys.kv_view.attend(k[:, :, 50:51], mask, 1.0)
+        with pytest.raises(ValueError, match="attention_mask must hide position 0 of row 1"):
+            keys.kv_view.attend(AttentionCall(k[:, :, 50:51], mask, 1.0))
+    layer.commit()
     assert layer.get_seq_length() == 51 and [s.tokens for s in layer.rows.slots] == [51, 41]
 
 

@@ -201,8 +201,13 @@ def same_contents(cache: LogQuantCache, other: LogQuantCache) -> bool:
 
     def contents(layer):
         rows = layer.rows
-        pages = layer.pages[:, :, : rows.packed // layer.format.page_tokens]
-        return pages, layer.window_k[:, :, : rows.exact], layer.window_v[:, :, : rows.exact], layer.key_map
+        pages = layer.held.storage.pages[:, :, : rows.packed // layer.format.page_tokens]
+        return (
+            pages,
+            layer.held.storage.window_k[:, :, : rows.exact],
+            layer.held.storage.window_v[:, :, : rows.exact],
+            layer.held.advice.key_map,
+        )
 
     return all(
         (a is None and b is None) or torch.equal(a, b)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from logquant import LogQuantCache
+from logquant.cache.layer import LogQuantLayer
 from logquant.compat import as_argument
 from tests.test_cache import contents, generate, logits_of, tiny_config
 from tests.test_padding import pad_mask
@@ -91,7 +92,7 @@ def test_the_file_is_safetensors_and_describes_itself(model, ids, tmp_path):
         assert {"layers.0.pages", "layers.0.window_k", "layers.1.window_v", "real"} <= set(file.keys())
     assert described["version"] == 1 and described["settings"]["bits"] == 2
     used = sum(t.nbytes for layer in cache.layers for t in contents(layer))
-    used += sum(layer.newest_queries.nbytes for layer in cache.layers)
+    used += sum(layer.held.advice.queries.nbytes for layer in cache.layers)
     assert used < (tmp_path / "cache").stat().st_size < used + 10_000
 
 
@@ -183,7 +184,12 @@ def test_moving_to_a_device_moves_every_tensor(model, ids):
     assert cache.to("cpu") is cache
     moved = copy.deepcopy(cache).to("meta")
     for layer in moved.layers:
-        tensors = [t for name, t in vars(layer).items() if isinstance(t, torch.Tensor) and name != "_ticket"]
+        if not isinstance(layer, LogQuantLayer):
+            tensors = [t for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+        else:
+            storage, queries = layer.held.storage, layer.held.advice.queries
+            held = [storage.window_k, storage.window_v, storage.pages, layer.held.advice.key_map]
+            tensors = [t for t in (*held, queries and queries.query) if t is not None]
         assert len(tensors) >= 3 and all(t.device.type == "meta" for t in tensors)
         assert layer.device.type == "meta"
 

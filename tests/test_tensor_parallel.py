@@ -30,7 +30,7 @@ ids = torch.randint(0, 256, (2, 300), generator=torch.Generator().manual_seed(0)
 mask = pad_mask([300, 170], "left")
 cache = LogQuantCache(model.config, bits=2)
 out = model.generate(ids, attention_mask=mask, **as_argument(cache), max_new_tokens=40, do_sample=False)
-found = {"tokens": out[:, 300:].tolist(), "heads": cache.layers[0].pages.shape[1], "nbytes": cache.nbytes}
+found = {"tokens": out[:, 300:].tolist(), "heads": cache.layers[0].held.storage.pages.shape[1], "nbytes": cache.nbytes}
 with open(f"{folder}/result-{rank}.json", "w") as file:
     json.dump(found, file)
 """

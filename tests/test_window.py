@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from logquant.cache.drafts import cut
 from logquant.cache.layout import Rows, Slots
 from logquant.rule import RULES, Rule, evicted_slots, evictions, split_positions
 
@@ -127,7 +128,7 @@ operations = st.lists(
 
 def check_rows(rows: Rows, plain: list[PlainRow]) -> None:
     table = rows.positions(CPU, 2)
-    assert rows.columns == plain[0].columns and len(table) == (1 if rows.alike else BATCH)
+    assert rows.length == plain[0].columns and len(table) == (1 if rows.alike else BATCH)
     for slots, got, row in zip(rows.slots * (BATCH // len(rows.slots)), table.expand(BATCH, -1), plain, strict=True):
         packed, exact = row.layout()
         assert (slots.tokens, slots.packed, slots.exact) == (len(row.real), len(packed), len(exact))
@@ -147,12 +148,12 @@ def test_rows_follow_any_program_of_arrivals_removals_and_selections(program, wi
         if name == "append":
             (count, real), recallable = arguments
             real = None if real is None or all(real) else torch.tensor(real).view(BATCH, count)
-            moves = rows.moves(count, CPU, recallable, real)
+            moves = rows.reserving(recallable).moves(count, CPU, real)
             for row, coming in zip(plain, [[True] * count] * BATCH if real is None else real.tolist(), strict=True):
                 row.append(coming, recallable)
             for move in moves:
                 for row, (packed, exact) in list(zip(plain, before, strict=True))[move.rows]:
-                    held = exact + list(range(rows.columns, rows.columns + count))
+                    held = exact + list(range(rows.length, rows.length + count))
                     staying = torch.arange(move.tokens - len(move.leaving)) if move.staying is None else move.staying
                     assert len(packed) == move.packed
                     assert packed + [held[i] for i in move.leaving] == row.layout()[0]
@@ -160,7 +161,7 @@ def test_rows_follow_any_program_of_arrivals_removals_and_selections(program, wi
                     if move.is_step:
                         full = list(range(move.tokens))
                         assert move.leaving.tolist() == full[evicted_slots(rule, window, sinks)]
-            rows = rows.append(count, recallable, real)
+            rows = rows.reserving(recallable).append(count, real)
         elif name == "crop":
             after = rows.crop(*arguments)
             for row in plain:
@@ -182,8 +183,8 @@ def test_rows_follow_any_program_of_arrivals_removals_and_selections(program, wi
 @given(tokens=st.integers(0, 400), more=st.integers(0, 60), window=st.integers(1, 24), rule=rules)
 def test_a_recalled_arrival_leaves_no_trace(tokens, more, window, rule):
     before = Slots(window, rule).append(tokens)
-    after = before.append(more, recallable=more).crop(more).append(0)
-    assert (after.tokens, after.settled, after.packed, after.nbytes) == (tokens, tokens, before.packed, 0)
+    after = before.append(more, reserved=more).crop(more).append(0)
+    assert (after.tokens, after.decided, after.packed, after.nbytes) == (tokens, tokens, before.packed, 0)
 
 
 def test_layers_share_the_next_rows():
@@ -201,36 +202,36 @@ def mask_of(*rows: list[int], queries: int = 1) -> Tensor:
 def test_columns_that_no_query_sees_are_padding():
     rows = Rows((Slots(64),))
     causal = torch.ones(3, 3, dtype=torch.bool).tril()[None, None]
-    assert rows.real_columns(None, 3, 2) is None
-    assert rows.real_columns(causal, 3, 2) is None
+    assert rows.real_positions(None, 3, 2) is None
+    assert rows.real_positions(causal, 3, 2) is None
     left = causal & mask_of([0, 1, 1], [1, 1, 1], queries=3)
     real = [[False, True, True], [True, True, True]]
-    assert rows.real_columns(left, 3, 2).tolist() == real
+    assert rows.real_positions(left, 3, 2).tolist() == real
     for dtype, low in itertools.product([torch.float32, torch.bfloat16, torch.float16], ["min", "-inf"]):
         hidden = torch.finfo(dtype).min if low == "min" else -torch.inf
         additive = torch.zeros(2, 1, 3, 3, dtype=dtype).masked_fill(~left, hidden)
-        assert rows.real_columns(additive, 3, 2).tolist() == real
+        assert rows.real_positions(additive, 3, 2).tolist() == real
     after = rows.append(3, real=torch.tensor(real))
-    assert after.real_columns(mask_of([0, 1, 1, 1], [1, 1, 1, 0]), 1, 2).tolist() == [[True], [False]]
-    assert after.crop(3).alike and after.crop(2).real_columns(mask_of([0, 1], [1, 1]), 1, 2) is None
+    assert after.real_positions(mask_of([0, 1, 1, 1], [1, 1, 1, 0]), 1, 2).tolist() == [[True], [False]]
+    assert after.crop(3).alike and after.crop(2).real_positions(mask_of([0, 1], [1, 1]), 1, 2) is None
 
 
 def test_masks_that_cannot_be_served():
     rows = Rows((Slots(64),))
-    with pytest.raises(ValueError, match=r"attention_mask must be .* with 3 columns or more, got \[2, 1,"):
-        rows.real_columns(mask_of([1, 1], [1, 1]), 3, 2)
+    with pytest.raises(ValueError, match=r"attention_mask must be .* with 3 positions or more, got \[2, 1,"):
+        rows.real_positions(mask_of([1, 1], [1, 1]), 3, 2)
     padded = rows.append(2, real=torch.tensor([[True, True], [False, True]]))
     for mask, got in ((None, "no mask"), (mask_of([1, 1, 1], [1, 1, 1]), "a mask that shows it")):
-        with pytest.raises(ValueError, match=rf"must hide column 0 of row 1: it was hidden \(padding\).*got {got}"):
-            padded.real_columns(mask, 1, 2)
+        with pytest.raises(ValueError, match=rf"must hide position 0 of row 1: it was hidden \(padding\).*got {got}"):
+            padded.real_positions(mask, 1, 2)
 
 
 def test_a_mask_is_looked_at_once_unless_it_changes():
     rows, mask = Rows((Slots(64),)), mask_of([0, 1], [1, 1]).clone()
-    first = rows.real_columns(mask, 2, 2)
-    assert rows.real_columns(mask, 2, 2) is first
+    first = rows.real_positions(mask, 2, 2)
+    assert rows.real_positions(mask, 2, 2) is first
     mask[:] = True
-    assert rows.real_columns(mask, 2, 2) is None
+    assert rows.real_positions(mask, 2, 2) is None
 
 
 @pytest.mark.parametrize(
@@ -256,7 +257,7 @@ def test_bad_arguments(arguments, message):
 def test_drafts_are_cut_where_one_by_one_they_would_evict(before, together, real, window):
     rows = Rows((Slots(window),)).append(60, real=torch.arange(60) < torch.tensor(before)[:, None])
     coming = torch.tensor([[True] * BATCH] * together + real).T
-    parts = rows.parts(coming.shape[1], len(real), coming)
+    parts = cut(rows, coming.shape[1], len(real), coming)
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(coming.shape[1]))
     ends, grown = {part.stop for part in parts}, rows.append(together, real=coming[:, :together])
     assert together == 0 or together in ends

@@ -2,7 +2,7 @@
 
 The tracer sees two operators for each layer: one gives the new keys and values to the layer, one attends. What they do
 to the layer is Python and stays out of the graph, so nothing in the graph depends on how long the context is. The layer
-is named by a *ticket*, a small tensor on the CPU that the first operator hands to the second in place of keys and
+is named by a *layer id*, a small tensor on the CPU that the first operator hands to the second in place of keys and
 values, and not by a number, for then every new cache would be compiled anew.
 
 For the same reason neither operator may be part of a CUDA graph, whose replays run no Python: their tag says so, and
@@ -15,71 +15,80 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..cache.layer import LogQuantLayer
-    from .view import KVView
+from .call import AttentionCall
+from .view import View
 
-_layers: weakref.WeakValueDictionary[int, LogQuantLayer] = weakref.WeakValueDictionary()
+
+class UpdatedLayer(Protocol):
+    """A layer whose ``update`` returns handles."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]: ...
+
+
+_layers: weakref.WeakValueDictionary[int, UpdatedLayer] = weakref.WeakValueDictionary()
+# What the last update of each layer is to be attended to with.
+_views: weakref.WeakKeyDictionary[UpdatedLayer, View] = weakref.WeakKeyDictionary()
 _numbers = itertools.count()
 
 
-def ticket_for(layer: LogQuantLayer, value_dim: int) -> Tensor:
-    """A new ticket: int64 ``[value_dim]``, for the shape of attention's output depends on that."""
+def layer_id_of(layer: UpdatedLayer, value_dim: int) -> Tensor:
+    """A new id of a layer: int64 ``[value_dim]``, for the shape of attention's output depends on that."""
     number = next(_numbers)
     _layers[number] = layer
     return torch.full((value_dim,), number)
 
 
-def is_ticket(key: Tensor) -> bool:
+def is_layer_id(key: Tensor) -> bool:
     """Whether this came from :func:`update_layer` and not from a model."""
     return key.dtype == torch.int64 and key.dim() == 1
 
 
 @torch.library.custom_op("logquant::update_layer", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def update_layer(key_states: Tensor, value_states: Tensor, ticket: Tensor) -> Tensor:
-    """Append tokens to the layer of a ticket; the result stands for the keys and values of all tokens."""
-    layer = _layers[int(ticket[0])]
-    layer.handles = layer.update(key_states.clone(), value_states.clone())
-    return ticket.clone()
+def update_layer(key_states: Tensor, value_states: Tensor, layer_id: Tensor) -> Tensor:
+    """Append tokens to a layer; the result stands for the keys and values of all tokens."""
+    layer = _layers[int(layer_id[0])]
+    _views.pop(layer, None)
+    keys, _ = layer.update(key_states.clone(), value_states.clone())
+    _views[layer] = keys.kv_view  # type: ignore[attr-defined]
+    return layer_id.clone()
 
 
 @update_layer.register_fake
-def _(key_states: Tensor, value_states: Tensor, ticket: Tensor) -> Tensor:
-    return torch.empty_like(ticket)
+def _(key_states: Tensor, value_states: Tensor, layer_id: Tensor) -> Tensor:
+    return torch.empty_like(layer_id)
 
 
 @torch.library.custom_op("logquant::attend_layer", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def attend_layer(
     query: Tensor,
-    ticket: Tensor,
+    layer_id: Tensor,
     mask: Tensor | None,
     scale: float,
     softcap: float,
     sinks: Tensor | None,
     causal: bool,
 ) -> Tensor:
-    """Attention over the layer of a ticket, ``[B, L, Hq, Dv]``; see :meth:`logquant.attention.view.KVView.attend`."""
-    layer = _layers[int(ticket[0])]
-    if layer.handles is None:
+    """Attention over a layer, ``[B, L, Hq, Dv]``; see :meth:`logquant.attention.view.KVView.attend`."""
+    view = _views.get(_layers[int(layer_id[0])])
+    if view is None:
         raise RuntimeError("these keys and values are stale: their LogQuant cache layer was updated since")
-    view: KVView = layer.handles[0].kv_view  # type: ignore[attr-defined]
-    out = view.attend(query.clone(), mask, scale, softcap=softcap, sinks=sinks, causal=causal)
+    out = view.attend(AttentionCall(query.clone(), mask, scale, softcap, sinks, causal))
     return out.transpose(1, 2).contiguous()
 
 
 @attend_layer.register_fake
 def _(
     query: Tensor,
-    ticket: Tensor,
+    layer_id: Tensor,
     mask: Tensor | None,
     scale: float,
     softcap: float,
     sinks: Tensor | None,
     causal: bool,
 ) -> Tensor:
-    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], ticket.shape[0])
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], layer_id.shape[0])

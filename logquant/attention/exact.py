@@ -6,26 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .call import AttentionCall
+
 # Scores held at once by the plain-torch path for models with a softcap or attention sinks.
 _SCORES_AT_ONCE = 1 << 24
 
 
-def exact_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    *,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    causal: bool = False,
-) -> Tensor:
-    """Plain attention of ``q`` ``[B, Hq, L, D]`` over exact ``k`` ``[B, H, T, D]`` and ``v`` ``[B, H, T, Dv]``.
+def exact_attention(call: AttentionCall, k: Tensor, v: Tensor) -> Tensor:
+    """Plain attention over exact ``k`` ``[B, H, T, D]`` and ``v`` ``[B, H, T, Dv]``: ``[B, Hq, L, Dv]``.
 
     Uses ``F.scaled_dot_product_attention`` where that can; with a softcap or sinks it computes blocks of queries in
     float32, so that the scores of a long prompt are never held at once.
     """
+    q, mask, scale, softcap, sinks, causal = call
     if not softcap and sinks is None:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, scale=scale, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]

@@ -10,6 +10,7 @@ from transformers.integrations.sdpa_attention import create_position_bias_mask, 
 from transformers.masking_utils import sdpa_mask
 
 from . import compiled
+from .call import AttentionCall
 from .exact import exact_attention
 from .handle import KVHandle
 
@@ -36,9 +37,9 @@ def logquant_attention_forward(
     causal = causal and attention_mask is None and query.shape[2] > 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     view = key.kv_view if isinstance(key, KVHandle) else None
-    if view is None and compiled.is_ticket(key):
+    if view is None and compiled.is_layer_id(key):
         return compiled.attend_layer(query, key, attention_mask, scale, softcap or 0.0, s_aux, causal), None
-    if (view is None or view.is_prompt) and not softcap and s_aux is None:
+    if (view is None or view.plain) and not softcap and s_aux is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -46,11 +47,8 @@ def logquant_attention_forward(
         raise ValueError(f"the logquant attention has no dropout, got {dropout}; call model.eval()")
     if (bias := kwargs.get("position_bias")) is not None:
         attention_mask, causal = create_position_bias_mask(bias, attention_mask, causal, query, key), False
-    softcap = softcap or 0.0
-    if view is not None:
-        out = view.attend(query, attention_mask, scale, softcap=softcap, sinks=s_aux, causal=causal)
-    else:
-        out = exact_attention(query, key, value, attention_mask, scale, softcap=softcap, sinks=s_aux, causal=causal)
+    call = AttentionCall(query, attention_mask, scale, softcap or 0.0, s_aux, causal)
+    out = exact_attention(call, key, value) if view is None else view.attend(call)
     return out.transpose(1, 2).contiguous(), None
 
 

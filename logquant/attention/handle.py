@@ -1,4 +1,13 @@
-"""Tensors without storage that stand for the keys or the values of a view."""
+"""Tensors without storage that stand for the keys or the values of a view.
+
+A transformers attention function gets ``(module, query, key, value, mask, ...)`` but not the cache. So a cache layer's
+``update`` hands out :class:`KVHandle` objects in place of keys and values: tensors with the right shape, dtype and
+device, which know the view to attend to. Three consumers understand them:
+
+* the attention function ``"logquant"`` (forward.py) calls the fused operator;
+* transformers' ``"sdpa"`` calls ``F.scaled_dot_product_attention``, which the handle intercepts: the same operator;
+* anything else touches the handle with some torch function, which then dequantises, with one warning.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from .view import Attended, KVView
+from .call import AttentionCall
+from .view import View
 
 _METADATA = frozenset(
     {
@@ -56,7 +66,7 @@ def _warn_dense() -> None:
 
 
 class KVHandle(Tensor):
-    """Stands for the keys or the values of a view; see the module's docstring.
+    """Stands for the keys or the values of a view.
 
     Args:
         kv_view: the view.
@@ -66,17 +76,17 @@ class KVHandle(Tensor):
             ``repeat_kv`` of transformers goes through on its way.
     """
 
-    kv_view: KVView
+    kv_view: View
     part: int
     repeats: int
     unmerged: int
 
     @staticmethod
-    def __new__(cls, kv_view: KVView, part: int, repeats: int = 1, unmerged: int = 0) -> KVHandle:
-        like = (kv_view.window_k, kv_view.window_v)[part]
+    def __new__(cls, kv_view: View, part: int, repeats: int = 1, unmerged: int = 0) -> KVHandle:
+        like = (kv_view.keys, kv_view.values)[part]
         batch, heads, _, dim = like.shape
         copies = (unmerged,) if unmerged else ()
-        shape = (batch, heads * repeats, *copies, kv_view.columns, dim)
+        shape = (batch, heads * repeats, *copies, kv_view.length, dim)
         handle: KVHandle = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
         handle.kv_view, handle.part, handle.repeats, handle.unmerged = kv_view, part, repeats, unmerged
         return handle
@@ -141,14 +151,14 @@ def _call_dense(func: Any, args: Any, kwargs: Any) -> Any:
         view = handle.kv_view
         view.check_current()
         views.append(view)
-        if view.new == 1 and not view.is_prompt:
+        if view.new == 1 and not view.plain:
             _warn_dense()
         return handle.dense()
 
     args, kwargs = tree_map_only(KVHandle, dense, (args, kwargs))
     out = func(*args, **kwargs)
     for view in views:
-        view.observed(None)
+        view.observe(None)
     return out
 
 
@@ -168,16 +178,21 @@ def _intercept_sdpa(
     view = key.kv_view
     if isinstance(query, KVHandle) or key.unmerged or value.unmerged or key.repeats != value.repeats:
         return None
-    if view.is_prompt:
+    if view.plain:
         view.check(attn_mask)
         out = F.scaled_dot_product_attention(
             query, key.dense(), value.dense(), attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-        view.observed(Attended(query.detach(), attn_mask, query.shape[-1] ** -0.5 if scale is None else scale))
+        view.observe(AttentionCall(query, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale))
         return out
     # SDPA broadcasts a single head.
     fits = query.dim() == 4 and (query.shape[1] == key.shape[1] or key.shape[1] == 1 or enable_gqa)
-    if dropout_p or (is_causal and query.shape[2] != view.columns) or not fits:
+    if dropout_p or (is_causal and query.shape[2] != view.length) or not fits:
         return None
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return view.attend(query, attn_mask, scale, causal=is_causal)
+    return view.attend(AttentionCall(query, attn_mask, scale, causal=is_causal))
+
+
+def handles(view: View) -> tuple[KVHandle, KVHandle]:
+    """For the keys and the values of a view: what a layer's ``update`` returns."""
+    return KVHandle(view, 0), KVHandle(view, 1)

@@ -1,9 +1,8 @@
-"""What one attention call sees of a layer."""
+"""What new tokens attend to: the keys and values of a layer, as they are when the tokens come."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +10,8 @@ from torch import Tensor
 
 from .. import ops
 from ..format import PageFormat
+from .call import AttentionCall
 from .exact import exact_attention
-
-if TYPE_CHECKING:
-    from ..cache.layout import Rows
 
 # Beyond this many query tokens (chunked prefill) it is faster on a CPU to dequantise once and use matrix products.
 MAX_FUSED_QUERIES = 16
@@ -22,65 +19,122 @@ MAX_FUSED_QUERIES = 16
 MAX_PREFILL_DIM = 256
 
 
-class Attended(NamedTuple):
-    """What attended to a view: queries ``[B, Hq, L, D]``, the mask by column or None, scale and softcap of scores."""
+class Observer(Protocol):
+    """A layer that learns what attends to it."""
 
-    query: Tensor
-    mask: Tensor | None
-    scale: float
-    softcap: float = 0.0
+    def observe(self, view: View, call: AttentionCall | None) -> None:
+        """``call`` has attended to ``view``; None if a function has read it that does not tell its queries."""
 
 
-class KVView:
-    """What one attention call sees of a layer: packed tokens, exact tokens, and the column of each.
+class View:
+    """Keys and values that attention may take as plain tensors.
 
     Args:
-        pages: int32 ``[B, H, P, words]``.
-        window_k: ``[B, H, N, D]``: each row's exact tokens, then the new ones.
-        window_v: ``[B, H, N, Dv]``.
-        fmt: the page format.
-        key_map: the column map of the pages, or None.
-        rows: where the tokens are that came before.
-        new: how many columns are new; those attend.
-        is_current: tells whether the layer still holds what it held when it made this view.
-        observed: called after each attention with what attended: queries and mask, or nothing if that is not known.
-        parts: None, or called before each attention with its mask: if not all of the new columns are to see the same,
-            some of them at a time and the view that they are to see instead of this one, in order.
+        layer: whose they are; it learns what attends to them.
+        keys, values: ``[B, H, T, D]`` and ``[B, H, T, Dv]``, the new tokens last.
+        new: how many tokens are new; those attend.
     """
+
+    # Whether all tokens are as they came, so that any attention over plain tensors is right.
+    plain = True
+
+    def __init__(self, layer: Observer, keys: Tensor, values: Tensor, new: int) -> None:
+        self.layer, self.keys, self.values, self.new = layer, keys, values, new
+
+    @property
+    def length(self) -> int:
+        """Positions, padding included."""
+        return self.keys.shape[2]
+
+    def check_current(self) -> None:
+        """Refuse if the layer has changed since (RuntimeError); plain tensors do not."""
+
+    def check(self, mask: Tensor | None) -> None:
+        """Refuse what this view cannot show; plain tensors show all."""
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """All keys ``[B, H, T, D]`` and values ``[B, H, T, Dv]`` by position."""
+        return self.keys, self.values
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Attention over all tokens of the view, ``[B, Hq, L, Dv]``; the layer learns of it."""
+        out = exact_attention(call, *self.dense())
+        self.observe(call)
+        return out
+
+    def observe(self, call: AttentionCall | None) -> None:
+        """Tell the layer what has attended, where that was not :meth:`attend`."""
+        self.layer.observe(self, call)
+
+
+class Layout(Protocol):
+    """Where the tokens of each row are (:class:`logquant.cache.layout.Rows`)."""
+
+    length: int
+
+    @property
+    def alike(self) -> bool: ...
+    def positions(self, device: torch.device, new: int = 0) -> Tensor: ...
+    def lengths(self, device: torch.device, page_tokens: int, window_tokens: int) -> Tensor | None: ...
+    def real_positions(self, mask: Tensor | None, new: int, batch: int) -> Tensor | None: ...
+
+
+class PackedLayer(Observer, Protocol):
+    """A layer whose older tokens are in pages."""
+
+    version: int
+
+    def attend(self, view: KVView, call: AttentionCall) -> Tensor:
+        """As :meth:`KVView.attend`, which has checked the call."""
+        ...
+
+
+class KVView(View):
+    """Packed tokens, exact tokens, and the position of each.
+
+    Args:
+        layer: whose they are.
+        keys: ``[B, H, N, D]``: each row's exact tokens, then the new ones.
+        values: ``[B, H, N, Dv]``.
+        new: how many positions are new; those attend.
+        pages: int32 ``[B, H, P, words]``.
+        fmt: the page format.
+        key_map: the bit allocation of keys, or None.
+        rows: where the tokens are that came before.
+        plain: whether all tokens are new and see each other as they are.
+    """
+
+    layer: PackedLayer
 
     def __init__(
         self,
+        layer: PackedLayer,
+        keys: Tensor,
+        values: Tensor,
+        new: int,
         pages: Tensor,
-        window_k: Tensor,
-        window_v: Tensor,
         fmt: PageFormat,
         *,
         key_map: Tensor | None,
-        rows: Rows,
-        new: int,
-        is_current: Callable[[], bool],
-        observed: Callable[[Attended | None], None],
-        parts: Callable[[Tensor | None], Iterable[tuple[slice, KVView]]] | None,
+        rows: Layout,
+        plain: bool,
     ) -> None:
-        self.pages, self.window_k, self.window_v, self.fmt = pages, window_k, window_v, fmt
-        self.key_map = key_map
-        self.rows, self.new = rows, new
-        self.is_current, self.observed, self.parts = is_current, observed, parts
+        super().__init__(layer, keys, values, new)
+        self.pages, self.fmt, self.key_map, self.rows, self.plain = pages, fmt, key_map, rows, plain
+        self.version = layer.version
         self._dense: tuple[Tensor, Tensor] | None = None
 
     @property
-    def columns(self) -> int:
-        """Length of the sequences, padding included."""
-        return self.rows.columns + self.new
+    def length(self) -> int:
+        return self.rows.length + self.new
 
     @property
-    def is_prompt(self) -> bool:
-        """Whether all tokens are new and see each other as they are: then keys and values are plain tensors."""
-        return self.rows.columns == 0 and self.parts is None
+    def is_current(self) -> bool:
+        """Whether the layer still holds what it held when it made this view."""
+        return self.version == self.layer.version
 
     def check_current(self) -> None:
-        """Refuse if the layer was updated since (RuntimeError)."""
-        if not self.is_current():
+        if not self.is_current:
             raise RuntimeError("these keys and values are stale: their LogQuant cache layer was updated since")
 
     def check(self, mask: Tensor | None) -> None:
@@ -91,65 +145,37 @@ class KVView:
             ValueError: the mask asks for padding, which is not kept.
         """
         self.check_current()
-        self.rows.real_columns(mask, self.new, self.window_k.shape[0])
+        self.rows.real_positions(mask, self.new, self.keys.shape[0])
 
-    def attend(
-        self,
-        q: Tensor,
-        mask: Tensor | None,
-        scale: float,
-        *,
-        softcap: float = 0.0,
-        sinks: Tensor | None = None,
-        causal: bool = False,
-    ) -> Tensor:
-        """Attention of ``q`` ``[B, Hq, L, D]`` over all tokens of the view.
-
-        Args:
-            q: queries; the last L columns.
-            mask: ``[1 or B, 1 or Hq, 1 or L, T]`` by column, boolean (True: seen) or an additive float.
-            scale: factor of the scores.
-            softcap: 0, or the cap of the scores.
-            sinks: ``[Hq]``, attention sinks.
-            causal: whether a query sees only columns up to its own; goes without a mask.
-
-        Returns:
-            ``[B, Hq, L, Dv]``.
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Attention over all tokens of the view, ``[B, Hq, L, Dv]``; the layer learns of it.
 
         Raises:
             RuntimeError, ValueError: as :meth:`check`; the layer is unchanged then.
         """
-        self.check(mask)
-        outs = []
-        if self.parts is not None and q.shape[2] == self.new and (causal or mask is not None):
-            for part, view in self.parts(mask):
-                seen = mask if mask is None or mask.shape[2] == 1 else mask[:, :, part]
-                seen = None if seen is None else seen[..., : view.columns]
-                outs.append(view.attend(q[:, :, part], seen, scale, softcap=softcap, sinks=sinks, causal=causal))
-        out = torch.cat(outs, 2) if outs else self._attend(q, mask, scale, softcap=softcap, sinks=sinks, causal=causal)
-        self.observed(Attended(q.detach(), mask, scale, softcap))
-        return out
+        self.check(call.mask)
+        return self.layer.attend(self, call)
 
-    def _attend(
-        self, q: Tensor, mask: Tensor | None, scale: float, *, softcap: float, sinks: Tensor | None, causal: bool
-    ) -> Tensor:
+    def compute(self, call: AttentionCall) -> Tensor:
+        """The same, without telling the layer: by the fused operator, or over dequantised tensors."""
+        q, mask, scale, softcap, sinks, causal = call
         queries = q.shape[2]
-        if self.is_prompt or not self._is_fused(q):
+        if self.plain or not self._is_fused(q):
             keys, values = (x.to(q.dtype) for x in self.dense())
-            if causal and queries != self.columns:
-                causal, mask = False, torch.ones(queries, self.columns, dtype=torch.bool, device=q.device)
-                mask = mask.tril(self.columns - queries)[None, None]
-            return exact_attention(q, keys, values, mask, scale, softcap=softcap, sinks=sinks, causal=causal)
+            if causal and queries != self.length:
+                seen = torch.ones(queries, self.length, dtype=torch.bool, device=q.device)
+                call = call._replace(causal=False, mask=seen.tril(self.length - queries)[None, None])
+            return exact_attention(call, keys, values)
         query_positions = None
         if causal:
-            first = self.columns - queries
-            query_positions = torch.arange(first, self.columns, dtype=torch.int32, device=q.device)[None]
+            first = self.length - queries
+            query_positions = torch.arange(first, self.length, dtype=torch.int32, device=q.device)[None]
         by_position = mask is not None or causal or not self.rows.alike
         out, _ = ops.attend(
             q,
             self.pages,
-            self.window_k,
-            self.window_v,
+            self.keys,
+            self.values,
             self.fmt,
             scale=scale,
             softcap=softcap,
@@ -158,12 +184,12 @@ class KVView:
             positions=self.rows.positions(q.device, self.new) if by_position else None,
             query_positions=query_positions,
             sinks=None if sinks is None else sinks.float(),
-            lengths=self.rows.lengths(q.device, self.fmt.page_tokens, self.window_k.shape[2]),
+            lengths=self.rows.lengths(q.device, self.fmt.page_tokens, self.keys.shape[2]),
         )
         return out
 
     def _is_fused(self, q: Tensor) -> bool:
-        if q.dtype != self.window_k.dtype:
+        if q.dtype != self.keys.dtype:
             return False
         if q.shape[2] <= MAX_FUSED_QUERIES:
             return True
@@ -171,14 +197,14 @@ class KVView:
         return prefills and max(self.fmt.head_dim, self.fmt.value_dim) <= MAX_PREFILL_DIM
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        """All keys ``[B, H, T, D]`` and values ``[B, H, T, Dv]``, dequantised, by column; 0 where padding was."""
-        if self.is_prompt:
-            return self.window_k, self.window_v
+        """All keys ``[B, H, T, D]`` and values ``[B, H, T, Dv]``, dequantised, by position; 0 where padding was."""
+        if self.plain:
+            return self.keys, self.values
         if self._dense is None:
-            slot_of = self._slot_of_column()
-            packed = ops.dequantize(self.pages, self.fmt, dtype=self.window_k.dtype, key_map=self.key_map)
+            slot_of = self._slot_of_position()
+            packed = ops.dequantize(self.pages, self.fmt, dtype=self.keys.dtype, key_map=self.key_map)
             both = []
-            for parts in zip(packed, (self.window_k, self.window_v), strict=True):
+            for parts in zip(packed, (self.keys, self.values), strict=True):
                 slots = torch.cat(parts, 2)
                 if self.rows.alike:
                     both.append(slots.index_select(2, slot_of[0]))
@@ -189,11 +215,11 @@ class KVView:
             self._dense = both[0], both[1]
         return self._dense
 
-    def _slot_of_column(self) -> Tensor:
-        """The slot of each column's token, int64 ``[1 or B, T]``; -1 where there is none."""
-        positions = self.rows.positions(self.window_k.device, self.new).long()
-        # Empty slots go to a column of their own, which is cut off.
-        column = torch.where(positions < 0, self.columns, positions)
-        slot_of = torch.full((len(column), self.columns + 1), -1, device=column.device)
-        slots = torch.arange(column.shape[1], device=column.device).expand_as(column)
-        return slot_of.scatter_(1, column, slots)[:, :-1]
+    def _slot_of_position(self) -> Tensor:
+        """The slot of each position's token, int64 ``[1 or B, T]``; -1 where there is none."""
+        positions = self.rows.positions(self.keys.device, self.new).long()
+        # Empty slots go to a position of their own, which is cut off.
+        position = torch.where(positions < 0, self.length, positions)
+        slot_of = torch.full((len(position), self.length + 1), -1, device=position.device)
+        slots = torch.arange(position.shape[1], device=position.device).expand_as(position)
+        return slot_of.scatter_(1, position, slots)[:, :-1]

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..attention.view import Attended
+from ..attention.call import AttentionCall
 from ..cache.layer import LogQuantLayer
 from ..compat import as_argument
 from ..methods import Baseline, Quanto
@@ -97,7 +97,7 @@ def _take(cache: Cache, model: PreTrainedModel, exact: Cache, batch: int) -> Cac
         if isinstance(layer, LogQuantLayer):
             # Queries are not at hand. Others in their place change neither bytes nor time of what follows.
             queries = keys.repeat_interleave(group, 1)
-            handle.kv_view.observed(Attended(queries, None, keys.shape[-1] ** -0.5))
+            handle.kv_view.observe(AttentionCall(queries, None, keys.shape[-1] ** -0.5))
     return cache
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +14,17 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from ..config import LogQuantConfig
-from ..quantizer.calibration import calibration_of, with_calibration
-from .layer import LogQuantLayer, _Shared
+from ..files import fingerprint, read, write
+from ..quantizer.calibration import Calibration, calibration_of, with_calibration
+from .layer import LogQuantLayer
 from .layout import Rows, Slots
+from .other_layers import put_together, take_apart
+from .shared import Shared
 from .sizes import tensors_in
+from .storage import Allocator
+
+FILE_VERSION = 1
+KIND = "cache"
 
 
 class LayerReport(NamedTuple):
@@ -24,7 +33,8 @@ class LayerReport(NamedTuple):
     Attributes:
         layer: its index.
         kind: its class.
-        exact, packed: tokens of all rows that are exact and that are quantised; None where a layer is not LogQuant's.
+        exact, packed: tokens of all rows that are exact (uncommitted ones among them) and that are quantised; None
+            where a layer is not LogQuant's.
         nbytes: bytes of its tensors.
         bits_per_element: of its tensors, for each element of the keys and values of its tokens; None if it has none.
     """
@@ -70,7 +80,7 @@ class LogQuantCache(DynamicCache):
         if (calibration := calibration_of(self.quantization)) is not None:
             calibration.check(config, [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer])
         self.config = config
-        self._shared = _Shared(layers=sum(type(layer) is DynamicLayer for layer in layers))
+        self._shared = Shared(Allocator(sum(type(layer) is DynamicLayer for layer in layers)))
         # Not DynamicCache's own __init__, which would make other layers. It is the base because transformers asks for
         # it where a cache must be able to crop and select rows (EncoderDecoderCache).
         Cache.__init__(
@@ -87,27 +97,34 @@ class LogQuantCache(DynamicCache):
             yield tuple(getattr(layer, name, None) for name in ("keys", "values", "_sliding_window_tensor"))
 
     def set_padding(self, attention_mask: Tensor | None) -> None:
-        """Say which columns are padding, for attention implementations that do not tell (all but logquant and sdpa).
+        """Say which positions are padding, for attention implementations that do not tell (all but logquant and sdpa).
 
         Args:
-            attention_mask: ``[B, columns]``, 0 where there is padding, of all columns up to those that come next; None
-                if there is none. It holds until the next call.
+            attention_mask: ``[B, positions]``, 0 where there is padding, of all positions up to those that come next;
+                None if there is none. It holds until the next call.
 
         Raises:
             ValueError: another number of dimensions.
         """
         if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(f"attention_mask must be [batch, columns], got {list(attention_mask.shape)}")
+            raise ValueError(f"attention_mask must be [batch, positions], got {list(attention_mask.shape)}")
         self._shared.padding = attention_mask
 
     def set_drafts(self, drafts: int | None) -> None:
-        """Say how many of the columns that come next are drafts (:meth:`LogQuantLayer.activate_past_recording`).
+        """Say how many of the positions that come next are speculative
+        (:meth:`LogQuantLayer.activate_past_recording`).
 
         Args:
             drafts: the newest so many. None, if that is not known: all of them, or none if the cache is empty. It holds
                 until the next call.
         """
-        self._shared.drafts = drafts
+        self._shared.speculative = drafts
+
+    def commit(self) -> None:
+        """The tokens that came last take their places, those that the rule says in pages, before the next ones come."""
+        for layer in self.layers:
+            if isinstance(layer, LogQuantLayer):
+                layer.commit()
 
     @property
     def nbytes(self) -> int:
@@ -136,11 +153,14 @@ class LogQuantCache(DynamicCache):
                 lines.append(LayerReport(i, kind, None, None, sum(t.nbytes for t in tensors_in(vars(layer))), None))
                 continue
             rows = layer.rows
-            copies = layer.batch_size if layer.is_initialized and rows.alike else 1
+            batch = layer.batch_size if layer.is_initialized else 1
+            copies = batch if rows.alike else 1
             exact, packed = (copies * sum(getattr(s, name) for s in rows.slots) for name in ("exact", "packed"))
+            exact += batch * (layer.get_seq_length() - rows.length)
             bits = None
             if exact + packed:
-                elements = (exact + packed) * layer.window_k.shape[1] * (layer.format.head_dim + layer.format.value_dim)
+                heads = layer.held.storage.window_k.shape[1]
+                elements = (exact + packed) * heads * (layer.format.head_dim + layer.format.value_dim)
                 bits = 8 * layer.nbytes / elements
             lines.append(LayerReport(i, kind, exact, packed, layer.nbytes, bits))
         return lines
@@ -176,9 +196,31 @@ class LogQuantCache(DynamicCache):
             OSError: the file cannot be written, as on a full disk; nothing is left of it, and the cache is unchanged.
             ValueError: some layers have more tokens than others (:meth:`rewind`).
         """
-        from . import saving
-
-        saving.save(self, path, model)
+        self.check_layers_agree()
+        self.commit()
+        tensors: dict[str, Tensor] = {}
+        layers, rows = [], None
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, LogQuantLayer):
+                own, state = layer.state()
+                tensors |= {f"layers.{i}.{name}": t.detach().cpu().contiguous() for name, t in own.items()}
+                rows = layer.rows if rows is None and layer.is_initialized else rows
+            else:
+                state = take_apart(vars(layer), f"layers.{i}", tensors)
+            layers.append({"kind": type(layer).__name__, "state": state})
+        described: dict[str, Any] = {
+            "version": FILE_VERSION,
+            "settings": {name: value for name, value in asdict(self.quantization).items() if name != "calibration"},
+            "model": fingerprint(model if model is not None else self.config),
+            "layers": layers,
+        }
+        if rows is not None:
+            own, described["rows"] = rows.state()
+            tensors |= own
+        if (calibration := calibration_of(self.quantization)) is not None:
+            own, described["calibration"] = calibration.state()
+            tensors |= own
+        write(path, KIND, tensors, described)
 
     @classmethod
     def load(
@@ -198,9 +240,36 @@ class LogQuantCache(DynamicCache):
             FileNotFoundError: no such file.
             ValueError: a damaged file, one of another format version, or of another model.
         """
-        from . import saving
-
-        return saving.load(cls, path, model, device)
+        path = Path(path)
+        tensors, described = read(path, KIND, FILE_VERSION)
+        if device is None:
+            device = model.device if isinstance(model, PreTrainedModel) else "cpu"
+        device = torch.device(device)
+        for part, digest in fingerprint(model).items():
+            if described["model"].get(part, digest) != digest:
+                raise ValueError(f"{path} was made by another model: its {part} differs from that of the model given")
+        calibration = None
+        if "calibration" in described:
+            calibration = Calibration.from_state(tensors, described["calibration"])
+        config = model if isinstance(model, PreTrainedConfig) else model.config
+        cache = cls(config, LogQuantConfig(**described["settings"], calibration=calibration))
+        kinds = [type(layer).__name__ for layer in cache.layers]
+        if kinds != [layer["kind"] for layer in described["layers"]]:
+            raise ValueError(f"{path} has other kinds of layers than a cache of this model: {kinds}")
+        rows = None
+        if "rows" in described:
+            settings = cache.quantization
+            rows = Rows.restored(Slots(settings.window, settings.rule, settings.sinks), tensors, described["rows"])
+        for i, (layer, saved) in enumerate(zip(cache.layers, described["layers"], strict=True)):
+            if isinstance(layer, LogQuantLayer):
+                prefix = f"layers.{i}."
+                own = {
+                    name.removeprefix(prefix): t.to(device) for name, t in tensors.items() if name.startswith(prefix)
+                }
+                layer.restore(rows, own, saved["state"])
+            else:
+                vars(layer).update(put_together(saved["state"], tensors, device))
+        return cache
 
     def check_layers_agree(self) -> None:
         """Refuse if some layers have more tokens than others (ValueError), as after an error within a forward pass."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..ops.reference.attend import HIDDEN
+from ..attention.masks import seen_by_some
 from ..rule import Rule, evictions, split_positions
 
 T = TypeVar("T")
@@ -36,7 +35,7 @@ class Move(NamedTuple):
     is_step: bool
 
 
-class _Memo:
+class Memo:
     """Results that objects shared by the layers of a cache keep, one for each name: the last one."""
 
     def __init__(self) -> None:
@@ -45,7 +44,7 @@ class _Memo:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_memo": {}}
 
-    def _once(self, name: str, key: object, make: Callable[[], T]) -> T:
+    def once(self, name: str, key: object, make: Callable[[], T]) -> T:
         """``make()``, or what it gave the last time if that was for the same key."""
         if name not in self._memo or self._memo[name][0] != key:
             self._memo[name] = key, make()
@@ -69,7 +68,7 @@ class _SameTensor:
     __hash__ = None  # type: ignore[assignment]
 
 
-class Slots(_Memo):
+class Slots(Memo):
     """Where the tokens of one sequence are: first the packed ones' slots, then the window's, in order of position.
 
     Immutable, and a function of how many tokens there are: however they came and whatever was removed in between.
@@ -77,47 +76,47 @@ class Slots(_Memo):
     Args:
         window, rule, sinks: the rule.
         tokens: tokens held.
-        settled: how many of them the rule has been applied to; those after are exact, whatever the rule says.
+        decided: how many of them the rule has been applied to; those after, which may be taken back, are exact.
     """
 
     def __init__(
-        self, window: int, rule: Rule = "log", sinks: int = 0, tokens: int = 0, settled: int | None = None
+        self, window: int, rule: Rule = "log", sinks: int = 0, tokens: int = 0, decided: int | None = None
     ) -> None:
         super().__init__()
         self.window, self.rule, self.sinks = window, rule, sinks
         self.tokens = tokens
-        self.settled = tokens if settled is None else settled
-        self.packed = window * evictions(self.settled, window, sinks)
+        self.decided = tokens if decided is None else decided
+        self.packed = window * evictions(self.decided, window, sinks)
         self.exact = tokens - self.packed
 
     def __deepcopy__(self, memo: object) -> Slots:
         return self
 
-    def _next(self, tokens: int, settled: int) -> Slots:
-        after = Slots(self.window, self.rule, self.sinks, tokens, settled)
+    def _next(self, tokens: int, decided: int) -> Slots:
+        after = Slots(self.window, self.rule, self.sinks, tokens, decided)
         if after.packed == self.packed and "split" in self._memo:
             after._memo["split"] = self._memo["split"]
         return after
 
-    def _undecided(self, tokens: int, recallable: int) -> int:
+    def _undecided(self, tokens: int, reserved: int) -> int:
         """How many of the newest tokens the rule leaves alone once ``tokens`` more have come."""
-        return min(recallable, self.tokens + tokens - self.settled)
+        return min(reserved, self.tokens + tokens - self.decided)
 
-    def append(self, tokens: int, recallable: int = 0) -> Slots:
+    def append(self, tokens: int, reserved: int = 0) -> Slots:
         """The slots after ``tokens`` more tokens and the evictions then due.
 
         Args:
             tokens: tokens that arrive.
-            recallable: the rule is not applied to that many newest tokens yet, since a :meth:`crop` may remove them.
+            reserved: how many of the newest tokens the rule is not applied to yet.
         """
 
         def make() -> Slots:
             total = self.tokens + tokens
-            return self._next(total, total - self._undecided(tokens, recallable))
+            return self._next(total, total - self._undecided(tokens, reserved))
 
-        return self._once("append", (tokens, recallable), make)
+        return self.once("append", (tokens, reserved), make)
 
-    def moves(self, tokens: int, recallable: int = 0) -> tuple[Tensor, Tensor]:
+    def moves(self, tokens: int, reserved: int = 0) -> tuple[Tensor, Tensor]:
         """Which tokens become packed when ``tokens`` more arrive, as :meth:`append` says.
 
         Returns:
@@ -128,20 +127,20 @@ class Slots(_Memo):
 
         def make() -> tuple[Tensor, Tensor]:
             length = self.exact + tokens
-            decided = length - self._undecided(tokens, recallable)
+            decided = length - self._undecided(tokens, reserved)
             leaving, staying = split_positions(decided, self.window, self.rule, self.sinks)
             return leaving, torch.cat([staying, torch.arange(decided, length, dtype=torch.int32)])
 
-        return self._once("moves", (tokens, recallable), make)
+        return self.once("moves", (tokens, reserved), make)
 
     def crop(self, tokens: int) -> Slots:
         """The slots after the newest ``tokens`` tokens are removed: those of a sequence that never had them."""
 
         def make() -> Slots:
             total = max(0, self.tokens - tokens)
-            return self._next(total, min(self.settled, total))
+            return self._next(total, min(self.decided, total))
 
-        return self._once("crop", tokens, make)
+        return self.once("crop", tokens, make)
 
     def exact_before(self, after: Slots) -> Tensor:
         """For each exact token of ``after``, a :meth:`crop` of these slots, the slot that holds it here, int32.
@@ -161,11 +160,11 @@ class Slots(_Memo):
             return split_positions(tokens, self.window, self.rule, self.sinks)
 
         def make() -> Tensor:
-            packed, exact = self._once("split", self.packed, at_last_eviction)
+            packed, exact = self.once("split", self.packed, at_last_eviction)
             later = torch.arange(len(packed) + len(exact), self.tokens, dtype=torch.int32)
             return torch.cat([packed, exact, later])
 
-        return self._once("positions", None, make)
+        return self.once("positions", None, make)
 
     @property
     def nbytes(self) -> int:
@@ -175,27 +174,30 @@ class Slots(_Memo):
         return sum(t.nbytes for t in (*split, *positions))
 
 
-class Rows(_Memo):
-    """The slots of every row of a batch, each by the number of its own tokens, and the columns they came in.
+class Rows(Memo):
+    """The slots of every row of a batch, each by the number of its own tokens, and the positions they came at.
 
-    A *column* is a place in the padded sequences that the model is fed with; in a row with padding some columns hold
-    no token, and the cache keeps nothing of them. Without padding the position of a token is its column, and one
-    :class:`Slots` stands for all rows.
+    A *position* is a place in the padded sequences that the model is fed with; in a row with padding some hold no
+    token, and the cache keeps nothing of them. Without padding one :class:`Slots` stands for all rows.
 
     Immutable, so the layers of a cache share one, and each next one is worked out once: the first layer of a step calls
     :meth:`append`, the others get the same object.
 
     Args:
         slots: of each row, or one for all.
-        columns: columns seen.
-        real: of each row the columns that hold its tokens, int32; None if these are all columns of all rows.
+        length: positions seen.
+        real: of each row the positions that hold its tokens, int32; None if these are all positions of all rows.
+        reserved: how many of the newest tokens the rule leaves alone, since a :meth:`crop` may remove them; more than
+            0 only in speculative decoding.
     """
 
-    def __init__(self, slots: tuple[Slots, ...], columns: int = 0, real: tuple[Tensor, ...] | None = None) -> None:
+    def __init__(
+        self, slots: tuple[Slots, ...], length: int = 0, real: tuple[Tensor, ...] | None = None, reserved: int = 0
+    ) -> None:
         super().__init__()
-        if real is not None and all(s.tokens == columns for s in slots):
+        if real is not None and all(s.tokens == length for s in slots):
             slots, real = slots[:1], None
-        self.slots, self.columns, self.real = slots, columns, real
+        self.slots, self.length, self.real, self.reserved = slots, length, real, reserved
         self.packed_counts = tuple([s.packed for s in slots])
         self.packed = max(self.packed_counts)
         self.exact = max([s.exact for s in slots])
@@ -208,50 +210,61 @@ class Rows(_Memo):
         """Whether no row has padding."""
         return self.real is None
 
+    @property
+    def undecided(self) -> bool:
+        """Whether there are tokens that the rule has not been applied to."""
+        return any(s.decided < s.tokens for s in self.slots)
+
+    def reserving(self, tokens: int) -> Rows:
+        """The same rows, of whose newest tokens the rule leaves that many alone from now on."""
+        if tokens == self.reserved:
+            return self
+        return self.once("reserving", tokens, lambda: Rows(self.slots, self.length, self.real, tokens))
+
     def _each(self, batch: int) -> tuple[tuple[Slots, ...], tuple[Tensor, ...]]:
-        """Slots and columns of every row, though they be alike."""
+        """Slots and positions of every row, though they be alike."""
         if self.real is not None:
             return self.slots, self.real
-        return self.slots * batch, (torch.arange(self.columns, dtype=torch.int32),) * batch
+        return self.slots * batch, (torch.arange(self.length, dtype=torch.int32),) * batch
 
-    def append(self, columns: int, recallable: int = 0, real: Tensor | None = None) -> Rows:
-        """The rows after ``columns`` more columns and the evictions then due.
+    def append(self, new: int, real: Tensor | None = None) -> Rows:
+        """The rows after ``new`` more positions and the evictions then due.
 
         Args:
-            columns: columns that arrive.
-            recallable: the rule is not applied to that many newest tokens yet, since a :meth:`crop` may remove them.
-            real: bool ``[batch, columns]`` on the CPU, which of them hold a token; None if all do.
+            new: positions that arrive.
+            real: bool ``[batch, new]`` on the CPU, which of them hold a token; None if all do.
         """
-        key = columns, recallable, None if real is None else real.numpy().tobytes()
-        return self._once("append", key, lambda: self._append(columns, recallable, real))
+        key = new, None if real is None else real.numpy().tobytes()
+        return self.once("append", key, lambda: self._append(new, real))
 
-    def _append(self, columns: int, recallable: int, real: Tensor | None) -> Rows:
-        total = self.columns + columns
+    def _append(self, new: int, real: Tensor | None) -> Rows:
+        total = self.length + new
         if real is None and self.real is None:
-            return Rows((self.slots[0].append(columns, recallable),), total)
+            return Rows((self.slots[0].append(new, self.reserved),), total, None, self.reserved)
         batch = len(self.slots) if real is None else len(real)
-        new = torch.ones(batch, columns, dtype=torch.bool) if real is None else real
-        came = [self.columns + row.nonzero().squeeze(1).int() for row in new]
+        holds = torch.ones(batch, new, dtype=torch.bool) if real is None else real
+        came = [self.length + row.nonzero().squeeze(1).int() for row in holds]
         slots, held = self._each(batch)
         return Rows(
-            tuple(s.append(len(c), recallable) for s, c in zip(slots, came, strict=True)),
+            tuple(s.append(len(c), self.reserved) for s, c in zip(slots, came, strict=True)),
             total,
             tuple(torch.cat(both) for both in zip(held, came, strict=True)),
+            self.reserved,
         )
 
-    def moves(self, columns: int, device: torch.device, recallable: int = 0, real: Tensor | None = None) -> list[Move]:
+    def moves(self, new: int, device: torch.device, real: Tensor | None = None) -> list[Move]:
         """How tokens move when :meth:`append` is called with the same arguments; index vectors are on ``device``."""
-        key = columns, device, recallable, None if real is None else real.numpy().tobytes()
-        return self._once("moves", key, lambda: self._moves(columns, device, recallable, real))
+        key = new, device, None if real is None else real.numpy().tobytes()
+        return self.once("moves", key, lambda: self._moves(new, device, real))
 
-    def _moves(self, columns: int, device: torch.device, recallable: int, real: Tensor | None) -> list[Move]:
+    def _moves(self, new: int, device: torch.device, real: Tensor | None) -> list[Move]:
         batch = 1 if real is None else len(real)
         slots = self.slots * batch if self.real is None else self.slots
         made = []
         for row, held in enumerate(slots):
-            came = torch.arange(columns, dtype=torch.int32) if real is None else real[row].nonzero().squeeze(1).int()
+            came = torch.arange(new, dtype=torch.int32) if real is None else real[row].nonzero().squeeze(1).int()
             source = torch.cat([torch.arange(held.exact, dtype=torch.int32), held.exact + came])
-            leaving, staying = (source[ranks.long()] for ranks in held.moves(len(came), recallable))
+            leaving, staying = (source[ranks.long()] for ranks in held.moves(len(came), self.reserved))
             in_place = torch.equal(staying, torch.arange(len(staying), dtype=torch.int32))
             made.append(
                 Move(
@@ -260,151 +273,113 @@ class Rows(_Memo):
                     len(source),
                     leaving.to(device),
                     None if in_place else staying.to(device),
-                    len(leaving) == self.window and torch.equal(source, torch.arange(len(source), dtype=torch.int32)),
+                    len(leaving) == held.window and torch.equal(source, torch.arange(len(source), dtype=torch.int32)),
                 )
             )
         return made
 
-    def parts(self, columns: int, drafts: int, real: Tensor | None = None) -> tuple[slice, ...]:
-        """Columns that come, cut where those before and those after find the rule applied to different tokens.
-
-        Args:
-            columns: columns that arrive.
-            drafts: how many of them, the last, come one by one after the others.
-            real: bool ``[batch, columns]`` on the CPU, which of them hold a token; None if all do.
-        """
-
-        def make() -> tuple[slice, ...]:
-            together = columns - drafts
-            ends = {columns, together} - {0} if columns else {0}
-            rows = [[True] * columns] * len(self.slots) if real is None else real.tolist()
-            for held, came in zip(self.slots * (len(rows) // len(self.slots)), rows, strict=True):
-                counts = itertools.accumulate(came, initial=held.tokens)
-                done = [evictions(tokens, held.window, held.sinks) for tokens in counts]
-                ends |= {i for i in range(together + 1, columns) if done[i] > done[i - 1]}
-            return tuple(itertools.starmap(slice, itertools.pairwise((0, *sorted(ends)))))
-
-        return self._once("parts", (columns, drafts, None if real is None else real.numpy().tobytes()), make)
-
-    @property
-    def undecided(self) -> bool:
-        """Whether there are tokens that the rule has not been applied to."""
-        return any(s.settled < s.tokens for s in self.slots)
-
-    @property
-    def window(self) -> int:
-        """W."""
-        return self.slots[0].window
-
-    def crop(self, columns: int) -> Rows:
-        """The rows after the newest ``columns`` columns are removed."""
-        return self._once("crop", columns, lambda: self._crop(max(0, self.columns - columns)))
+    def crop(self, positions: int) -> Rows:
+        """The rows after the newest ``positions`` positions are removed, with none reserved."""
+        return self.once("crop", positions, lambda: self._crop(max(0, self.length - positions)))
 
     def _crop(self, total: int) -> Rows:
         if self.real is None:
-            return Rows((self.slots[0].crop(self.columns - total),), total)
-        left = [int((c < total).sum()) for c in self.real]
+            return Rows((self.slots[0].crop(self.length - total),), total)
+        left = [int((at < total).sum()) for at in self.real]
         return Rows(
             tuple(s.crop(s.tokens - n) for s, n in zip(self.slots, left, strict=True)),
             total,
-            tuple(c[:n] for c, n in zip(self.real, left, strict=True)),
+            tuple(at[:n] for at, n in zip(self.real, left, strict=True)),
         )
 
     def select(self, rows: list[int]) -> Rows:
         """The rows of a batch made of these, in this order."""
         if self.real is None:
             return self
-        real = self.real
-        pick = tuple(rows)
-        return self._once(
+        real, pick = self.real, tuple(rows)
+        return self.once(
             "select",
             pick,
-            lambda: Rows(tuple(self.slots[i] for i in pick), self.columns, tuple(real[i] for i in pick)),
+            lambda: Rows(tuple(self.slots[i] for i in pick), self.length, tuple(real[i] for i in pick), self.reserved),
         )
 
     def positions(self, device: torch.device, new: int = 0) -> Tensor:
-        """The column of each slot's token, int32 ``[1 or batch, packed + exact + new]``, on ``device``.
+        """The position of each slot's token, int32 ``[1 or batch, packed + exact + new]``, on ``device``.
 
         Slots of rows shorter than the longest are -1: they are empty.
 
         Args:
             device: where the result goes.
-            new: columns that come after those seen; a row's lie right after its exact tokens.
+            new: positions that come after those seen; a row's lie right after its exact tokens.
         """
 
         def make() -> Tensor:
-            later = torch.arange(self.columns, self.columns + new, dtype=torch.int32)
+            later = torch.arange(self.length, self.length + new, dtype=torch.int32)
             if self.real is None:
                 return torch.cat([self.slots[0].positions(), later])[None].to(device)
             table = torch.full((len(self.slots), self.packed + self.exact + new), -1, dtype=torch.int32)
             for row, slots, real in zip(table, self.slots, self.real, strict=True):
-                columns = real[slots.positions().long()]
-                row[: slots.packed] = columns[: slots.packed]
-                row[self.packed : self.packed + slots.exact] = columns[slots.packed :]
+                at = real[slots.positions().long()]
+                row[: slots.packed] = at[: slots.packed]
+                row[self.packed : self.packed + slots.exact] = at[slots.packed :]
                 row[self.packed + slots.exact : self.packed + slots.exact + new] = later
             return table.to(device)
 
-        return self._once("positions", (device, new), make)
+        return self.once("positions", (device, new), make)
 
     def exact_counts(self, device: torch.device) -> Tensor:
         """Exact tokens of each row, int64 ``[1 or batch]``, on ``device``."""
-        return self._once("exact", device, lambda: torch.tensor([s.exact for s in self.slots]).to(device))
+        return self.once("exact", device, lambda: torch.tensor([s.exact for s in self.slots]).to(device))
 
     def lengths(self, device: torch.device, page_tokens: int, window_tokens: int) -> Tensor | None:
         """Pages and window slots that each row uses, int32 ``[batch, 2]``; None where all use the same pages."""
         if self.real is None:
             return None
         used = [[s.packed // page_tokens, window_tokens] for s in self.slots]
-        return self._once(
+        return self.once(
             "lengths",
             (device, page_tokens, window_tokens),
             lambda: torch.tensor(used, dtype=torch.int32).to(device),
         )
 
-    def real_columns(self, mask: Tensor | None, new: int, batch: int) -> Tensor | None:
-        """Which of ``new`` columns hold a token: those that some query of theirs sees.
+    def real_positions(self, mask: Tensor | None, new: int, batch: int) -> Tensor | None:
+        """Which of ``new`` positions hold a token: those that some query of theirs sees.
 
         Args:
-            mask: boolean (True: seen) or additive, ``[1 or batch, heads, queries, columns]``; None if every query sees
-                all (that came before it).
-            new: the newest columns.
+            mask: boolean (True: seen) or additive, ``[1 or batch, heads, queries, positions]``; None if every query
+                sees all (that came before it).
+            new: the newest positions.
             batch: rows.
 
         Returns:
             bool ``[batch, new]`` on the CPU, or None if all do.
 
         Raises:
-            ValueError: a mask of too few columns, or one that shows a column that was hidden when it came.
+            ValueError: a mask of too few positions, or one that shows a position that was hidden when it came.
         """
         if mask is None and self.real is None:
             return None
         # The mask of a step is one object for all layers; looking into it may have to wait for the device.
         key = new, None if mask is None else _SameTensor(mask)
-        return self._once("real", key, lambda: self._real_columns(mask, new, batch))
+        return self.once("real", key, lambda: self._real_positions(mask, new, batch))
 
-    def _real_columns(self, mask: Tensor | None, new: int, batch: int) -> Tensor | None:
-        total = self.columns + new
+    def _real_positions(self, mask: Tensor | None, new: int, batch: int) -> Tensor | None:
+        total = self.length + new
         if mask is None:
             seen = torch.ones(batch, total, dtype=torch.bool)
         else:
-            if mask.dim() != 4 or mask.shape[-1] < total:
-                raise ValueError(
-                    f"attention_mask must be [batch, heads, queries, columns] with {total} columns or more, "
-                    f"got {list(mask.shape)}"
-                )
-            hidden = max(HIDDEN, torch.finfo(mask.dtype).min / 2) if mask.dtype.is_floating_point else 0
-            first = self.columns if self.real is None else 0
-            some = (mask[..., first:total] > hidden).flatten(1, 2).any(1).cpu().expand(batch, -1)
+            first = self.length if self.real is None else 0
+            some = seen_by_some(mask, first, total, batch)
             seen = torch.cat([torch.ones(batch, first, dtype=torch.bool), some], 1)
         for row, held in enumerate(self.real or ()):
-            dropped = torch.ones(self.columns, dtype=torch.bool).index_fill_(0, held.long(), False)
-            if (shown := dropped & seen[row, : self.columns]).any():
+            dropped = torch.ones(self.length, dtype=torch.bool).index_fill_(0, held.long(), False)
+            if (shown := dropped & seen[row, : self.length]).any():
                 raise ValueError(
-                    f"attention_mask must hide column {int(shown.nonzero()[0])} of row {row}: it was hidden (padding) "
-                    "when it came, and the LogQuant cache has not kept it; got "
+                    f"attention_mask must hide position {int(shown.nonzero()[0])} of row {row}: it was hidden "
+                    "(padding) when it came, and the LogQuant cache has not kept it; got "
                     + ("no mask" if mask is None else "a mask that shows it")
                 )
-        came = seen[:, self.columns :]
+        came = seen[:, self.length :]
         return None if came.all() else came
 
     @property
@@ -413,3 +388,22 @@ class Rows(_Memo):
         own = [entry[1] for entry in self._memo.values() if isinstance(entry[1], Tensor)]
         slots = {id(s): s.nbytes for s in self.slots}
         return sum(t.nbytes for t in (*own, *(self.real or ()))) + sum(slots.values())
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a file needs to hold these rows again: tensors by name, and what JSON can hold."""
+        described = {"columns": self.length, "slots": [[s.tokens, s.decided] for s in self.slots]}
+        if self.real is None:
+            return {}, described
+        holds = torch.zeros(len(self.slots), self.length, dtype=torch.uint8)
+        for row, at in zip(holds, self.real, strict=True):
+            row[at.long()] = 1
+        return {"real": holds}, described
+
+    @staticmethod
+    def restored(empty: Slots, tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> Rows:
+        """What :meth:`state` gave, under the rule of ``empty``."""
+        slots = tuple(Slots(empty.window, empty.rule, empty.sinks, *counts) for counts in described["slots"])
+        real = None
+        if "real" in tensors:
+            real = tuple(row.nonzero().squeeze(1).int() for row in tensors["real"])
+        return Rows(slots, described["columns"], real)

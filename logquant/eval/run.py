@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..attention.handle import KVHandle
-from ..attention.observed import ObservedView
-from ..attention.view import Attended
+from ..attention.call import AttentionCall
+from ..attention.handle import KVHandle, handles
+from ..attention.view import View
 from ..compat import as_argument
 from ..methods.layers.history import HistoryLayer
 from ..methods.registry import CacheSpec, cache_nbytes, packed_bits_per_element, token_nbytes
@@ -165,13 +165,13 @@ class _Prompt(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         seen = [cache.update(key_states, value_states, self._index)[0] for cache in self._caches]
-        views = [keys.kv_view for keys in seen if isinstance(keys, KVHandle)]
+        self._views = [keys.kv_view for keys in seen if isinstance(keys, KVHandle)]
+        return handles(View(self, key_states, value_states, key_states.shape[2]))
 
-        def observed(attended: Attended | None) -> None:
-            for view in views:
-                view.observed(attended)
-
-        return ObservedView(key_states, value_states, observed).handles()
+    def observe(self, view: View, call: AttentionCall | None) -> None:
+        """What attends to this layer attends to those of all caches."""
+        for seen in self._views:
+            seen.observe(call)
 
 
 def take_prompt(model: Any, ids: Tensor, caches: Sequence[Cache]) -> None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from ..attention.call import AttentionCall
 from ..attention.observed import attention_weights
-from ..attention.view import Attended
+from ..attention.view import View
 from .layers.base import Baseline
 from .layers.evicting import EvictingLayer
 
@@ -52,9 +53,9 @@ class H2OLayer(EvictingLayer):
         super().lazy_initialization(key_states, value_states)
         self.scores = key_states.new_zeros(*key_states.shape[:2], 0, dtype=torch.float32)
 
-    def evict(self, keys: Tensor, new: int, attended: Attended) -> None:
-        scores = torch.nn.functional.pad(self.scores, (0, new))
-        for weights in attention_weights(attended, keys, new):
+    def evict(self, view: View, call: AttentionCall) -> None:
+        scores = torch.nn.functional.pad(self.scores, (0, view.new))
+        for weights in attention_weights(call, view.keys, view.new):
             scores = scores + weights.sum(2)
         heavy, recent = self.settings.heavy, self.settings.recent
         if self.held > heavy + recent:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from ..attention.observed import ObservedView, attention_weights
-from ..attention.view import Attended
+from ..attention.call import AttentionCall
+from ..attention.handle import handles
+from ..attention.observed import attention_weights
+from ..attention.view import View
 from ..format import BITS
 from ..ops.reference.hadamard import hadamard
 from .layers.base import Baseline
@@ -127,18 +128,19 @@ class OSCARLayer(HistoryLayer):
             return super().update(key_states, value_states)
         keys, values = self._append(key_states, value_states)
         self._waits = True
-        return ObservedView(keys, values, functools.partial(self._observe, keys, values, key_states.shape[2])).handles()
+        return handles(View(self, keys, values, key_states.shape[2]))
 
     @torch.no_grad()
-    def _observe(self, keys: Tensor, values: Tensor, new: int, attended: Attended | None) -> None:
+    def observe(self, view: View, call: AttentionCall | None) -> None:
         """Add what attended to the covariances, and choose the rotations when they are needed."""
-        if attended is None or not self._waits:
+        if call is None or not self._waits:
             return
+        keys, values = view.keys, view.values
         self._waits = False
-        queries = attended.query.float().unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
+        queries = call.query.float().unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
         of_keys = queries.mT @ queries
         of_values = torch.zeros_like(values.new_empty(*values.shape[:2], *[values.shape[3]] * 2), dtype=torch.float32)
-        for weights in attention_weights(attended, keys, new):
+        for weights in attention_weights(call, keys, view.new):
             out = weights @ values.float()
             of_values += out.mT @ out
         if self.covariances is not None:

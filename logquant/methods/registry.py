@@ -172,7 +172,7 @@ def _packed(layer: Any) -> list[Packed]:
         if not layer.is_initialized or not layer.rows.packed:
             return []
         packed, fmt = layer.rows.packed, layer.format
-        batch, heads, _, words = layer.pages.shape
+        batch, heads, _, words = layer.held.storage.pages.shape
         elements = batch * heads * packed * (fmt.head_dim + fmt.value_dim)
         return [Packed(batch * heads * (packed // fmt.page_tokens) * words * 4, elements, packed)]
     if isinstance(layer, BaselineLayer):

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ..attention.view import Attended
+from ..attention.call import AttentionCall
+from ..attention.view import View
 from .layers.base import Baseline
 from .layers.evicting import EvictingLayer
 
@@ -100,7 +101,7 @@ class StreamingLayer(EvictingLayer):
         moved = move_keys(self.keys[:, :, :sinks], self.frequencies, forgotten)
         return torch.cat([moved, self.keys[:, :, sinks:]], 2)
 
-    def evict(self, keys: Tensor, new: int, attended: Attended) -> None:
+    def evict(self, view: View, call: AttentionCall) -> None:
         sinks, recent = self.settings.sinks, self.settings.recent
         if self.held > sinks + recent:
             self.keys, self.values = (

@@ -5,7 +5,6 @@ A sequence says that itself once its first tokens leave; here it is the sum of w
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,14 +13,15 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ..attention.observed import ObservedView
-from ..attention.view import Attended
+from ..attention.call import AttentionCall
+from ..attention.handle import handles
+from ..attention.view import View
 from ..compat import as_argument
 from ..config import LogQuantConfig
 from ..files import fingerprint
 from .calibration import Calibration
 from .feedback import Attention
-from .queries import MAP_QUERIES, Newest
+from .queries import MAP_QUERIES, RecentQueries
 
 _RULE = LogQuantConfig()
 # Of the tokens that could have left, every second: a page covers twice as many.
@@ -37,17 +37,18 @@ class _Observed(DynamicLayer):
         self.scores: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return ObservedView(key_states, value_states, functools.partial(self._observe, key_states)).handles()
+        return handles(View(self, key_states, value_states, key_states.shape[2]))
 
-    def _observe(self, keys: Tensor, attended: Attended | None) -> None:
-        if attended is None:
+    def observe(self, view: View, call: AttentionCall | None) -> None:
+        if call is None:
             return
+        keys = view.keys
         for end in range(LEAST_TOKENS, keys.shape[2] + 1, MAP_QUERIES):
-            queries = attended.query[:, :, end - MAP_QUERIES : end]
+            query = call.query[:, :, end - MAP_QUERIES : end]
             leaving = torch.arange(_FIRST, end - 2 * _RULE.window, _STEP, dtype=torch.int32, device=keys.device)
             leaving = leaving[: len(leaving) // _RULE.page_size * _RULE.page_size]
-            newest = Newest.of(queries, None, attended.scale, attended.softcap)
-            scores = Attention(newest, keys[:, :, :end], leaving).key_scores(_RULE.page_size)[0].cpu()
+            queries = RecentQueries.of(query, None, call.scale, call.softcap)
+            scores = Attention(queries, keys[:, :, :end], leaving).key_scores(_RULE.page_size)[0].cpu()
             self.scores = scores if self.scores is None else self.scores + scores
 
 

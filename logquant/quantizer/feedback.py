@@ -15,7 +15,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .queries import Newest
+from .queries import RecentQueries
 
 # Tokens that are worked on at once: float32 copies of a long prompt would raise the peak.
 _AT_ONCE = 2048
@@ -27,21 +27,21 @@ class Attention:
     """How the newest queries of some sequences attend to their tokens that leave.
 
     Args:
-        newest: few, of these sequences; those of padding attend to all tokens alike.
+        queries: few, of these sequences; those of padding attend to all tokens alike.
         keys: ``[B, H, T, D]``, all that are still exact.
         leaving: int32 ``[N]``, indices of keys.
     """
 
-    def __init__(self, newest: Newest, keys: Tensor, leaving: Tensor) -> None:
-        query = newest.query.float()
-        if newest.real is not None:
-            query = query * newest.real[:, None, :, None]
+    def __init__(self, queries: RecentQueries, keys: Tensor, leaving: Tensor) -> None:
+        query = queries.query.float()
+        if queries.real is not None:
+            query = query * queries.real[:, None, :, None]
         self._query = query.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)  # [B, H, queries of a KV head, D]
-        self._newest, self._keys, self._leaving = newest, keys, leaving
+        self._queries, self._keys, self._leaving = queries, keys, leaving
 
     def _scores(self, keys: Tensor) -> Tensor:
-        out = (self._query @ keys.float().mT).mul_(self._newest.scale)
-        softcap = self._newest.softcap
+        out = (self._query @ keys.float().mT).mul_(self._queries.scale)
+        softcap = self._queries.softcap
         return softcap * torch.tanh(out / softcap) if softcap else out
 
     @functools.cached_property

@@ -10,37 +10,37 @@ from torch import Tensor
 
 # The newest queries of a sequence that say so: 64 say little more, and are to be kept.
 QUERIES = 16
-# Those that say which key channels get columns, once: kept until then.
+# Those that say which key channels get which bits, once: kept until then.
 MAP_QUERIES = 64
 
 
-class Newest(NamedTuple):
+class RecentQueries(NamedTuple):
     """The newest queries of each sequence of a batch.
 
     Attributes:
         parts: one tensor ``[B, Hq, n, D]``, or n of ``[B, Hq, 1, D]``, in order: every decoded token brings one and
             drops one, and only an eviction needs them in one piece.
         real: bool ``[B, n]``, which are not of padding; None if all are real.
-        columns: how many of the last ones are those of the last columns, one for each.
+        positions: how many of the last ones are those of the last positions, one for each.
         scale, softcap: of scores.
     """
 
     parts: tuple[Tensor, ...]
     real: Tensor | None
-    columns: int
+    positions: int
     scale: float
     softcap: float
 
     @staticmethod
-    def of(query: Tensor, real: Tensor | None, scale: float, softcap: float) -> Newest:
-        """Those of some columns.
+    def of(query: Tensor, real: Tensor | None, scale: float, softcap: float) -> RecentQueries:
+        """Those of some positions.
 
         Args:
             query: ``[B, Hq, n, D]``.
             real: bool ``[B, n]``; None if all are real.
             scale, softcap: of scores.
         """
-        return Newest((query,), None if real is None else real.to(query.device), query.shape[2], scale, softcap)
+        return RecentQueries((query,), None if real is None else real.to(query.device), query.shape[2], scale, softcap)
 
     @property
     def query(self) -> Tensor:
@@ -52,55 +52,55 @@ class Newest(NamedTuple):
         """How many there are for each sequence, n."""
         return sum([part.shape[2] for part in self.parts])
 
-    def keep(self, count: int) -> Newest:
+    def keep(self, count: int) -> RecentQueries:
         """The newest ``count`` of each sequence; perhaps in the same memory."""
         if self.real is None:
             parts = self.parts[-count:] if len(self.parts) > 1 else (self.parts[0][:, :, -count:],)
-            return self._replace(parts=parts, columns=min(self.columns, count))
+            return self._replace(parts=parts, positions=min(self.positions, count))
         place = torch.arange(self.real.shape[1], device=self.real.device)
         order = torch.where(self.real, place, place - len(place)).argsort(1)[:, -count:]
         query = self.query
         query = query.gather(2, order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
         aligned = bool((order == place[-order.shape[1] :]).all())
         real = self.real.gather(1, order)
-        columns = min(self.columns, query.shape[2]) if aligned else 0
-        return self._replace(parts=(query,), real=None if real.all() else real, columns=columns)
+        positions = min(self.positions, query.shape[2]) if aligned else 0
+        return self._replace(parts=(query,), real=None if real.all() else real, positions=positions)
 
-    def together(self) -> Newest:
+    def together(self) -> RecentQueries:
         """The same, as one tensor."""
         return self._replace(parts=(self.query,))
 
-    def apart(self) -> Newest:
+    def apart(self) -> RecentQueries:
         """The same, each in memory of its own, so that each can be dropped by itself."""
         parts = tuple(query.clone() for part in self.parts for query in part.split(1, 2))
         return self._replace(parts=parts, real=None if self.real is None else self.real.clone())
 
-    def then(self, newer: Newest, count: int) -> Newest:
+    def then(self, newer: RecentQueries, count: int) -> RecentQueries:
         """The newest ``count`` of these and newer ones, in memory of their own."""
         came = newer.size
-        columns = newer.columns + (self.columns if newer.columns == came else 0)
+        positions = newer.positions + (self.positions if newer.positions == came else 0)
         if self.real is None and newer.real is None:
             older = self.apart() if self.parts[0].shape[2] > 1 else self
             newer = newer.keep(count).apart()
-            return newer._replace(parts=(*older.parts, *newer.parts)[-count:], columns=min(columns, count))
+            return newer._replace(parts=(*older.parts, *newer.parts)[-count:], positions=min(positions, count))
         real = torch.cat([x._all_real() if x.real is None else x.real for x in (self, newer)], 1)
-        return newer._replace(parts=self.parts + newer.parts, real=real, columns=columns).keep(count)
+        return newer._replace(parts=self.parts + newer.parts, real=real, positions=positions).keep(count)
 
     def _all_real(self) -> Tensor:
         query = self.query
         return torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
 
-    def crop(self, columns: int) -> Newest | None:
-        """Those that are left without the last columns; None if that is not known."""
-        if columns == 0:
+    def crop(self, positions: int) -> RecentQueries | None:
+        """Those that are left without the last positions; None if that is not known."""
+        if positions == 0:
             return self
-        if columns >= self.columns:
+        if positions >= self.positions:
             return None
-        parts = self.parts[:-columns] if len(self.parts) > 1 else (self.parts[0][:, :, :-columns],)
-        real = None if self.real is None else self.real[:, :-columns]
-        return self._replace(parts=parts, real=real, columns=self.columns - columns)
+        parts = self.parts[:-positions] if len(self.parts) > 1 else (self.parts[0][:, :, :-positions],)
+        real = None if self.real is None else self.real[:, :-positions]
+        return self._replace(parts=parts, real=real, positions=self.positions - positions)
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Newest:
+    def map(self, function: Callable[[Tensor], Tensor]) -> RecentQueries:
         """With ``function`` applied to what has a row for each sequence."""
         parts = tuple(function(part) for part in self.parts)
         return self._replace(parts=parts, real=None if self.real is None else function(self.real))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from abc import abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...attention.observed import ObservedView, hides
-from ...attention.view import Attended
+from ...attention.call import AttentionCall
+from ...attention.handle import handles
+from ...attention.masks import hides
+from ...attention.view import View
 from .base import BaselineLayer
 
 
@@ -48,9 +49,7 @@ class EvictingLayer(BaselineLayer):
         self.values = torch.cat([self.values, value_states], 2)
         self.tokens += key_states.shape[2]
         self._waits = True
-        keys = self.visible_keys()
-        observe = functools.partial(self._observe, keys, key_states.shape[2])
-        return ObservedView(keys, self.values, observe).handles()
+        return handles(View(self, self.visible_keys(), self.values, key_states.shape[2]))
 
     def visible_keys(self) -> Tensor:
         """Keys ``[B, H, held, D]`` as attention is to see them."""
@@ -58,17 +57,18 @@ class EvictingLayer(BaselineLayer):
         return keys
 
     @torch.no_grad()
-    def _observe(self, keys: Tensor, new: int, attended: Attended | None) -> None:
-        if attended is None or not self._waits:
+    def observe(self, view: View, call: AttentionCall | None) -> None:
+        """Apply the rule, once attention has seen the new tokens."""
+        if call is None or not self._waits:
             return
-        if attended.mask is not None and bool(hides(attended.mask[:, :, -1, : keys.shape[2]]).any()):
+        if call.mask is not None and bool(hides(call.mask[:, :, -1, : view.length]).any()):
             raise ValueError(
                 f"{type(self).__name__} takes no padding and no masks of its own: tokens would be kept or forgotten by "
                 "places that padding has shifted; give sequences of one length, or one at a time"
             )
         self._waits = False
-        self.evict(keys, new, attended)
+        self.evict(view, call)
 
     @abstractmethod
-    def evict(self, keys: Tensor, new: int, attended: Attended) -> None:
-        """Forget what the rule says: the newest ``new`` tokens have attended to ``keys``."""
+    def evict(self, view: View, call: AttentionCall) -> None:
+        """Forget what the rule says: the newest ``view.new`` tokens have attended to ``view.keys``."""

@@ -1,0 +1,150 @@
+"""Tokens take their places: those that the rule says go into pages, the others into the window."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..quantizer.advice import Advice, Leaving
+from ..quantizer.feedback import Attention
+from ..rule import evicted_slots
+from .layout import Move, Rows
+from .sizes import window_capacity, window_slots
+from .storage import Allocator, Storage
+from .uncommitted import Uncommitted
+
+# Pages are quantised in portions of about this size, so that a long prompt's never exist twice.
+_PORTION_NBYTES = 1 << 20
+
+
+class Commit:
+    """One change of what a layer holds, in two parts: all that may run out of memory, then the writing.
+
+    Making one quantises into pages that hold nothing yet and copies what stays, so an error leaves the layer as it was.
+    :meth:`write` then changes what is held, and cannot be undone.
+
+    Args:
+        storage: the layer's tensors.
+        exact: exact tokens and new ones, in the layer's own window or laid out like it.
+        moves: what becomes of the tokens of which rows.
+        before, after: the rows now and afterwards.
+        advice: what is known about the tokens.
+        padded: whether some of the new positions hold no token.
+        allocator: of the stores of all layers.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        exact: Uncommitted,
+        moves: list[Move],
+        before: Rows,
+        after: Rows,
+        advice: Advice,
+        padded: bool,
+        allocator: Allocator,
+    ) -> None:
+        self._storage = storage
+        keys, values, in_window = exact.keys, exact.values, exact.in_window
+        # One step of the rule on the window is done in place.
+        self._steps = [m for m in moves if in_window and m.is_step]
+        others = [m for m in moves if not (in_window and m.is_step)]
+        if self._steps:
+            storage.prefetch()
+        self._make_room(keys, values, in_window, before, after, allocator)
+        leaving = {id(m): _leaving(keys, m, padded) for m in moves if len(m.leaving)}
+        self.advice = advice.allocate(leaving[id(m)] for m in moves if m.packed == 0 and len(m.leaving))
+        self._step_options = [self._options(m, self._attention(leaving, m), slice(None)) for m in self._steps]
+        for m in others:
+            self._quantize(keys, values, m, self._attention(leaving, m))
+        self._stays = [
+            (m.rows, _staying(x[m.rows], m), window)
+            for m in others
+            if not (in_window and m.staying is None)
+            for x, window in ((keys, self._window_k), (values, self._window_v))
+        ]
+
+    def write(self) -> None:
+        """Carry it out."""
+        for m, options in zip(self._steps, self._step_options, strict=True):
+            self._evict(m, options)
+        for rows, stay, window in self._stays:
+            window[rows, :, : stay.shape[2]] = stay
+        self._storage.replace(self._pages, self._window_k, self._window_v)
+
+    def _make_room(
+        self, keys: Tensor, values: Tensor, in_window: bool, before: Rows, after: Rows, allocator: Allocator
+    ) -> None:
+        """A page store and a window with room for the tokens afterwards, that hold what they hold now."""
+        storage = self._storage
+        if in_window or before.length:
+            grows = after.packed > before.packed
+            self._pages = storage.pages_with_room(before, after.packed) if grows else storage.pages
+            self._window_k, self._window_v = storage.window_with_room(before, after.exact)
+            return
+        config, fmt = storage.config, storage.format
+        slots = max(after.exact, window_slots(config, window_capacity(config) if after.packed else after.exact))
+        shape = keys.shape[:2]
+        self._pages, self._window_k, self._window_v = allocator.take(
+            keys,
+            [
+                ((*shape, after.packed // fmt.page_tokens, fmt.words), storage.pages.dtype),
+                ((*shape, slots, keys.shape[3]), keys.dtype),
+                ((*shape, slots, values.shape[3]), values.dtype),
+            ],
+        )
+
+    def _attention(self, leaving: dict[int, Leaving], move: Move) -> Attention | None:
+        return self.advice.attention(leaving[id(move)]) if id(move) in leaving else None
+
+    def _options(self, move: Move, attention: Attention | None, tokens: slice) -> dict[str, Tensor]:
+        return self.advice.options(move.rows, attention, tokens)
+
+    def _quantize(self, keys: Tensor, values: Tensor, move: Move, attention: Attention | None) -> None:
+        """Quantise the tokens that leave into the pages after the packed ones."""
+        fmt = self._storage.format
+        rows = self._pages[move.rows]
+        portion = fmt.page_tokens * max(1, _PORTION_NBYTES // (rows.shape[0] * rows.shape[1] * fmt.nbytes))
+        for first in range(0, len(move.leaving), portion):
+            tokens = slice(first, first + portion)
+            pages = ops.quantize(
+                keys[move.rows],
+                values[move.rows],
+                fmt,
+                index=move.leaving[tokens][None],
+                **self._options(move, attention, tokens),
+            )
+            page = (move.packed + first) // fmt.page_tokens
+            rows[:, :, page : page + pages.shape[2]] = pages
+
+    def _evict(self, move: Move, options: dict[str, Tensor]) -> None:
+        """One step of the rule on the window, in place."""
+        config, fmt = self._storage.config, self._storage.format
+        slots = evicted_slots(config.rule, config.window, config.sinks)
+        ops.evict_(
+            self._window_k[move.rows],
+            self._window_v[move.rows],
+            self._pages[move.rows],
+            fmt,
+            page=move.packed // fmt.page_tokens,
+            tokens=move.tokens,
+            start=slots.start,
+            step=slots.step,
+            count=config.window,
+            **options,
+        )
+
+
+def _leaving(keys: Tensor, move: Move, padded: bool) -> Leaving:
+    """Tokens that leave, among the keys of a move's tokens without padding, in order."""
+    if not padded or move.staying is None:
+        return Leaving(move.rows, keys[move.rows, :, : move.tokens], move.leaving)
+    slots = torch.cat([move.leaving, move.staying]).sort().values
+    return Leaving(move.rows, keys[move.rows].index_select(2, slots), torch.searchsorted(slots, move.leaving).int())
+
+
+def _staying(tokens: Tensor, move: Move) -> Tensor:
+    if move.staying is None:
+        return tokens[:, :, : move.tokens - len(move.leaving)]
+    return tokens.index_select(2, move.staying)

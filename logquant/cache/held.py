@@ -1,0 +1,154 @@
+"""What a layer holds: its committed tokens, where they are, and what is known of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention.call import AttentionCall
+from ..config import LogQuantConfig
+from ..format import PageFormat
+from ..quantizer.advice import Advice
+from ..quantizer.calibration import calibration_of
+from ..quantizer.queries import RecentQueries
+from .commit import Commit
+from .layout import Move, Rows
+from .storage import Allocator, Storage
+from .uncommitted import Uncommitted
+
+
+class Held:
+    """Tensors, layout and advice of one layer, which change together: as a whole, or not at all.
+
+    Args:
+        storage: the tensors.
+        rows: where the tokens are in them.
+        advice: what the quantiser is told of them.
+    """
+
+    def __init__(self, storage: Storage, rows: Rows, advice: Advice) -> None:
+        self.storage, self.rows, self.advice = storage, rows, advice
+        self._interrupted = False
+
+    @staticmethod
+    def empty(config: LogQuantConfig, fmt: PageFormat, rows: Rows, layer: int, keys: Tensor, values: Tensor) -> Held:
+        """Nothing yet, for tokens like these.
+
+        Args:
+            config: the cache's settings.
+            fmt: the page format.
+            rows: empty ones.
+            layer: which layer of the model it is.
+            keys, values: ``[B, H, n, D]`` and ``[B, H, n, Dv]``, for their shape, dtype and device.
+        """
+        advice = Advice.initial(config, fmt, calibration_of(config), layer, keys)
+        return Held(Storage.empty(config, fmt, keys, values), rows, advice)
+
+    def check_intact(self) -> None:
+        """Refuse (RuntimeError) if an error came in the midst of a change."""
+        if self._interrupted:
+            raise RuntimeError(
+                "this LogQuant cache layer is invalid: an earlier call was interrupted while it moved tokens; "
+                "reset() the cache and feed it the sequence again"
+            )
+
+    def take(self, uncommitted: Uncommitted, real: Tensor | None, allocator: Allocator) -> bool:
+        """Uncommitted tokens take their places.
+
+        Args:
+            uncommitted: the tokens.
+            real: bool ``[B, new]``, which of their positions hold one; None if all do.
+            allocator: of the stores of all layers.
+
+        Returns:
+            Whether tokens have moved within the window.
+        """
+        rows, new = self.rows, uncommitted.new
+        after = rows.append(new, real)
+        heard = self._hear(uncommitted.call, new, real)
+        kept = self._remember(heard, after, borrowed=self.advice.queries is None)
+        if uncommitted.in_window and real is None and after.packed_counts == rows.packed_counts:
+            self.rows, self.advice = after, kept  # the new tokens are where they belong already, as in most steps
+            return False
+        moves = rows.moves(new, uncommitted.keys.device, real)
+        return self._move(uncommitted, moves, after, heard, kept, allocator, padded=real is not None)
+
+    def _hear(self, call: AttentionCall | None, new: int, real: Tensor | None) -> Advice:
+        """The advice with the queries of new positions, if all of them are known."""
+        count = self.advice.needed(allocated=0 not in self.rows.packed_counts)
+        if call is None or call.query.shape[2] != new or not count:
+            return self.advice
+        queries = RecentQueries.of(call.query, real, call.scale, call.softcap)
+        return self.advice.hear(queries, count + self.rows.reserved)
+
+    def _remember(self, advice: Advice, after: Rows, *, borrowed: bool) -> Advice:
+        """The advice with those queries alone that rows need from now on, and as many more as a crop may take back."""
+        count = advice.needed(allocated=0 not in after.packed_counts)
+        return advice.remember(count and count + after.reserved, borrowed)
+
+    def _move(
+        self,
+        tokens: Uncommitted,
+        moves: list[Move],
+        after: Rows,
+        heard: Advice,
+        kept: Advice,
+        allocator: Allocator,
+        *,
+        padded: bool,
+    ) -> bool:
+        """Carry out moves; arguments are those of :class:`Commit`, and the advice from now on but for its bits."""
+        if tokens.in_window and all(len(m.leaving) == 0 and m.staying is None for m in moves):
+            self.rows, self.advice = after, kept
+            return False
+        with torch.no_grad():
+            commit = Commit(self.storage, tokens, moves, self.rows, after, heard, padded, allocator)
+            # What is written from here on cannot be undone.
+            self._interrupted = True
+            commit.write()
+        self.rows, self.advice = after, kept.with_map(commit.advice.key_map)
+        self._interrupted = False
+        return tokens.in_window
+
+    def crop(self, positions: int) -> None:
+        """Remove the newest positions, and apply the rule to all tokens that are left; none are speculative then."""
+        cropped = self.rows.crop(positions) if positions else self.rows.reserving(0)
+        after, moves = cropped.append(0), cropped.moves(0, self.storage.window_k.device)
+        advice = self.advice.crop(positions)
+        if positions:
+            with torch.no_grad():
+                self.storage.crop(self.rows, cropped, advice.key_map)
+        self.rows, self.advice = cropped, advice
+        window = tuple(w[:, :, : cropped.exact] for w in (self.storage.window_k, self.storage.window_v))
+        tokens = Uncommitted(window[0], window[1], (window[0], window[1]), in_window=True)
+        kept = self._remember(advice, after, borrowed=False)
+        self._move(tokens, moves, after, advice, kept, Allocator(), padded=False)
+
+    def map(self, function: Callable[[Tensor], Tensor], rows: Rows) -> Held:
+        """With ``function`` applied to every tensor, and other rows."""
+        storage = self.storage.map(function)
+        return Held(storage, rows, self.advice.map(function, storage.window_k))
+
+    def copy(self) -> Held:
+        """An independent copy. Both share the page store until one of them writes to it."""
+        self.check_intact()
+        return Held(self.storage.copy(), self.rows, self.advice)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a file needs besides the rows: tensors by name, and what JSON can hold."""
+        tensors, described = self.advice.state()
+        return tensors | self.storage.state(self.rows), described
+
+    def restored(
+        self, storage: Storage, rows: Rows, tensors: Mapping[str, Tensor], described: Mapping[str, Any]
+    ) -> Held:
+        """What :meth:`state` gave, in storage that is restored already; raises as :meth:`Advice.restored`."""
+        return Held(storage, rows, self.advice.restored(tensors, described, storage.window_k))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors; a page store that copies share counts for each."""
+        return self.storage.nbytes + self.advice.nbytes

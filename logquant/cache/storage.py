@@ -1,0 +1,296 @@
+"""The tensors of a layer: the exact window and the page store, their growth, and who shares them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..config import LogQuantConfig
+from ..format import DTYPES, PageFormat
+from .layout import Rows
+from .sizes import store_pages, window_slots
+
+Shape = tuple[tuple[int, ...], torch.dtype]
+
+
+class Allocator:
+    """Allocates the stores of all layers together, for the first layer that packs a prompt.
+
+    Small tensors that live long, made one by one between the large ones of each layer's computation, would keep torch's
+    allocator from giving those back.
+
+    Args:
+        layers: how many there are.
+    """
+
+    def __init__(self, layers: int = 1) -> None:
+        self.layers = layers
+        self._key: tuple[torch.device, list[Shape]] | None = None
+        self._stores: list[list[Tensor]] = []
+
+    def take(self, like: Tensor, shapes: list[Shape]) -> list[Tensor]:
+        """New tensors of these shapes and dtypes on the device of ``like``."""
+        key = like.device, shapes
+        if self._key is None:
+            made = [[like.new_empty(shape, dtype=dtype) for shape, dtype in shapes] for _ in range(self.layers)]
+            self._key, self._stores = key, made
+        if self._key == key and self._stores:
+            return self._stores.pop()
+        self._stores = []
+        return [like.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
+
+    def forget(self) -> None:
+        """The next layer that asks is the first one."""
+        self._key, self._stores = None, []
+
+
+class Storage:
+    """Exact tokens ``window_k`` ``[B, H, slots, D]``, ``window_v`` ``[B, H, slots, Dv]`` and ``pages`` int32
+    ``[B, H, pages, words]``; where tokens are in them is for :class:`Rows` to say.
+
+    Copies share the page store until one of them writes to it.
+
+    Args:
+        config: the cache's settings.
+        fmt: the page format.
+        window_k, window_v, pages: the tensors.
+    """
+
+    def __init__(
+        self, config: LogQuantConfig, fmt: PageFormat, window_k: Tensor, window_v: Tensor, pages: Tensor
+    ) -> None:
+        self.config, self.format = config, fmt
+        self.window_k, self.window_v = window_k, window_v
+        self._own(pages)
+
+    @staticmethod
+    def empty(config: LogQuantConfig, fmt: PageFormat, keys: Tensor, values: Tensor) -> Storage:
+        """For tokens like these, ``[B, H, n, D]`` and ``[B, H, n, Dv]``."""
+        batch, heads, _, head_dim = keys.shape
+        return Storage(
+            config,
+            fmt,
+            keys.new_empty(batch, heads, 0, head_dim),
+            values.new_empty(batch, heads, 0, values.shape[-1]),
+            keys.new_empty(batch, heads, 0, fmt.words, dtype=torch.int32),
+        )
+
+    def _own(self, pages: Tensor) -> None:
+        """``pages`` becomes this storage's page store, and nobody else's."""
+        if (sharers := getattr(self, "_sharers", None)) is not None:
+            sharers.discard(self)
+        self.pages = pages
+        self._sharers: weakref.WeakSet[Storage] = weakref.WeakSet([self])
+
+    def replace(self, pages: Tensor, window_k: Tensor, window_v: Tensor) -> None:
+        """Other tensors, some of which may be those that are here."""
+        if pages is not self.pages:
+            self._own(pages)
+        self.window_k, self.window_v = window_k, window_v
+
+    def used_pages(self, rows: Rows) -> Tensor:
+        """The pages that hold tokens, int32 ``[B, H, P, words]``."""
+        pages = rows.packed // self.format.page_tokens
+        return self.pages if pages == self.pages.shape[2] else self.pages[:, :, :pages]
+
+    # ------------------------------------------------------------------------------------------------------- growth
+    def pages_with_room(self, rows: Rows, packed: int) -> Tensor:
+        """The page store if it has room for ``packed`` tokens and is nobody else's, or a larger copy that is."""
+        pages = packed // self.format.page_tokens
+        if pages <= self.pages.shape[2] and len(self._sharers) == 1:
+            return self.pages
+        batch, heads, _, words = self.pages.shape
+        used = rows.packed // self.format.page_tokens
+        store = self.pages.new_empty(batch, heads, store_pages(pages), words)
+        store[:, :, :used] = self.pages[:, :, :used]
+        return store
+
+    def window_with_room(self, rows: Rows, tokens: int) -> tuple[Tensor, Tensor]:
+        """The window if it has room for ``tokens`` tokens, or a larger copy."""
+        if tokens <= self.window_k.shape[2]:
+            return self.window_k, self.window_v
+        capacity = max(tokens, window_slots(self.config, tokens))
+        used = min(rows.exact, self.window_k.shape[2])
+        grown_k, grown_v = (w.new_empty(*w.shape[:2], capacity, w.shape[3]) for w in (self.window_k, self.window_v))
+        grown_k[:, :, :used] = self.window_k[:, :, :used]
+        grown_v[:, :, :used] = self.window_v[:, :, :used]
+        return grown_k, grown_v
+
+    def append(self, rows: Rows, keys: Tensor, values: Tensor, *, in_window: bool) -> tuple[Tensor, Tensor]:
+        """Write new tokens right after each row's exact ones.
+
+        Args:
+            rows: where tokens are.
+            keys, values: the new tokens.
+            in_window: into the window itself; else into tensors of their own, which hold a copy of it.
+
+        Returns:
+            Keys ``[B, H, exact + n, D]`` and values ``[B, H, exact + n, Dv]``.
+        """
+        tokens = rows.exact + keys.shape[2]
+        if in_window:
+            window_k, window_v = self.window_with_room(rows, tokens)
+            both = window_k[:, :, :tokens], window_v[:, :, :tokens]
+        else:
+            both = tuple(x.new_empty(*x.shape[:2], tokens, x.shape[3]) for x in (keys, values))  # type: ignore[assignment]
+            both[0][:, :, : rows.exact] = self.window_k[:, :, : rows.exact]
+            both[1][:, :, : rows.exact] = self.window_v[:, :, : rows.exact]
+        _write_after(both[0], keys, rows)
+        _write_after(both[1], values, rows)
+        if in_window:
+            self.window_k, self.window_v = window_k, window_v
+        return both
+
+    # ---------------------------------------------------------------------------------------------- copies and moves
+    def copy(self) -> Storage:
+        """A storage with a window of its own and the same page store."""
+        return self._sharing(
+            Storage(self.config, self.format, self.window_k.clone(), self.window_v.clone(), self.pages)
+        )
+
+    def _sharing(self, twin: Storage) -> Storage:
+        """``twin``, which has the same page store."""
+        twin._sharers = self._sharers
+        self._sharers.add(twin)
+        return twin
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Storage:
+        """Another storage, with ``function`` applied to every tensor."""
+        window_k, window_v, pages = function(self.window_k), function(self.window_v), function(self.pages)
+        twin = Storage(self.config, self.format, window_k, window_v, pages)
+        return self._sharing(twin) if pages is self.pages else twin
+
+    def crop(self, before: Rows, after: Rows, key_map: Tensor | None) -> None:
+        """Hold the tokens of ``after``, a crop of ``before``: those that are packed and come back are dequantised."""
+        page_tokens, batch = self.format.page_tokens, self.window_k.shape[0]
+        device, dtype = self.window_k.device, self.window_k.dtype
+        rows = tuple(zip(before.slots, after.slots * (len(before.slots) // len(after.slots)), strict=True))
+        sources = [held.exact_before(left) for held, left in rows]
+        pages_left = after.packed // page_tokens
+        store, windows = self.pages, (self.window_k, self.window_v)
+        if 2 * pages_left < store.shape[2]:
+            store = store[:, :, :pages_left].clone()
+        if any((source < held.packed).any() for (held, _), source in zip(rows, sources, strict=True)):
+            window_k, window_v = (w.clone() for w in self.window_with_room(before, after.exact))
+            for row, ((held, _), source) in enumerate(zip(rows, sources, strict=True)):
+                of = slice(0, batch) if before.alike else slice(row, row + 1)
+                returns = (source < held.packed).nonzero().squeeze(1)
+                pages, place = (source[returns] // page_tokens).unique(return_inverse=True)
+                place = (place * page_tokens + source[returns] % page_tokens).to(device)
+                used = self.pages[of].index_select(2, pages.to(self.pages.device)).to(device)
+                own_map = None if key_map is None else key_map[of]
+                packed = ops.dequantize(used, self.format, dtype=dtype, key_map=own_map)
+                stays = (source[source >= held.packed] - held.packed).to(device)
+                to_return, to_stay = returns.to(device), (source >= held.packed).nonzero().squeeze(1).to(device)
+                for window, old, unpacked in zip(
+                    (window_k, window_v), (self.window_k, self.window_v), packed, strict=True
+                ):
+                    window[of].index_copy_(2, to_stay, old[of].index_select(2, stays))
+                    window[of].index_copy_(2, to_return, unpacked.index_select(2, place))
+            windows = window_k, window_v
+        self.replace(store, *windows)
+
+    def offload(self) -> None:
+        """Move the pages to the CPU's memory; the exact tokens stay."""
+        self._own(self.pages.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move offloaded pages back."""
+        if self.pages.device != self.window_k.device:
+            self._own(self.pages.to(self.window_k.device, non_blocking=True))
+
+    def state(self, rows: Rows) -> dict[str, Tensor]:
+        """The parts of the tensors that hold something, by name."""
+        windows = (w[:, :, : rows.exact] for w in (self.window_k, self.window_v))
+        return dict(zip(("pages", "window_k", "window_v"), (self.used_pages(rows), *windows), strict=True))
+
+    @staticmethod
+    def restored(config: LogQuantConfig, rows: Rows | None, tensors: Mapping[str, Tensor]) -> Storage:
+        """What :meth:`state` gave.
+
+        Raises:
+            ValueError: tensors that do not fit each other, the cache's settings or ``rows``.
+        """
+        if missing := sorted({"pages", "window_k", "window_v"} - tensors.keys()):
+            raise ValueError(f"a layer must have pages, window_k and window_v, lacks {', '.join(missing)}")
+        pages, window_k, window_v = (tensors[name] for name in ("pages", "window_k", "window_v"))
+        if any(t.dim() != 4 for t in (pages, window_k, window_v)):
+            raise ValueError("pages, window_k and window_v must have four dimensions")
+        fmt = config.page_format(window_k.shape[3], window_v.shape[3])
+        batch, heads, exact, _ = window_k.shape
+        if not (
+            rows is not None
+            and (rows.alike or len(rows.slots) == batch)
+            and exact == rows.exact
+            and window_v.shape[:3] == window_k.shape[:3]
+            and pages.shape == (batch, heads, rows.packed // fmt.page_tokens, fmt.words)
+            and pages.dtype == torch.int32
+            and window_k.dtype == window_v.dtype
+            and window_k.dtype in DTYPES
+        ):
+            raise ValueError(
+                f"pages {list(pages.shape)}, window_k {list(window_k.shape)} and window_v {list(window_v.shape)} do "
+                "not fit each other and the settings of the cache"
+            )
+        return Storage(config, fmt, window_k, window_v, pages)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "_sharers"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._own(self.pages)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors; a page store that copies share counts for each."""
+        return self.window_k.nbytes + self.window_v.nbytes + self.pages.nbytes
+
+
+def _write_after(into: Tensor, new: Tensor, rows: Rows) -> None:
+    """Write new tokens right after each row's exact ones."""
+    if rows.alike:
+        into[:, :, rows.exact : rows.exact + new.shape[2]] = new
+        return
+    slot = rows.exact_counts(into.device)[:, None] + torch.arange(new.shape[2], device=into.device)
+    into[torch.arange(len(into), device=into.device)[:, None], :, slot] = new.transpose(1, 2)
+
+
+def check_states(key_states: Tensor, value_states: Tensor, held: Storage | None) -> None:
+    """Refuse new tokens that cannot be kept.
+
+    Args:
+        key_states, value_states: the new tokens.
+        held: where those before them are, if there are any.
+
+    Raises:
+        TypeError: another dtype than before, or one that is not supported.
+        ValueError: another shape or device than before.
+    """
+    if key_states.dtype not in DTYPES:
+        raise TypeError(f"key_states must be float32, float16 or bfloat16, got {key_states.dtype}")
+    if value_states.dtype != key_states.dtype or value_states.device != key_states.device:
+        raise TypeError(
+            f"value_states must have the dtype and device of key_states, got {value_states.dtype} on "
+            f"{value_states.device} and {key_states.dtype} on {key_states.device}"
+        )
+    if key_states.dim() != 4 or value_states.dim() != 4 or key_states.shape[:3] != value_states.shape[:3]:
+        raise ValueError(
+            "key_states and value_states must be [batch, heads, tokens, dim] and agree in all but dim, got "
+            f"{list(key_states.shape)} and {list(value_states.shape)}"
+        )
+    if held is None:
+        return
+    like = held.window_k
+    if key_states.dtype != like.dtype:
+        raise TypeError(f"key_states must stay {like.dtype} like the tokens before them, got {key_states.dtype}")
+    if key_states.device != like.device:
+        raise ValueError(f"key_states must stay on {like.device}, got {key_states.device}")
+    for name, new, window in (("key_states", key_states, held.window_k), ("value_states", value_states, held.window_v)):
+        if new.shape[:2] != window.shape[:2] or new.shape[3] != window.shape[3]:
+            need = f"[{window.shape[0]}, {window.shape[1]}, tokens, {window.shape[3]}]"
+            raise ValueError(f"{name} must be {need} like the tokens before them, got {list(new.shape)}")

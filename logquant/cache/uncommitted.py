@@ -1,0 +1,51 @@
+"""Tokens that have come but not taken their places."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..attention.call import AttentionCall
+
+
+@dataclass(slots=True)
+class Uncommitted:
+    """New tokens of a layer, which are exact, and what is known of them.
+
+    Which of them are padding is known only when they are attended to, for masks come with attention.
+
+    Attributes:
+        keys, values: ``[B, H, N, D]``: each row's exact tokens, then the new ones.
+        states: keys and values of the new ones alone, ``[B, H, new, D]``.
+        in_window: whether ``keys`` and ``values`` are the layer's own window.
+        call: what has attended to them, or None. Without its mask: whoever made that may reuse its memory.
+        real: what that said of the new positions: bool ``[B, new]``, which of them hold a token; None if all do.
+    """
+
+    keys: Tensor
+    values: Tensor
+    states: tuple[Tensor, Tensor]
+    in_window: bool
+    call: AttentionCall | None = None
+    real: Tensor | None = None
+
+    @property
+    def new(self) -> int:
+        """Positions that have come."""
+        return self.states[0].shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensors that are not the layer's own."""
+        return 0 if self.in_window else self.keys.nbytes + self.values.nbytes
+
+    def known(self, part: slice) -> tuple[AttentionCall | None, Tensor | None]:
+        """``call`` and ``real`` of some of the new positions."""
+        call = self.call
+        if call is not None:
+            unknown = self.new - call.query.shape[2]
+            start, stop = (max(0, end - unknown) for end in (part.start, part.stop))
+            call = call._replace(query=call.query[:, :, start:stop])
+        real = None if self.real is None or self.real[:, part].all() else self.real[:, part]
+        return call, real
