@@ -18,7 +18,8 @@ from logquant.bench.timing import WARMUP
 from logquant.cache.sizes import head_nbytes
 from logquant.cli import app
 from logquant.compat import as_argument
-from logquant.methods.registry import cache_nbytes, parse_cache
+from logquant.methods.accounting import cache_nbytes
+from logquant.methods.registry import parse_cache
 
 from .tiny import one_thread, save_tiny_model  # noqa: F401
 

@@ -14,11 +14,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ..attention.view import Attended
 from .layers.base import Baseline
 from .layers.evicting import EvictingLayer
+from .registry import method
 
 # Models whose RoPE pairs neighbouring channels instead of halves of a head.
 _INTERLEAVED = ("blt", "codegen", "cohere", "deepseek_v4", "ernie4_5", "glm", "gptj", "helium", "moonshine")
 
 
+@method("streaming")
 @dataclass(frozen=True)
 class Streaming(Baseline):
     """StreamingLLM's section 3.2: the first tokens and the newest ones, at positions counted within the cache.
