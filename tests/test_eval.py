@@ -13,8 +13,9 @@ from logquant.cache.sizes import head_nbytes
 from logquant.compat import as_argument
 from logquant.eval import bootstrap_interval, evaluate, read_tokens
 from logquant.eval.run import take_prompt
-from logquant.methods.layers.history import HistoryLayer
-from logquant.methods.registry import cache_nbytes, packed_bits_per_element, parse_cache, parse_caches
+from logquant.methods.accounting import cache_nbytes, packed_bits_per_element
+from logquant.methods.layers.quantized import QuantizingLayer
+from logquant.methods.registry import parse_cache, parse_caches
 
 from .test_cache import tiny_config as config_of
 from .tiny import one_thread, save_tiny_model, tiny_model  # noqa: F401
@@ -101,7 +102,7 @@ def test_a_prompt_computed_once_leaves_what_each_cache_would_have_made_of_it(ids
             alone = spec.make(model.config)
             model(ids[:, :PREFILL], **as_argument(alone))
             for layer in cache.layers:
-                if isinstance(layer, HistoryLayer):
+                if isinstance(layer, QuantizingLayer):
                     layer.remember()
             for first in range(PREFILL, PREFILL + 60, 12):
                 got, want = (model(ids[:, first : first + 12], **as_argument(c)).logits for c in (cache, alone))

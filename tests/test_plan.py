@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from logquant.cache.layer import LogQuantLayer
 from logquant.compat import as_argument
-from logquant.methods.registry import cache_nbytes, parse_cache
+from logquant.methods.accounting import cache_nbytes
+from logquant.methods.registry import parse_cache
 from logquant.plan import plan, sequence_nbytes
 from tests.test_cache import FAMILIES, tiny_config
 from tests.test_cli import model, run, succeed  # noqa: F401

@@ -18,8 +18,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ..attention.call import AttentionCall
 from ..cache.layer import LogQuantLayer
 from ..compat import as_argument
-from ..methods import Baseline, Quanto
-from ..methods.registry import CacheSpec, cache_nbytes
+from ..methods.accounting import cache_nbytes
+from ..methods.quanto import Quanto
+from ..methods.registry import CacheSpec
 from ..plan import head_shape, plan
 from .timing import WARMUP, Timing, clock_of, time_interleaved
 
@@ -70,12 +71,12 @@ def prefilled(spec: CacheSpec, model: PreTrainedModel, prompt: Tensor, batch: in
     cache = spec.make(model.config)
     if isinstance(spec.settings, Quanto) and exact is not None:  # it cannot repeat what it has quantised
         return _take(cache, model, exact, batch)
-    if isinstance(spec.settings, Baseline | Quanto):
+    if spec.is_baseline:
         return _run(model, prompt.expand(batch, -1), cache)
     if exact is None or any(type(layer) is not DynamicLayer for layer in exact.layers):
         cache = _run(model, prompt, cache)
     else:
-        cache = copy.deepcopy(exact) if spec.settings is None else _take(cache, model, exact, 1)
+        cache = copy.deepcopy(exact) if spec.is_full else _take(cache, model, exact, 1)
     if batch > 1:
         cache.batch_repeat_interleave(batch)
     return cache
@@ -137,7 +138,7 @@ def bench_generate(
     last = dict.fromkeys(caches, prompt[:, -1:].expand(batch, -1))
     del exact
     timings = _time_steps(model, caches, last, steps, on_progress, fewer, attention)
-    full = next((timings[s.name] for s in specs if s.settings is None and s.name not in (attention or {})), None)
+    full = next((timings[s.name] for s in specs if s.is_full and s.name not in (attention or {})), None)
     return [
         GenerateResult(name, batch, context, timing, cache_nbytes(caches[name]), full and timing.speedup_over(full))
         for name, timing in timings.items()

@@ -15,7 +15,8 @@ import torch
 
 from .. import models
 from ..compat import as_argument
-from ..methods.registry import CacheSpec, cache_nbytes
+from ..methods.accounting import cache_nbytes
+from ..methods.registry import CacheSpec
 from ..plan import sequence_nbytes
 from .generate import prefilled
 

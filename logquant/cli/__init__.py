@@ -140,7 +140,8 @@ def generate(
 ) -> None:
     """Stream the model's answer to a prompt, then say what it cost."""
     arguments = dict(locals())
-    from ..methods.registry import cache_nbytes, parse_cache
+    from ..methods.accounting import cache_nbytes
+    from ..methods.registry import parse_cache
 
     fields = {
         "bits": bits,
@@ -569,13 +570,14 @@ def bench_generate_command(
     from ..bench.generate import bench_budget, bench_generate
     from ..bench.memory import bench_memory
     from ..bench.timing import WARMUP
+    from ..methods.full import Full
     from ..methods.registry import CacheSpec, parse_caches
 
     batches = number_list("--batch", batch)
     with errors_of("--caches"):
         specs = parse_caches(caches)
     attention = {} if full_attention is None else {f"full, {full_attention}": full_attention}
-    specs += [CacheSpec(name, None) for name in attention]
+    specs += [CacheSpec(name, Full()) for name in attention]
     if attention and peaks:
         raise typer.BadParameter("not given with --peaks", param_hint="--full-attention")
     if memory_budget is not None and context <= steps + WARMUP:

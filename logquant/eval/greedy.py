@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..compat import as_argument
-from ..methods.registry import CacheSpec
+from ..methods.registry import CacheSpec, parse_cache
 from .run import log_probabilities
 from .stats import bootstrap_interval
 
@@ -92,7 +92,7 @@ def greedy_agreement(
     results = [GreedyScores(spec.name, tokens) for spec in caches]
     for batch in ids.split(batch_size):
         prompts = batch.to(model.device)
-        truth = greedy_tokens(model, prompts, CacheSpec("full", None).make(model.config), tokens)
+        truth = greedy_tokens(model, prompts, parse_cache("full").make(model.config), tokens)
         for result, spec in zip(results, caches, strict=True):
             same = truth == greedy_tokens(model, prompts, spec.make(model.config), tokens)
             result.agreement += same.long().cumprod(1).sum(1).tolist()

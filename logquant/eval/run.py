@@ -17,8 +17,9 @@ from ..attention.call import AttentionCall
 from ..attention.handle import KVHandle, handles
 from ..attention.view import View
 from ..compat import as_argument
-from ..methods.layers.history import HistoryLayer
-from ..methods.registry import CacheSpec, cache_nbytes, packed_bits_per_element, token_nbytes
+from ..methods.accounting import cache_nbytes, packed_bits_per_element, token_nbytes
+from ..methods.layers.quantized import QuantizingLayer
+from ..methods.registry import CacheSpec, parse_cache
 from .stats import bootstrap_interval
 
 
@@ -33,7 +34,7 @@ class CacheScores:
         top1: by text, how often the likeliest token is the full cache's.
         bits_per_element: of a quantised element, codes and parameters; None where nothing was quantised.
         nbytes: bytes that the cache of one text holds at the end.
-        token_nbytes: bytes that each further token takes (``methods.registry.token_nbytes``); None where nothing was
+        token_nbytes: bytes that each further token takes (``methods.accounting.token_nbytes``); None where nothing was
             quantised that is to be.
     """
 
@@ -125,12 +126,12 @@ def _evaluate_batch(
     on_progress: Callable[[int], None],
 ) -> None:
     texts, decoded = ids.shape[0], ids.shape[1] - prefill - 1
-    full = CacheSpec("full", None)
+    full = parse_cache("full")
     caches = {spec: spec.make(model.config) for spec in {full: None, **dict.fromkeys(specs)}}
     take_prompt(model, ids[:, :prefill], list(caches.values()))
     for cache in caches.values():
         for layer in cache.layers:
-            if isinstance(layer, HistoryLayer):
+            if isinstance(layer, QuantizingLayer):
                 layer.remember()
     sums = {spec: torch.zeros(3, texts, dtype=torch.float64, device=ids.device) for spec in caches}
     for first in range(prefill, prefill + decoded, chunk):

@@ -13,8 +13,10 @@ from ..attention.observed import attention_weights
 from ..attention.view import View
 from .layers.base import Baseline
 from .layers.evicting import EvictingLayer
+from .registry import method
 
 
+@method("h2o")
 @dataclass(frozen=True)
 class H2O(Baseline):
     """The greedy eviction of H2O's Algorithm 1 with the split into heavy hitters and recent tokens of section 5.1.

@@ -9,10 +9,12 @@ from transformers import PreTrainedConfig
 
 from ..format import BITS
 from .layers.base import Baseline
-from .layers.history import HistoryLayer
 from .layers.minmax import MinMax
+from .layers.quantized import QuantizingLayer
+from .registry import method
 
 
+@method("kivi")
 @dataclass(frozen=True)
 class KIVI(Baseline):
     """KIVI as its section 3.3 and Algorithm 1 have it, not what transformers calls ``QuantizedCache``.
@@ -58,7 +60,7 @@ class PerChannel:
         return self.minmax.decode(codes, params.unsqueeze(-2)).transpose(3, 4).flatten(2, 3)
 
 
-class KIVILayer(HistoryLayer):
+class KIVILayer(QuantizingLayer):
     """Keys and values of one layer under :class:`KIVI`."""
 
     def __init__(self, settings: KIVI) -> None:

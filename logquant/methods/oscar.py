@@ -16,10 +16,12 @@ from ..attention.view import View
 from ..format import BITS
 from ..ops.reference.hadamard import hadamard
 from .layers.base import Baseline
-from .layers.history import HistoryLayer
 from .layers.minmax import MinMax
+from .layers.quantized import QuantizingLayer
+from .registry import method
 
 
+@method("oscar")
 @dataclass(frozen=True)
 class OSCAR(Baseline):
     """OSCAR (sections 3 and 4.1), with rotations from the prompt instead of from calibration data.
@@ -94,7 +96,7 @@ class Rotated:
         return self.minmax.decode(codes, params) @ self.rotation.float().mT
 
 
-class OSCARLayer(HistoryLayer):
+class OSCARLayer(QuantizingLayer):
     """Keys and values of one layer under :class:`OSCAR`."""
 
     def __init__(self, settings: OSCAR) -> None:

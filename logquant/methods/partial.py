@@ -12,10 +12,12 @@ from transformers import PreTrainedConfig
 from ..format import BITS
 from ..rule import evictions, split_positions
 from .layers.base import Baseline
-from .layers.history import HistoryLayer
 from .layers.minmax import MinMax
+from .layers.quantized import QuantizingLayer
+from .registry import method
 
 
+@method("partial")
 @dataclass(frozen=True)
 class Partial(Baseline):
     """The variant in the code beside LogQuant's paper (arXiv 2503.19950), which its text does not name.
@@ -53,7 +55,7 @@ def _places(tokens: int, window: int) -> tuple[Tensor, Tensor]:
     return packed.long(), exact.long()
 
 
-class PartialLayer(HistoryLayer):
+class PartialLayer(QuantizingLayer):
     """Keys and values of one layer under :class:`Partial`; which keys are where follows from how many tokens came."""
 
     def __init__(self, settings: Partial) -> None:

@@ -1,4 +1,4 @@
-"""``QuantizedCache`` of transformers, as it is, with its two libraries of quantisers: quanto and HQQ."""
+"""``QuantizedCache`` of transformers, as it is, with the quantiser of optimum-quanto."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from transformers import PreTrainedConfig, QuantizedCache
-from transformers.cache_utils import Cache, QuantizedLayer
+from transformers.cache_utils import Cache
 
-from ..cache.sizes import tensors_in
-from .layers.base import Packed
+from .layers.base import Settings
+from .registry import method
 
 
+@method("quanto")
 @dataclass(frozen=True)
-class Quanto:
+class Quanto(Settings):
     """``QuantizedCache(backend="quanto")``: what LogQuant's paper compares itself with under the name of KiVi.
 
     The whole prompt is quantised at once, and the residual whenever it is full, together with all that was quantised
@@ -48,11 +49,9 @@ class Quanto:
             raise ImportError(
                 f"cache {self.backend!r} needs the package {self.package}: pip install 'logquant[baselines]'"
             )
-        if self.bits not in self.allowed_bits:
-            raise ValueError(f"bits must be one of {', '.join(map(str, self.allowed_bits))}, got {self.bits!r}")
+        self.need(self.bits in self.allowed_bits, "bits", f"one of {', '.join(map(str, self.allowed_bits))}")
         for field in ("group", "residual"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be a positive whole number, got {getattr(self, field)!r}")
+            self.need(getattr(self, field) >= 1, field, "a positive whole number")
 
     def make(self, config: PreTrainedConfig) -> Cache:
         """An empty cache.
@@ -69,32 +68,3 @@ class Quanto:
             q_group_size=self.group,
             residual_length=self.residual,
         )
-
-
-@dataclass(frozen=True)
-class HQQ(Quanto):
-    """``QuantizedCache(backend="hqq")``: half-quadratic quantisation of groups of consecutive channels.
-
-    Args:
-        bits: of a code: 1, 2, 3, 4 or 8.
-        group: elements that share a scale and a zero.
-        residual: exact tokens that are gathered before they are quantised.
-    """
-
-    backend: ClassVar[str] = "hqq"
-    package: ClassVar[str] = "hqq"
-    module: ClassVar[str] = "hqq"
-    axis: ClassVar[int] = 1
-    allowed_bits: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 8)
-
-
-def packed_of(layer: QuantizedLayer) -> list[Packed]:
-    """What a layer of transformers' holds quantised."""
-    exact = layer.keys
-    tokens = layer.get_seq_length() - (0 if exact is None or exact.dim() < 4 else exact.shape[-2])
-    parts = []
-    for quantized in (layer._quantized_keys, layer._quantized_values):
-        if quantized is not None:
-            elements = layer._dequantize(quantized).numel()
-            parts.append(Packed(sum(t.nbytes for t in tensors_in(quantized)), elements, tokens))
-    return parts

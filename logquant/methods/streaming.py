@@ -15,11 +15,13 @@ from ..attention.call import AttentionCall
 from ..attention.view import View
 from .layers.base import Baseline
 from .layers.evicting import EvictingLayer
+from .registry import method
 
 # Models whose RoPE pairs neighbouring channels instead of halves of a head.
 _INTERLEAVED = ("blt", "codegen", "cohere", "deepseek_v4", "ernie4_5", "glm", "gptj", "helium", "moonshine")
 
 
+@method("streaming")
 @dataclass(frozen=True)
 class Streaming(Baseline):
     """StreamingLLM's section 3.2: the first tokens and the newest ones, at positions counted within the cache.

@@ -12,9 +12,11 @@ from transformers import PreTrainedConfig
 from ..ops.reference.words import pack_words, unpack_words
 from ..rule import evictions
 from .layers.base import Baseline
-from .layers.history import HistoryLayer
+from .layers.quantized import QuantizingLayer
+from .registry import method
 
 
+@method("turboquant")
 @dataclass(frozen=True)
 class TurboQuant(Baseline):
     """TurboQuant's Algorithm 1 (the one for squared error) for keys and values, besides exact tokens as ``recent`` has.
@@ -108,7 +110,7 @@ class RandomCodebook:
         return self._codebook[unpack_words(codes, self.bits)] @ self._rotation.mT * norm.float()
 
 
-class TurboQuantLayer(HistoryLayer):
+class TurboQuantLayer(QuantizingLayer):
     """Keys and values of one layer under :class:`TurboQuant`."""
 
     def __init__(self, settings: TurboQuant) -> None:

@@ -1,34 +1,47 @@
-"""What baseline caches share: their settings make layers of transformers, which refuse what they cannot do."""
+"""What methods share: the settings that make a cache, and the layers of other systems' caches."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ...cache.sizes import tensors_in
+from ...config import LogQuantConfig
 
 
-class Packed(NamedTuple):
-    """Quantised keys, or values, or both, of one layer, over all rows of the batch.
+class Settings(ABC):
+    """The settings of a method; they make its caches. A frozen dataclass, which validates its fields.
 
-    Attributes:
-        nbytes: bytes of codes and parameters.
-        elements: keys' and values' elements that they stand for.
-        tokens: of one row.
+    ``is_full`` says whether every token stays exact.
     """
 
-    nbytes: int
-    elements: int
-    tokens: int
+    is_full: ClassVar[bool] = False
+
+    @property
+    def quantization(self) -> LogQuantConfig | None:
+        """The configuration of a LogQuant cache, None for others."""
+        return None
+
+    @abstractmethod
+    def make(self, config: PreTrainedConfig) -> Cache:
+        """An empty cache for a model with this configuration.
+
+        Raises:
+            ImportError: a cache of a package that is not installed.
+            ValueError: a model that this kind of cache does not fit.
+        """
+
+    def need(self, ok: bool, field: str, what: str) -> None:
+        """Refuse a bad field (ValueError)."""
+        if not ok:
+            raise ValueError(f"{field} must be {what}, got {getattr(self, field)!r}")
 
 
-@dataclass(frozen=True)
-class Baseline(ABC):
-    """The settings of a baseline; they make its caches."""
+class Baseline(Settings):
+    """The settings of another system; they make its layers."""
 
     @abstractmethod
     def layer(self, config: PreTrainedConfig) -> DynamicLayer:
@@ -41,19 +54,39 @@ class Baseline(ABC):
         cache.layers = [self.layer(text) if type(layer) is DynamicLayer else layer for layer in cache.layers]
         return cache
 
-    def need(self, ok: bool, field: str, what: str) -> None:
-        """Refuse a bad field (ValueError)."""
-        if not ok:
-            raise ValueError(f"{field} must be {what}, got {getattr(self, field)!r}")
+
+class Packed(NamedTuple):
+    """Quantised keys, or values, or both, of one layer, over all rows of the batch.
+
+    Attributes:
+        nbytes: bytes of codes and parameters.
+        elements: keys' and values' elements that they stand for.
+        tokens: of one row.
+        fixed_nbytes: bytes that they need besides, however many tokens there are.
+    """
+
+    nbytes: int
+    elements: int
+    tokens: int
+    fixed_nbytes: int = 0
+
+
+@runtime_checkable
+class HoldsPacked(Protocol):
+    """A layer that says what it holds quantised."""
+
+    def packed(self) -> list[Packed] | None:
+        """Keys and values, together or one after the other; nothing as long as none are; None if none ever will be."""
 
 
 class BaselineLayer(DynamicLayer):
     """A layer of a baseline: for prompts, decoding and sampling, not for rollback or beams.
 
-    ``tokens`` counts those seen, whatever has become of them.
+    ``tokens`` counts those seen, whatever has become of them; ``forgets`` says whether as many are forgotten as come.
     """
 
     is_croppable = False
+    forgets: ClassVar[bool] = False
     keys: Any
     values: Any
 
@@ -68,9 +101,9 @@ class BaselineLayer(DynamicLayer):
         super().reset()
         self.tokens = 0
 
-    def packed(self) -> list[Packed]:
-        """What is quantised: keys, then values, once there are some of both; nothing by default."""
-        return []
+    def packed(self) -> list[Packed] | None:
+        """What is quantised (:class:`HoldsPacked`); by default nothing ever is."""
+        return None
 
     @property
     def nbytes(self) -> int:

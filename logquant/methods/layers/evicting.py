@@ -21,6 +21,8 @@ class EvictingLayer(BaselineLayer):
     New tokens attend to what was there before they came and to each other; the rule is applied afterwards.
     """
 
+    forgets = True
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         self.keys = key_states.new_empty(*key_states.shape[:2], 0, key_states.shape[3])

@@ -43,7 +43,7 @@ class Decoded:
         return self.tokens
 
 
-class HistoryLayer(BaselineLayer):
+class QuantizingLayer(BaselineLayer):
     """Keys and values in their order, ``[sinks | quantised | exact]`` each.
 
     New tokens attend to what was there before they came, and exactly to each other. ``keys`` and ``values`` hold the
@@ -137,6 +137,7 @@ class HistoryLayer(BaselineLayer):
         return torch.cat([sinks, rest], 2), joined
 
     def packed(self) -> list[Packed]:
+        """Keys, then values, once there are some of both."""
         if not (self.packed_keys and self.packed_values):
             return []
         counts = (self.keys, self.key_parts, self.packed_keys), (self.values, self.value_parts, self.packed_values)
