@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,8 +32,7 @@ class Leaving:
     tokens: Tensor
 
 
-@dataclass(frozen=True)
-class Advice:
+class Advice(NamedTuple):
     """The bit allocation of the keys, and the recent queries, which say what errors of a token cost.
 
     It never changes: what comes to be known makes another one, so that a layer can go back.
@@ -87,7 +85,7 @@ class Advice:
     def hear(self, newer: RecentQueries, count: int) -> Advice:
         """With newer queries, of which the newest ``count`` are kept; perhaps in the memory that they came in."""
         queries = newer.keep(count) if self.queries is None else self.queries.then(newer, count)
-        return dataclasses.replace(self, queries=queries)
+        return Advice(self.fmt, self.allocates, self.key_map, queries)
 
     def remember(self, count: int, borrowed: bool) -> Advice:
         """With the newest ``count`` queries at most.
@@ -98,18 +96,18 @@ class Advice:
         """
         queries = self.queries
         if queries is None or not count:
-            return dataclasses.replace(self, queries=None)
+            return self._replace(queries=None)
         if borrowed or queries.size > count:
-            return dataclasses.replace(self, queries=queries.keep(count).apart())
+            return self._replace(queries=queries.keep(count).apart())
         return self
 
     def with_map(self, key_map: Tensor | None) -> Advice:
         """With another bit allocation."""
-        return self if key_map is self.key_map else dataclasses.replace(self, key_map=key_map)
+        return self if key_map is self.key_map else self._replace(key_map=key_map)
 
     def crop(self, positions: int) -> Advice:
         """Without the queries of the newest positions."""
-        return dataclasses.replace(self, queries=self.queries and self.queries.crop(positions))
+        return self._replace(queries=self.queries and self.queries.crop(positions))
 
     # -------------------------------------------------------------------------------------------- for the quantiser
     def attention(self, leaving: Leaving, queries: int = QUERIES) -> Attention | None:
@@ -163,7 +161,7 @@ class Advice:
         if key_map is not None:
             shared = None if self.allocates else key_map[:1].to(like.device).expand(like.shape[0], -1, -1)
             key_map = function(key_map) if shared is None else shared
-        return dataclasses.replace(self, key_map=key_map, queries=self.queries and self.queries.map(function))
+        return self._replace(key_map=key_map, queries=self.queries and self.queries.map(function))
 
     @property
     def map_nbytes(self) -> int:
@@ -213,4 +211,4 @@ class Advice:
             )
             if not queries.fits(batch, heads, head_dim):
                 raise ValueError(f"newest.query {list(query.shape)} does not fit keys {list(keys.shape)}")
-        return dataclasses.replace(self, key_map=key_map, queries=queries)
+        return self._replace(key_map=key_map, queries=queries)
