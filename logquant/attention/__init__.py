@@ -9,6 +9,7 @@ device but no storage, which know the :class:`KVView` to attend to. Three consum
 * anything else touches the handle with some torch function, which then dequantises, with one warning.
 """
 
+from .. import compat as compat  # first: it refuses a transformers that is too old
 from .forward import logquant_attention_forward
 
 __all__ = ["logquant_attention_forward"]

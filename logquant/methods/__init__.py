@@ -5,6 +5,7 @@ attends to them, need ``"logquant"`` or ``"sdpa"``. They are for prompts, decodi
 reorder tokens is refused.
 """
 
+from .. import compat as compat  # first: it refuses a transformers that is too old
 from .h2o import H2O
 from .kivi import KIVI
 from .layers.base import Baseline
