@@ -14,8 +14,8 @@
 #include "checks.h"
 #include "cuda/kernels.h"
 
-// In torch's C shim where torch was built with CUDA, and declared there if USE_CUDA is. torch::stable's own Stream tells
-// its handle since 2.13 only.
+// In torch's C shim where torch was built with CUDA, and declared there if USE_CUDA is. The stable C++ API tells a
+// stream's handle since 2.13 only.
 extern "C" [[gnu::weak]] AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace logquant {
