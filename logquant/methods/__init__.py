@@ -19,6 +19,8 @@ A method is a file and a test. To add one:
    all methods pass, and to README.md.
 """
 
+from .. import compat as compat  # first: it refuses a transformers that is too old
+
 # In the order in which names are listed.
 # isort: off
 from .logquant import LogQuant
