@@ -88,7 +88,9 @@ void attend_rows(const AttendArgs& args, const AttendPlan& plan, const TaskRows&
 
   const int64_t window_first = larger(first - args.page_count, 0) * AttendPlan::kWindowBlock;
   const int64_t window_end = smaller((last - args.page_count) * AttendPlan::kWindowBlock, window_tokens);
-  add_window<NR>(args, rows, window_first, window_end, memory.queries, memory.scores, memory.acc);
+  with_dtype(args.window_k.dtype, [&](auto dtype) {
+    add_window<NR, dtype>(args, rows, window_first, window_end, memory.queries, memory.scores, memory.acc);
+  });
   store_partials(args, plan, rows, head, split, memory.acc);
 }
 

@@ -103,49 +103,48 @@ LOGQUANT_INLINE void add_window_values(const PageFormat& f, const void* v, int64
 }
 
 // x[r][first .. end - 1] = -infinity
-LOGQUANT_INLINE void hide(float* x, int rows, int first, int end) {
+__attribute__((noinline)) void hide(float* x, int rows, int first, int end) {
   for (int r = 0; r < rows; ++r) {
     for (int t = first; t < end; ++t) x[r * kUnitTokens + t] = -kInfinity;
   }
 }
 
-// Adds the window's tokens first .. end - 1.
-template <int NR>
-LOGQUANT_INLINE void add_window(const AttendArgs& args, const TaskRows& rows, int64_t first, int64_t end,
-                                const Queries& queries, const Scores& scores, const Accumulator& acc) {
+// Adds the window's tokens first .. end - 1. By value and not inlined, as add_pages.
+template <int NR, Dtype dtype>
+__attribute__((noinline)) void add_window(const AttendArgs& args, TaskRows rows, int64_t first, int64_t end,
+                                          Queries queries, Scores scores, Accumulator acc) {
   const PageFormat f = args.format;
-  const auto row_bytes = element_bytes(args.window_k.dtype);
-  const auto window = [&](const Tokens& x, int64_t t) {
-    const int64_t offset = rows.batch * x.batch_stride + rows.kv_head * x.head_stride + t * x.token_stride;
-    return static_cast<const char*>(x.data) + offset * row_bytes;
+  const bool has_bias = args.has_bias();
+  const auto head = [&](const Tokens& x) __attribute__((always_inline)) {
+    const int64_t offset = rows.batch * x.batch_stride + rows.kv_head * x.head_stride;
+    return static_cast<const char*>(x.data) + offset * element_bytes(dtype);
   };
+  const char *const keys = head(args.window_k), *const values = head(args.window_v);
+  const int64_t key_stride = args.window_k.token_stride, value_stride = args.window_v.token_stride;
   for (int64_t start = first; start < end; start += AttendPlan::kWindowBlock) {
     const int tokens = static_cast<int>(smaller(AttendPlan::kWindowBlock, end - start));
     const int padded = (tokens + kLanes - 1) / kLanes * kLanes;
-    with_dtype(args.window_k.dtype, [&](auto type) {
-      const auto score = [&](auto pairs) __attribute__((always_inline)) {
-        window_scores<NR, type, pairs>(f, window(args.window_k, start), args.window_k.token_stride, tokens,
-                                       score_factor(args), queries, scores.weights);
-      };
-      constexpr bool kMayPair = kHasBFloat16Dots && type == Dtype::kBFloat16;
-      if (kMayPair && args.q.dtype == Dtype::kBFloat16) {
-        score(std::bool_constant<kMayPair>{});
-      } else {
-        score(std::false_type{});
-      }
-      hide(scores.weights, NR, tokens, padded);
-      const int64_t first_slot = args.page_count * f.page_tokens + start;
-      const bool biased = args.has_bias() && load_bias(args, rows, first_slot, tokens, scores.bias);
-      if (biased) hide(scores.bias, NR, tokens, padded);
-      softmax<NR>(args, padded, biased, scores, acc);
-      const void* const values = window(args.window_v, start);
-      const int64_t stride = args.window_v.token_stride;
-      if (biased) {
-        add_window_values<NR, type, true>(f, values, stride, tokens, scores.weights, acc.sums);
-      } else {
-        add_window_values<NR, type, false>(f, values, stride, tokens, scores.weights, acc.sums);
-      }
-    });
+    const auto score = [&](auto pairs) __attribute__((always_inline)) {
+      window_scores<NR, dtype, pairs>(f, keys + start * key_stride * element_bytes(dtype), key_stride, tokens,
+                                      score_factor(args), queries, scores.weights);
+    };
+    constexpr bool kMayPair = kHasBFloat16Dots && dtype == Dtype::kBFloat16;
+    if (kMayPair && args.q.dtype == Dtype::kBFloat16) {
+      score(std::bool_constant<kMayPair>{});
+    } else {
+      score(std::false_type{});
+    }
+    if (tokens < padded) hide(scores.weights, NR, tokens, padded);
+    const int64_t first_slot = args.page_count * f.page_tokens + start;
+    const bool biased = has_bias && load_bias(args, rows, first_slot, tokens, scores.bias);
+    if (biased) hide(scores.bias, NR, tokens, padded);
+    softmax<NR>(args, padded, biased, scores, acc);
+    const char* const block = values + start * value_stride * element_bytes(dtype);
+    if (biased) {
+      add_window_values<NR, dtype, true>(f, block, value_stride, tokens, scores.weights, acc.sums);
+    } else {
+      add_window_values<NR, dtype, false>(f, block, value_stride, tokens, scores.weights, acc.sums);
+    }
   }
 }
 
