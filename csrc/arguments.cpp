@@ -13,9 +13,9 @@
 namespace logquant {
 namespace {
 
-cpu::Dtype kernel_dtype(ScalarType type) {
-  if (type == ScalarType::Float) return cpu::Dtype::kFloat32;
-  return type == ScalarType::Half ? cpu::Dtype::kFloat16 : cpu::Dtype::kBFloat16;
+Dtype kernel_dtype(ScalarType type) {
+  if (type == ScalarType::Float) return Dtype::kFloat32;
+  return type == ScalarType::Half ? Dtype::kFloat16 : Dtype::kBFloat16;
 }
 
 template <class View>
@@ -43,7 +43,7 @@ OptionalTensor contiguous(const OptionalTensor& t) {
 const int32_t* int32_data(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
 
 // Every entry names an existing channel and a digit that its code can have, and no other entry names the same.
-cpu::KeyMap checked_key_map(const OptionalTensor& key_map, const PageFormat& format, int64_t batch, int64_t heads) {
+KeyMap checked_key_map(const OptionalTensor& key_map, const PageFormat& format, int64_t batch, int64_t heads) {
   if (!key_map) {
     LOGQUANT_CHECK(format.key_columns == format.head_dim, "key_map is needed: the format has ", format.key_columns,
                    " key columns for ", format.head_dim, " channels");
@@ -73,7 +73,7 @@ cpu::KeyMap checked_key_map(const OptionalTensor& key_map, const PageFormat& for
   return {entries, broadcast_stride(map, 0), broadcast_stride(map, 1)};
 }
 
-cpu::KeyWeights checked_key_weights(const OptionalTensor& key_weights, int64_t batch, int64_t heads, int64_t taken) {
+KeyWeights checked_key_weights(const OptionalTensor& key_weights, int64_t batch, int64_t heads, int64_t taken) {
   if (!key_weights) return {};
   const Tensor& weights = *key_weights;
   check_broadcast(weights, "key_weights", ScalarType::Float, {batch, heads, taken});
@@ -83,8 +83,8 @@ cpu::KeyWeights checked_key_weights(const OptionalTensor& key_weights, int64_t b
           broadcast_stride(weights, 1)};
 }
 
-cpu::ValueFeedback checked_value_feedback(const OptionalTensor& value_feedback, const PageFormat& format, int64_t batch,
-                                          int64_t heads, int64_t taken) {
+ValueFeedback checked_value_feedback(const OptionalTensor& value_feedback, const PageFormat& format, int64_t batch,
+                                     int64_t heads, int64_t taken) {
   if (!value_feedback) return {};
   const Tensor& feedback = *value_feedback;
   LOGQUANT_CHECK(format.value_param_bits == 8, "value_feedback needs value_param_bits 8, got ",
@@ -131,12 +131,11 @@ QuantizeCall quantize_call(const Tensor& k_in, const Tensor& v_in, const Fields&
   }
   LOGQUANT_CHECK(taken % format.page_tokens == 0, index ? "index" : "k", " must have a multiple of ",
                  format.page_tokens, " tokens, got ", taken);
-  const cpu::KeyMap map = checked_key_map(key_map, format, batch, heads);
-  const cpu::KeyWeights weights = checked_key_weights(key_weights, batch, heads, taken);
-  const cpu::ValueFeedback feedback = checked_value_feedback(value_feedback, format, batch, heads, taken);
+  const KeyMap map = checked_key_map(key_map, format, batch, heads);
+  const KeyWeights weights = checked_key_weights(key_weights, batch, heads, taken);
+  const ValueFeedback feedback = checked_value_feedback(value_feedback, format, batch, heads, taken);
 
   QuantizeCall call;
-  call.tokens = tokens;
   call.k = with_contiguous_last_dim(k_in);
   call.v = with_contiguous_last_dim(v_in);
   call.index = contiguous(index);
@@ -145,11 +144,11 @@ QuantizeCall quantize_call(const Tensor& k_in, const Tensor& v_in, const Fields&
   call.value_feedback = value_feedback;
   const int64_t page_count = taken / format.page_tokens;
   call.pages = torch::stable::new_empty(call.k, {batch, heads, page_count, format.words()}, ScalarType::Int);
-  cpu::QuantizeArgs& args = call.args;
+  QuantizeArgs& args = call.args;
   args.format = format;
-  args.k = tokens_view<cpu::Tokens>(call.k);
-  args.v = tokens_view<cpu::Tokens>(call.v);
-  args.pages = pages_view<cpu::MutablePages>(call.pages);
+  args.k = tokens_view<Tokens>(call.k);
+  args.v = tokens_view<Tokens>(call.v);
+  args.pages = pages_view<MutablePages>(call.pages);
   args.key_map = map;
   args.key_weights = weights;
   args.value_feedback = feedback;
@@ -160,6 +159,7 @@ QuantizeCall quantize_call(const Tensor& k_in, const Tensor& v_in, const Fields&
   args.batch = batch;
   args.heads = heads;
   args.page_count = page_count;
+  args.tokens = tokens;
   return call;
 }
 
@@ -172,19 +172,19 @@ DequantizeCall dequantize_call(const Tensor& pages_in, const Fields& fields, Sca
   LOGQUANT_CHECK(is_kernel_dtype(dtype), "dtype must be float32, float16 or bfloat16, got ",
                  torch::headeronly::toString(dtype));
   const int64_t batch = pages_in.size(0), heads = pages_in.size(1), page_count = pages_in.size(2);
-  const cpu::KeyMap map = checked_key_map(key_map, format, batch, heads);
+  const KeyMap map = checked_key_map(key_map, format, batch, heads);
   DequantizeCall call;
   call.pages = with_contiguous_last_dim(pages_in);
   call.key_map = key_map;
   const int64_t tokens = page_count * format.page_tokens;
   call.k = torch::stable::new_empty(call.pages, {batch, heads, tokens, format.head_dim}, dtype);
   call.v = torch::stable::new_empty(call.pages, {batch, heads, tokens, format.value_dim}, dtype);
-  cpu::DequantizeArgs& args = call.args;
+  DequantizeArgs& args = call.args;
   args.format = format;
-  args.pages = pages_view<cpu::Pages>(call.pages);
+  args.pages = pages_view<Pages>(call.pages);
   args.key_map = map;
-  args.k = tokens_view<cpu::MutableTokens>(call.k);
-  args.v = tokens_view<cpu::MutableTokens>(call.v);
+  args.k = tokens_view<MutableTokens>(call.k);
+  args.v = tokens_view<MutableTokens>(call.v);
   args.batch = batch;
   args.heads = heads;
   args.page_count = page_count;
@@ -223,14 +223,14 @@ EvictCall evict_call(const Tensor& window_k, const Tensor& window_v, const Tenso
   LOGQUANT_CHECK(page >= 0 && page <= pages.size(2) - pages_written, "page must leave room for ", pages_written,
                  " pages of ", pages.size(2), ", got ", page);
   EvictCall call{{}, window_k, window_v, pages, key_map, key_weights, value_feedback};
-  cpu::EvictArgs& args = call.args;
+  EvictArgs& args = call.args;
   args.format = format;
   args.key_map = checked_key_map(key_map, format, window_k.size(0), window_k.size(1));
   args.key_weights = checked_key_weights(key_weights, window_k.size(0), window_k.size(1), count);
   args.value_feedback = checked_value_feedback(value_feedback, format, window_k.size(0), window_k.size(1), count);
-  args.k = tokens_view<cpu::MutableTokens>(window_k);
-  args.v = tokens_view<cpu::MutableTokens>(window_v);
-  args.pages = pages_view<cpu::MutablePages>(pages);
+  args.k = tokens_view<MutableTokens>(window_k);
+  args.v = tokens_view<MutableTokens>(window_v);
+  args.pages = pages_view<MutablePages>(pages);
   args.pages.data += page * args.pages.page_stride;
   args.batch = window_k.size(0);
   args.heads = window_k.size(1);
@@ -287,7 +287,7 @@ AttendCall attend_call(const Tensor& q_in, const Tensor& pages_in, const Tensor&
   AttendCall call;
   call.key_map = key_map;
   call.mask = mask;
-  cpu::AttendArgs& args = call.args;
+  AttendArgs& args = call.args;
   args.format = format;
   args.batch = batch;
   args.kv_heads = kv_heads;
@@ -342,7 +342,7 @@ AttendCall attend_call(const Tensor& q_in, const Tensor& pages_in, const Tensor&
     LOGQUANT_CHECK(type == ScalarType::Bool || is_kernel_dtype(type), "mask must be bool, float32, float16 or bfloat16",
                    ", got ", torch::headeronly::toString(type));
     check_broadcast(*mask, "mask", type, {batch, query_heads, queries, mask->dim() == 4 ? mask->size(3) : 0});
-    using Kind = cpu::AttendArgs::MaskKind;
+    using Kind = AttendArgs::MaskKind;
     args.mask_kind = type == ScalarType::Bool    ? Kind::kBool
                      : type == ScalarType::Float ? Kind::kFloat32
                      : type == ScalarType::Half  ? Kind::kFloat16
@@ -361,14 +361,14 @@ AttendCall attend_call(const Tensor& q_in, const Tensor& pages_in, const Tensor&
   call.window_v = with_contiguous_last_dim(window_v_in);
   call.out = torch::stable::new_empty(call.q, {batch, query_heads, queries, format.value_dim});
   call.lse = torch::stable::new_empty(call.q, {batch, query_heads, queries}, ScalarType::Float);
-  args.q = tokens_view<cpu::Tokens>(call.q);
-  args.window_k = tokens_view<cpu::Tokens>(call.window_k);
-  args.window_v = tokens_view<cpu::Tokens>(call.window_v);
+  args.q = tokens_view<Tokens>(call.q);
+  args.window_k = tokens_view<Tokens>(call.window_k);
+  args.window_v = tokens_view<Tokens>(call.window_v);
   if (page_table_in) {
-    call.page_blocks = pages_in.size(0);
+    args.page_blocks = pages_in.size(0);
     args.pages = {int32_data(call.pages), 0, call.pages.stride(1), call.pages.stride(0)};
   } else {
-    args.pages = pages_view<cpu::Pages>(call.pages);
+    args.pages = pages_view<Pages>(call.pages);
   }
   args.out = call.out.data_ptr();
   args.lse = static_cast<float*>(call.lse.data_ptr());

@@ -11,7 +11,7 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "kernel_args.h"
 
 namespace logquant {
 
@@ -21,24 +21,22 @@ using Fields = std::vector<int64_t>;  // of a format
 
 // Each holds the tensors that its arguments point into, and the results.
 struct QuantizeCall {
-  cpu::QuantizeArgs args;
-  int64_t tokens = 0;  // of k and v
+  QuantizeArgs args;
   Tensor k, v, pages;
   OptionalTensor index, key_map, key_weights, value_feedback;
 };
 struct DequantizeCall {
-  cpu::DequantizeArgs args;
+  DequantizeArgs args;
   Tensor pages, k, v;
   OptionalTensor key_map;
 };
 struct EvictCall {
-  cpu::EvictArgs args;
+  EvictArgs args;
   Tensor window_k, window_v, pages;
   OptionalTensor key_map, key_weights, value_feedback;
 };
 struct AttendCall {
-  cpu::AttendArgs args;
-  int64_t page_blocks = 0;  // with a page table: the blocks that there are
+  AttendArgs args;
   Tensor q, pages, window_k, window_v, out, lse;
   OptionalTensor key_map, positions, mask, query_positions, sinks, page_table, lengths;
 };

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "arguments.h"
+#include "cpu/kernels.h"
 
 namespace logquant {
 namespace {

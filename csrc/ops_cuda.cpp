@@ -56,8 +56,7 @@ Tensor quantize(const Tensor& k, const Tensor& v, const Fields& format, const Op
   const Launch launch(k);
   const QuantizeCall call = quantize_call(k, v, format, index, key_map, key_weights, value_feedback);
   if (call.pages.numel() == 0) return call.pages;
-  cuda::QuantizeArgs args{call.args, call.tokens};
-  check_launch(cuda::quantize(args, launch.stream()), "quantize");
+  check_launch(cuda::quantize(call.args, launch.stream()), "quantize");
   return call.pages;
 }
 
@@ -87,7 +86,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& pages, const Te
   const AttendCall call = attend_call(q, pages, window_k, window_v, format, scale, softcap, key_map, positions, mask,
                                       query_positions, sinks, page_table, lengths);
   if (call.lse.numel() == 0) return {call.out, call.lse};
-  cuda::AttendArgs args{call.args, call.page_blocks};
+  cuda::AttendArgs args{call.args};
   const int64_t floats = cuda::plan(args, multiprocessors(q.get_device_index()));
   const Tensor workspace = torch::stable::new_empty(call.q, {floats}, ScalarType::Float);
   cuda::use_workspace(args, static_cast<float*>(workspace.data_ptr()));

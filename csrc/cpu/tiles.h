@@ -1,4 +1,4 @@
-// Matrix tiles: the AMX-INT8 instructions that attend_tiles.h uses. With LOGQUANT_EMULATED_TILES they are plain C++
+// Matrix tiles: the AMX-INT8 instructions that attend/tiled_dot.h uses. With LOGQUANT_EMULATED_TILES they are plain C++
 // with the same meaning, which ends the program where a processor would raise an exception: for tests on machines
 // without AMX, and for sanitizers, which do not see what AMX instructions read and write (CMakeLists.txt).
 //

@@ -5,27 +5,14 @@
 
 #include <cuda_runtime_api.h>
 
-#include "../cpu/kernels.h"
+#include "../kernel_args.h"
 
 namespace logquant::cuda {
 
-using cpu::Dtype;
-using cpu::MutablePages;
-using cpu::MutableTokens;
-using cpu::Pages;
-using cpu::PerHead;
-using cpu::Tokens;
-
-struct QuantizeArgs : cpu::QuantizeArgs {
-  int64_t tokens = 0;  // of k and v: what an index must stay below
-};
-using cpu::DequantizeArgs;
-using cpu::EvictArgs;
-
-struct AttendArgs : cpu::AttendArgs {
-  int64_t page_blocks = 0;  // with a page table: what its entries must stay below
-  bool plain = false;       // set by plan(): no softcap, mask or positions, so that a score is query times key
-  // Set by plan(): how the slots are cut into parts, and where partial results go.
+// The arguments, and what plan() makes of them.
+struct AttendArgs : logquant::AttendArgs {
+  bool plain = false;  // no softcap, mask or positions, so that a score is query times key
+  // How the slots are cut into parts, and where partial results go.
   int page_splits = 0, window_splits = 0;
   float* partial_out = nullptr;   // [batch, kv head, split, row, value_dim]
   float* partial_sums = nullptr;  // [batch, kv head, split, row, 2]: reference exponent, sum
@@ -40,7 +27,7 @@ cudaError_t evict(const EvictArgs& args, cudaStream_t stream);
 int64_t plan(AttendArgs& args, int multiprocessors);
 void use_workspace(AttendArgs& args, float* workspace);
 cudaError_t attend(const AttendArgs& args, cudaStream_t stream);
-// Which kernel attend() takes: "tensor" (compiled for this format, attend_pages.cuh) or "general".
+// Which kernel attend() takes: "tensor" (decoding, compiled for this format), "general" (any other) or "prefill".
 const char* attend_path(const AttendArgs& args);
 
 }  // namespace logquant::cuda

@@ -39,7 +39,7 @@ class Reader {
   template <class View>
   void tokens(View& x) {
     x.data = pointer<void>();
-    x.dtype = static_cast<cuda::Dtype>(number());
+    x.dtype = static_cast<logquant::Dtype>(number());
     strides(x.batch_stride, x.head_stride, x.token_stride);
   }
   template <class View>
@@ -48,7 +48,7 @@ class Reader {
     strides(x.batch_stride, x.head_stride, x.page_stride);
   }
   template <class T>
-  void per_head(cuda::PerHead<T>& x) {
+  void per_head(logquant::PerHead<T>& x) {
     x.data = pointer<const T>();
     strides(x.batch_stride, x.head_stride);
   }
@@ -82,7 +82,7 @@ extern "C" {
 
 const char* emulated_quantize(const int64_t* numbers) {
   Reader in(numbers);
-  cuda::QuantizeArgs a;
+  logquant::QuantizeArgs a;
   a.format = in.format();
   in.tokens(a.k);
   in.tokens(a.v);
@@ -97,7 +97,7 @@ const char* emulated_quantize(const int64_t* numbers) {
 
 const char* emulated_dequantize(const int64_t* numbers) {
   Reader in(numbers);
-  cuda::DequantizeArgs a;
+  logquant::DequantizeArgs a;
   a.format = in.format();
   in.tokens(a.k);
   in.tokens(a.v);
@@ -109,7 +109,7 @@ const char* emulated_dequantize(const int64_t* numbers) {
 
 const char* emulated_evict(const int64_t* numbers) {
   Reader in(numbers);
-  cuda::EvictArgs a;
+  logquant::EvictArgs a;
   a.format = in.format();
   in.tokens(a.k);
   in.tokens(a.v);

@@ -50,8 +50,8 @@ struct Data {
   }
   // [batch, heads, tokens, dim], contiguous.
   template <class View>
-  View view(cpu::Dtype dtype, int64_t heads, int64_t tokens, int64_t dim) {
-    void* const data = dtype == cpu::Dtype::kFloat32 ? static_cast<void*>(wide.data()) : narrow.data();
+  View view(Dtype dtype, int64_t heads, int64_t tokens, int64_t dim) {
+    void* const data = dtype == Dtype::kFloat32 ? static_cast<void*>(wide.data()) : narrow.data();
     return {data, dtype, heads * tokens * dim, tokens * dim, dim};
   }
   std::vector<float> wide;
@@ -73,22 +73,22 @@ void run(const PageFormat& f, int64_t page_count, int64_t window, int64_t group,
   Data q(rows * group * queries * f.head_dim, random);
   std::vector<int16_t> map;  // with more columns than channels, the first ones get a second
   for (int c = 0; c < f.key_columns; ++c) map.push_back(static_cast<int16_t>(4 * (c % f.head_dim) + c / f.head_dim));
-  const cpu::KeyMap key_map{f.key_columns == f.head_dim ? nullptr : map.data(), 0, 0};
+  const KeyMap key_map{f.key_columns == f.head_dim ? nullptr : map.data(), 0, 0};
   std::vector<float> weights(kHeads * packed);
   for (float& weight : weights) weight = std::uniform_real_distribution<float>(-0.1f, 4.0f)(random);
-  const cpu::KeyWeights key_weights{weights.data(), 0, packed};
+  const KeyWeights key_weights{weights.data(), 0, packed};
   std::vector<float> factors(kHeads * packed * f.page_tokens);
   for (float& factor : factors) factor = std::normal_distribution<float>(0.0f, 0.2f)(random);
-  cpu::ValueFeedback value_feedback;
+  ValueFeedback value_feedback;
   if (f.value_param_bits == 8) value_feedback = {factors.data(), 0, packed * f.page_tokens};
 
-  const cpu::Dtype dtype = cpu::Dtype::kBFloat16;
+  const Dtype dtype = Dtype::kBFloat16;
   std::vector<int32_t> expected(rows * head_words);
-  cuda::QuantizeArgs quantize;
+  QuantizeArgs quantize;
   quantize.tokens = packed;
   quantize.format = f;
-  quantize.k = k.view<cpu::Tokens>(dtype, kHeads, packed, f.head_dim);
-  quantize.v = v.view<cpu::Tokens>(dtype, kHeads, packed, f.value_dim);
+  quantize.k = k.view<Tokens>(dtype, kHeads, packed, f.head_dim);
+  quantize.v = v.view<Tokens>(dtype, kHeads, packed, f.value_dim);
   quantize.pages = {expected.data(), kHeads * head_words, head_words, f.words()};
   quantize.key_map = key_map;
   quantize.key_weights = key_weights;
@@ -106,12 +106,12 @@ void run(const PageFormat& f, int64_t page_count, int64_t window, int64_t group,
   check(pages == expected, "pages differ from those of the CPU", f);
 
   Data restored_k(k.wide.size(), random), restored_v(v.wide.size(), random), cpu_k = restored_k, cpu_v = restored_v;
-  cpu::DequantizeArgs dequantize;
+  DequantizeArgs dequantize;
   dequantize.format = f;
   dequantize.pages = {pages.data(), kHeads * head_words, head_words, f.words()};
   dequantize.key_map = key_map;
-  dequantize.k = restored_k.view<cpu::MutableTokens>(dtype, kHeads, packed, f.head_dim);
-  dequantize.v = restored_v.view<cpu::MutableTokens>(dtype, kHeads, packed, f.value_dim);
+  dequantize.k = restored_k.view<MutableTokens>(dtype, kHeads, packed, f.head_dim);
+  dequantize.v = restored_v.view<MutableTokens>(dtype, kHeads, packed, f.value_dim);
   dequantize.batch = kBatch;
   dequantize.heads = kHeads;
   dequantize.page_count = few;
@@ -134,15 +134,15 @@ void run(const PageFormat& f, int64_t page_count, int64_t window, int64_t group,
   attend.pages = dequantize.pages;
   attend.key_map = key_map;
   attend.scale = 1.0f / std::sqrt(static_cast<float>(f.head_dim));
-  const auto with_dtype = [&](cpu::AttendArgs& args, cpu::Dtype type, void* to, std::vector<float>& sums) {
-    args.q = q.view<cpu::Tokens>(type, kHeads * group, queries, f.head_dim);
-    args.window_k = window_k.view<cpu::Tokens>(type, kHeads, window, f.head_dim);
-    args.window_v = window_v.view<cpu::Tokens>(type, kHeads, window, f.value_dim);
+  const auto with_dtype = [&](AttendArgs& args, Dtype type, void* to, std::vector<float>& sums) {
+    args.q = q.view<Tokens>(type, kHeads * group, queries, f.head_dim);
+    args.window_k = window_k.view<Tokens>(type, kHeads, window, f.head_dim);
+    args.window_v = window_v.view<Tokens>(type, kHeads, window, f.value_dim);
     args.out = to;
     args.lse = sums.data();
   };
-  cpu::AttendArgs wide = attend;
-  with_dtype(wide, cpu::Dtype::kFloat32, out.data(), cpu_lse);
+  AttendArgs wide = attend;
+  with_dtype(wide, Dtype::kFloat32, out.data(), cpu_lse);
   cpu::kernels().attend(wide, one_by_one);
   with_dtype(attend, dtype, narrow_out.data(), lse);
   std::vector<float> workspace(cuda::plan(attend, emulator::config().multiprocessors));
@@ -154,7 +154,7 @@ void run(const PageFormat& f, int64_t page_count, int64_t window, int64_t group,
   }
   for (size_t i = 0; i < lse.size(); ++i) check(std::abs(lse[i] - cpu_lse[i]) < 2e-2f, "wrong log-sum-exp", f, path);
 
-  cpu::EvictArgs evict;
+  EvictArgs evict;
   evict.format = f;
   evict.key_map = key_map;
   evict.key_weights = key_weights;
@@ -166,8 +166,8 @@ void run(const PageFormat& f, int64_t page_count, int64_t window, int64_t group,
   evict.step = 2;
   evict.count = f.page_tokens;
   evict.pages = {expected.data(), kHeads * head_words, head_words, f.words()};
-  evict.k = cpu_k.view<cpu::MutableTokens>(dtype, kHeads, packed, f.head_dim);
-  evict.v = cpu_v.view<cpu::MutableTokens>(dtype, kHeads, packed, f.value_dim);
+  evict.k = cpu_k.view<MutableTokens>(dtype, kHeads, packed, f.head_dim);
+  evict.v = cpu_v.view<MutableTokens>(dtype, kHeads, packed, f.value_dim);
   cpu::kernels().evict(evict, one_by_one);
   evict.pages.data = pages.data();
   evict.k.data = restored_k.narrow.data();

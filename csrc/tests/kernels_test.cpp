@@ -57,38 +57,38 @@ void add_to_checksum(const std::vector<T>& x) {
 
 // From integers, which are the same on every machine: about normal, and exact in every dtype; what a float32 has room
 // for besides is random.
-float draw(std::mt19937& random, cpu::Dtype dtype) {
+float draw(std::mt19937& random, Dtype dtype) {
   int sum = -126;
   for (int i = 0; i < 4; ++i) sum += static_cast<int>(random() >> 26);
   const float x = static_cast<float>(sum) / 32.0f;
-  return dtype == cpu::Dtype::kFloat32 ? x + static_cast<float>(random() >> 16) * 0x1p-21f : x;
+  return dtype == Dtype::kFloat32 ? x + static_cast<float>(random() >> 16) * 0x1p-21f : x;
 }
 
-uint32_t element_of(float x, cpu::Dtype dtype) {
+uint32_t element_of(float x, Dtype dtype) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
-  if (dtype == cpu::Dtype::kFloat32) return bits;
-  if (dtype == cpu::Dtype::kBFloat16) return bits >> 16;
+  if (dtype == Dtype::kFloat32) return bits;
+  if (dtype == Dtype::kBFloat16) return bits >> 16;
   return x == 0.0f ? 0 : (bits >> 16 & 0x8000) | ((bits & 0x7FFFFFFF) - (112u << 23)) >> 13;
 }
 
 // Any bits at all: subnormals, and in some channels infinities and NaNs, of which a half would have too many.
-uint32_t raw_element(std::mt19937& random, cpu::Dtype dtype) {
+uint32_t raw_element(std::mt19937& random, Dtype dtype) {
   const uint32_t bits = static_cast<uint32_t>(random());
-  return dtype == cpu::Dtype::kFloat16 && random() % 16 != 0 ? bits & 0xBFFF : bits;
+  return dtype == Dtype::kFloat16 && random() % 16 != 0 ? bits & 0xBFFF : bits;
 }
 
 // [batch, heads, tokens, dim], contiguous.
 struct Tensor {
-  cpu::Dtype dtype;
+  Dtype dtype;
   int64_t heads, tokens, dim;
   std::vector<char> data;
 
-  Tensor(cpu::Dtype dtype, int64_t heads, int64_t tokens, int64_t dim)
+  Tensor(Dtype dtype, int64_t heads, int64_t tokens, int64_t dim)
       : dtype(dtype), heads(heads), tokens(tokens), dim(dim) {
     data.resize(static_cast<size_t>(kBatch * heads * tokens * dim * bytes()));
   }
 
-  int64_t bytes() const { return dtype == cpu::Dtype::kFloat32 ? 4 : 2; }
+  int64_t bytes() const { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
   template <class View>
   View view() {
@@ -109,7 +109,7 @@ struct Tensor {
 struct Case {
   PageFormat format;
   int64_t page_count, window;
-  cpu::Dtype dtype;
+  Dtype dtype;
   bool raw = false;  // any bits for elements, and no attention
 };
 
@@ -121,8 +121,8 @@ void run(const Case& c) {
   Tensor k(c.dtype, kHeads, packed, f.head_dim), v(c.dtype, kHeads, packed, f.value_dim);
   Tensor window_k(c.dtype, kHeads, window, f.head_dim), window_v(c.dtype, kHeads, window, f.value_dim);
   // bfloat16 multiplies pairs where both are of it; the output has the queries' dtype.
-  const bool pairs = c.dtype == cpu::Dtype::kBFloat16;
-  Tensor queries(pairs ? c.dtype : cpu::Dtype::kFloat32, kHeads * kGroup, kQueries, f.head_dim);
+  const bool pairs = c.dtype == Dtype::kBFloat16;
+  Tensor queries(pairs ? c.dtype : Dtype::kFloat32, kHeads * kGroup, kQueries, f.head_dim);
   std::vector<float> q, exact_k, exact_v;
   k.fill(random, c.raw);
   v.fill(random, c.raw);
@@ -138,10 +138,10 @@ void run(const Case& c) {
   }
   std::vector<float> weights(static_cast<size_t>(rows * packed)), feedback(weights.size() * f.page_tokens);
   for (float& x : weights) x = static_cast<float>(1 + (random() >> 28));
-  for (float& x : feedback) x = draw(random, cpu::Dtype::kFloat32) * 0x1p-5f;
-  const cpu::KeyMap key_map{map.empty() ? nullptr : map.data()};
-  const cpu::KeyWeights key_weights{weights.data(), kHeads * packed, packed};
-  const cpu::ValueFeedback value_feedback{feedback.data(), kHeads * packed * f.page_tokens, packed * f.page_tokens};
+  for (float& x : feedback) x = draw(random, Dtype::kFloat32) * 0x1p-5f;
+  const KeyMap key_map{map.empty() ? nullptr : map.data()};
+  const KeyWeights key_weights{weights.data(), kHeads * packed, packed};
+  const ValueFeedback value_feedback{feedback.data(), kHeads * packed * f.page_tokens, packed * f.page_tokens};
 
   struct Results {
     std::vector<int32_t> pages, evicted_pages;
@@ -152,10 +152,10 @@ void run(const Case& c) {
 
   for (const cpu::Kernels* set : cpu::available_kernels()) {
     std::vector<int32_t> pages(static_cast<size_t>(rows * head_words));
-    cpu::QuantizeArgs quantize;
+    QuantizeArgs quantize;
     quantize.format = f;
-    quantize.k = k.view<cpu::Tokens>();
-    quantize.v = v.view<cpu::Tokens>();
+    quantize.k = k.view<Tokens>();
+    quantize.v = v.view<Tokens>();
     quantize.pages = {pages.data(), kHeads * head_words, head_words, f.words()};
     quantize.key_map = key_map;
     quantize.key_weights = key_weights;
@@ -163,16 +163,17 @@ void run(const Case& c) {
     quantize.batch = kBatch;
     quantize.heads = kHeads;
     quantize.page_count = c.page_count;
+    quantize.tokens = packed;
     set->quantize(quantize, on_threads);
 
-    const auto dequantized = [&](cpu::Dtype dtype) {
+    const auto dequantized = [&](Dtype dtype) {
       std::pair out{Tensor(dtype, kHeads, packed, f.head_dim), Tensor(dtype, kHeads, packed, f.value_dim)};
-      cpu::DequantizeArgs dequantize;
+      DequantizeArgs dequantize;
       dequantize.format = f;
       dequantize.pages = {pages.data(), kHeads * head_words, head_words, f.words()};
       dequantize.key_map = key_map;
-      dequantize.k = out.first.view<cpu::MutableTokens>();
-      dequantize.v = out.second.view<cpu::MutableTokens>();
+      dequantize.k = out.first.view<MutableTokens>();
+      dequantize.v = out.second.view<MutableTokens>();
       dequantize.batch = kBatch;
       dequantize.heads = kHeads;
       dequantize.page_count = c.page_count;
@@ -186,10 +187,10 @@ void run(const Case& c) {
     // One eviction of every second token of the first two pages' worth.
     Tensor thinned_k = k, thinned_v = v;
     std::vector<int32_t> evicted_pages(pages.size());
-    cpu::EvictArgs evict;
+    EvictArgs evict;
     evict.format = f;
-    evict.k = thinned_k.view<cpu::MutableTokens>();
-    evict.v = thinned_v.view<cpu::MutableTokens>();
+    evict.k = thinned_k.view<MutableTokens>();
+    evict.v = thinned_v.view<MutableTokens>();
     evict.pages = {evicted_pages.data(), kHeads * head_words, head_words, f.words()};
     evict.key_map = key_map;
     evict.key_weights = key_weights;
@@ -218,21 +219,21 @@ void run(const Case& c) {
     }
     if (c.raw) continue;
 
-    auto [dense_k, dense_v] = dequantized(cpu::Dtype::kFloat32);
+    auto [dense_k, dense_v] = dequantized(Dtype::kFloat32);
     std::vector<float> out(static_cast<size_t>(rows * kGroup * kQueries * f.value_dim));
     std::vector<float> lse(static_cast<size_t>(rows * kGroup * kQueries));
-    cpu::AttendArgs attend;
+    AttendArgs attend;
     attend.format = f;
     attend.batch = kBatch;
     attend.kv_heads = kHeads;
     attend.group = kGroup;
     attend.queries = kQueries;
-    attend.q = queries.view<cpu::Tokens>();
+    attend.q = queries.view<Tokens>();
     attend.pages = {pages.data(), kHeads * head_words, head_words, f.words()};
     attend.key_map = key_map;
     attend.page_count = c.page_count;
-    attend.window_k = window_k.view<cpu::Tokens>();
-    attend.window_v = window_v.view<cpu::Tokens>();
+    attend.window_k = window_k.view<Tokens>();
+    attend.window_v = window_v.view<Tokens>();
     attend.window_tokens = window;
     attend.scale = 1.0f / std::sqrt(static_cast<float>(f.head_dim));
     attend.out = out.data();
@@ -318,9 +319,9 @@ void compare_tiles(const cpu::Kernels& amx, const cpu::Kernels& avx512, unsigned
   const int64_t page_count = 1 + below(random, 10), packed = page_count * f.page_tokens, window = below(random, 70);
   const int64_t queries = 1 + below(random, 17), head_words = page_count * f.words();
   const bool raw = below(random, 4) == 0;
-  Tensor k(cpu::Dtype::kBFloat16, kHeads, packed, f.head_dim), v(cpu::Dtype::kBFloat16, kHeads, packed, f.value_dim);
+  Tensor k(Dtype::kBFloat16, kHeads, packed, f.head_dim), v(Dtype::kBFloat16, kHeads, packed, f.value_dim);
   Tensor window_k(k.dtype, kHeads, window, f.head_dim), window_v(k.dtype, kHeads, window, f.value_dim);
-  Tensor q(cpu::Dtype::kFloat32, kHeads, queries, f.head_dim);
+  Tensor q(Dtype::kFloat32, kHeads, queries, f.head_dim);
   for (Tensor* x : {&k, &v}) x->fill(random, raw);
   for (Tensor* x : {&window_k, &window_v, &q}) x->fill(random, false);
   for (int i = 0; raw && i < 3; ++i) {
@@ -328,28 +329,29 @@ void compare_tiles(const cpu::Kernels& amx, const cpu::Kernels& avx512, unsigned
     std::memcpy(q.data.data() + 4 * below(random, static_cast<int>(q.data.size() / 4)), &x, sizeof(x));
   }
   std::vector<int32_t> pages(static_cast<size_t>(kBatch * kHeads * head_words));
-  cpu::QuantizeArgs quantize;
+  QuantizeArgs quantize;
   quantize.format = f;
-  quantize.k = k.view<cpu::Tokens>();
-  quantize.v = v.view<cpu::Tokens>();
+  quantize.k = k.view<Tokens>();
+  quantize.v = v.view<Tokens>();
   quantize.pages = {pages.data(), kHeads * head_words, head_words, f.words()};
   quantize.key_map = {map.empty() ? nullptr : map.data()};
   quantize.batch = kBatch;
   quantize.heads = kHeads;
   quantize.page_count = page_count;
+  quantize.tokens = packed;
   avx512.quantize(quantize, on_threads);
 
-  cpu::AttendArgs attend;
+  AttendArgs attend;
   attend.format = f;
   attend.batch = kBatch;
   attend.kv_heads = kHeads;
   attend.queries = queries;
-  attend.q = q.view<cpu::Tokens>();
+  attend.q = q.view<Tokens>();
   attend.pages = {pages.data(), kHeads * head_words, head_words, f.words()};
   attend.key_map = quantize.key_map;
   attend.page_count = page_count;
-  attend.window_k = window_k.view<cpu::Tokens>();
-  attend.window_v = window_v.view<cpu::Tokens>();
+  attend.window_k = window_k.view<Tokens>();
+  attend.window_v = window_v.view<Tokens>();
   attend.window_tokens = window;
   attend.scale = below(random, 3) == 0 ? 2.0f : 1.0f / std::sqrt(static_cast<float>(f.head_dim));
   std::vector<int32_t> query_positions(static_cast<size_t>(kBatch * queries));
@@ -380,7 +382,7 @@ void compare_tiles(const cpu::Kernels& amx, const cpu::Kernels& avx512, unsigned
 int main() {
   // Once each: that asks the system, where it is needed.
   for (const cpu::Kernels* set : cpu::available_kernels()) cpu::use_kernels(set->name);
-  constexpr auto kFloat32 = cpu::Dtype::kFloat32, kFloat16 = cpu::Dtype::kFloat16, kBFloat16 = cpu::Dtype::kBFloat16;
+  constexpr auto kFloat32 = Dtype::kFloat32, kFloat16 = Dtype::kFloat16, kBFloat16 = Dtype::kBFloat16;
   run({format(128, 128, 64, 2, 2, 64), 20, 100, kFloat32});
   run({format(64, 64, 32, 2, 2, 64), 40, 1, kFloat16});
   run({format(80, 80, 64, 4, 2, 80), 10, 33, kBFloat16});
@@ -390,7 +392,7 @@ int main() {
   for (PageFormat* f : {&fitted, &wide}) f->key_param_bits = f->value_param_bits = 8;
   run({fitted, 20, 100, kFloat32});
   run({wide, 20, 100, kBFloat16});
-  for (const cpu::Dtype dtype : {kFloat32, kFloat16, kBFloat16}) {
+  for (const Dtype dtype : {kFloat32, kFloat16, kBFloat16}) {
     run({format(64, 64, 64, 2, 2, 64), 4, 0, dtype, true});
     run({fitted, 4, 0, dtype, true});
   }

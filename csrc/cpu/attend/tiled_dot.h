@@ -1,5 +1,5 @@
-// attend.cpp's integer dot products on matrix tiles (AMX-INT8), for blocks of two query rows and more: of codes of
-// every width, with exactly the sums that dot_codes has.
+// Integer dot products on matrix tiles (AMX-INT8), for blocks of two query rows and more: of codes of every width, with
+// exactly the sums that dot_codes.h has.
 //
 // One multiplication of tiles adds A [2 NR][64] bytes times B [16][16][4] bytes to sums [2 NR][16]:
 //   B  16 lanes (tokens, or channels of values) side by side, as dot_codes has them: with b-bit codes, each word makes
@@ -8,7 +8,8 @@
 //      take no transposition of the words, but one of the sums, from [token][row]: with 8 rows more shuffles, with 4
 //      rows two thirds as many, and it would be code of its own.)
 //   A  per query row the high and the low bytes of its int16 codes: code = 256 * high + low, both signed, which is why
-//      codes go up to 0x7F7F (kMostCode). Zeros where the words end within 16 rows; there, what B holds counts nothing.
+//      codes go up to 0x7F7F (kMaxInt16Code). Zeros where the words end within 16 rows; there, what B holds counts
+//      nothing.
 //
 // Operations per page of 64 tokens and 128 channels of 2 bits, keys and values together, with 4 | 8 query rows, without
 // loads of vectors:
@@ -17,15 +18,10 @@
 //   broadcasts of codes                512 | 2048            none
 //   shifts and masks of words          960                   448, and 256 stores
 //   of the rows' bytes, and of sums    96 | 192              368 | 736
-//
-// A tile load waits until what was stored where it reads has left the store buffer, and the sums come out of a long
-// pipeline. So attend.cpp does something else in between: a page's values are unpacked while its scores are summed; the
-// next page's keys, between writing the bytes of weights and multiplying them; and values are summed while the next
-// page's scales are folded into q.
 #pragma once
 
-#include "tasks.h"
-#include "tiles.h"
+#include "../tasks.h"
+#include "../tiles.h"
 
 namespace logquant::cpu::LOGQUANT_ISA {
 namespace {
@@ -38,12 +34,6 @@ constexpr bool kTiled = NR > 1;
 template <int NR>
 constexpr bool kTiled = false;
 #endif
-
-// The two dot products of a page.
-template <int NR, bool = kTiled<NR>>
-struct PageTiles {
-  PageTiles(const PageFormat&, Arena&) {}
-};
 
 #if defined(LOGQUANT_TILES)
 // Dot products of NR rows of int16 codes with the codes of lanes, down `words` words of each lane, as dot_codes has
@@ -172,21 +162,6 @@ class TiledDot {
   int32_t* b_;     // [lanes / 16][steps][16][16 lanes]
   int32_t* a_;     // [groups][steps][2 NR][16]
   int32_t* sums_;  // [2 NR][lanes]
-};
-
-template <int NR>
-struct PageTiles<NR, true> {
-  TiledDot<NR> keys, values;
-
-  PageTiles(const PageFormat& f, Arena& arena)
-      : keys(f.key_bits, f.key_code_words(), f.page_tokens, 1, arena),
-        values(f.value_bits, f.value_code_rows(), f.value_dim, f.value_groups(), arena) {}
-
-  static void start() {
-    static constexpr TileConfig kConfig = TiledDot<NR>::config();
-    tile_configure(kConfig);
-  }
-  static void stop() { tile_release(); }
 };
 #endif
 
