@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from logquant import LogQuantConfig, reference
 from logquant.reference import PageFormat
 from tests import emulated
+from tests.cuda_sources import plain
 from tests.problems import TENSOR_FORMATS, Problem, name_of, problem_of
 from tests.strategies import dtypes, formats, key_weights, seeds, tokens, value_feedback
 
@@ -41,8 +42,8 @@ def check(problem: Problem, **options: torch.Tensor | float) -> None:
 @pytest.mark.parametrize("sanitizer", ["none", "address,undefined", "thread"])
 def test_the_emulator_catches_seeded_bugs(sanitizer):
     flags = [*emulated.FLAGS, *([] if sanitizer == "none" else [f"-fsanitize={sanitizer}", "-O1"])]
-    sources = [emulated.CSRC / "tests/emulated_bugs.cu", emulated.CSRC / "emulator/emulator.cpp"]
-    program = emulated.build(f"bugs-{sanitizer.replace(',', '-')}", sources, flags, shared=False)
+    objects = plain("tests/emulated_bugs.cu", "emulator/emulator.cpp")
+    program = emulated.build(f"bugs-{sanitizer.replace(',', '-')}", objects, flags, shared=False)
 
     def outcome(*arguments: str) -> tuple[int, str]:
         result = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
@@ -67,10 +68,10 @@ def cutlass_include() -> Path | None:
 
 @pytest.mark.skipif(cutlass_include() is None, reason="needs CuTe: pip install --no-deps nvidia-cutlass")
 def test_fragments_are_laid_out_as_cute_says():
-    names = ("tests/emulated_layouts.cu", "tests/cute_layouts.cpp", "emulator/emulator.cpp")
+    objects = plain("tests/emulated_layouts.cu", "tests/cute_layouts.cpp", "emulator/emulator.cpp")
     cccl = emulated.cuda_include() / "cccl"
     flags = [*emulated.FLAGS, f"-isystem {cutlass_include()} -isystem {cccl}", "-Wno-unused-parameter"]
-    program = emulated.build("layouts", [emulated.CSRC / name for name in names], flags, shared=False)
+    program = emulated.build("layouts", objects, flags, shared=False)
     result = subprocess.run([program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
 
