@@ -195,6 +195,12 @@ def test_feedback_beyond_what_fp32_holds(page_tokens, factor):
     assert torch.equal(pages, reference.quantize(k, v, fmt, value_feedback=feedback))
 
 
+@pytest.mark.parametrize("dim", [64, 80, 96, 112, 128, 192, 256])
+@pytest.mark.parametrize("config", [LogQuantConfig.paper(), LogQuantConfig()], ids=["paper", "default"])
+def test_formats_of_common_dims_have_kernels_on_tensor_cores(config, dim):
+    assert config.page_format(dim) in TENSOR_FORMATS
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("fmt", TENSOR_FORMATS, ids=name_of)
 def test_attend_on_tensor_cores(fmt, dtype):

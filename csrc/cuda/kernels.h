@@ -40,7 +40,7 @@ cudaError_t evict(const EvictArgs& args, cudaStream_t stream);
 int64_t plan(AttendArgs& args, int multiprocessors);
 void use_workspace(AttendArgs& args, float* workspace);
 cudaError_t attend(const AttendArgs& args, cudaStream_t stream);
-// Which kernel attend() takes: "tensor" (compiled for this format, attend_pages.cuh) or "general".
+// Which kernel attend() takes: "tensor" (compiled for this format, tensor/) or "general".
 const char* attend_path(const AttendArgs& args);
 
 }  // namespace logquant::cuda

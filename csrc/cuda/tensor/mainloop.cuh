@@ -34,7 +34,6 @@ template <class K>
 class Attention {
   using S = typename K::PageShape;
   using L = Layout<K>;
-  using Pair = PairExchange<K>;
   using PageScores = float[K::kScoreTiles][K::kTokenTiles][4];
 
  public:
@@ -54,6 +53,7 @@ class Attention {
   LOGQUANT_DEVICE void attend_pages(int split) {
     fill_constants<K>(thread.shared);
     sums.start(thread);
+    pair.start(thread);
     parameters.start(thread);
     ring.start(thread, split);
     if constexpr (S::kFitted) parameters.mark_digits(thread);
@@ -152,26 +152,28 @@ class Attention {
       for (int u = 0; u < K::kScoreTiles; ++u) {
 #pragma unroll
         for (int group = 0; group < S::kGroups; ++group)
-          sums.subtract_scaled(thread, u, group, weights.scaled[u][group]);
+          sums.subtract_scaled(thread, u, group, weights.scaled[u][group], false);
       }
     }
-    const auto weights_of_group = [&](uint32_t (&to)[K::kTokenPairs], int u, int group) __attribute__((always_inline)) {
-      weights.of_group(to, scale_rows, u, group);
-      if constexpr (WeightSums<K>::kSubtracted) sums.subtract_scaled(thread, u, group, to);
+    // The n-th of this warp's groups, or of the others' of a pair.
+    const auto weights_of_group = [&](uint32_t (&to)[K::kTokenPairs], int u, int n,
+                                      bool others) __attribute__((always_inline)) {
+      weights.of_group(to, scale_rows, u, n + (others ? 1 - thread.rank : thread.rank) * K::kNextGroups);
+      if constexpr (WeightSums<K>::kSubtracted) sums.subtract_scaled(thread, u, n, to, others);
     };
     // p' of a pair: each warp keeps what it needs of its rows, and sends the other what that needs.
     uint32_t kept[K::kPaired ? K::kOwnGroups : 1][K::kTokenPairs];
     if constexpr (K::kPaired) {
 #pragma unroll
       for (int n = 0; n < K::kOwnGroups; ++n) {
-        weights_of_group(kept[n], 0, n + thread.rank * K::kNextGroups);
+        weights_of_group(kept[n], 0, n, false);
         uint32_t sent[K::kTokenPairs];
-        if constexpr (K::kWholeGroups) weights_of_group(sent, 0, n + (1 - thread.rank) * K::kNextGroups);
-        Pair::send_weights(thread, n, K::kWholeGroups ? sent : kept[n]);
+        if constexpr (K::kWholeGroups) weights_of_group(sent, 0, n, true);
+        pair.send_weights(thread, n, K::kWholeGroups ? sent : kept[n]);
       }
       if (thread.any_in_team(moves)) {
         float others[2];
-        Pair::exchange_factors(thread, factors[0], others);
+        pair.exchange_factors(thread, factors[0], others);
 #pragma unroll
         for (int r = 0; r < 2; ++r) softmax.rescale_output(1, r, others[r]);
       }
@@ -181,10 +183,10 @@ class Attention {
     for (int n = 0; n < K::kOwnGroups; ++n) {
       uint32_t own[K::kTiles][K::kTokenPairs] = {};
       if constexpr (K::kPaired) {
-        Pair::receive_weights(thread, own[1], n);
+        pair.receive_weights(thread, own[1], n);
       } else if constexpr (!K::kAllGroups) {
 #pragma unroll
-        for (int u = 0; u < K::kTiles; ++u) weights_of_group(own[u], u, n);
+        for (int u = 0; u < K::kTiles; ++u) weights_of_group(own[u], u, n, false);
       }
       add_values(thread, softmax, stage, n, [&](int u, int i) {
         return K::kAllGroups          ? weights.scaled[K::kPaired ? 0 : u][K::kAllGroups ? n : 0][i]
@@ -200,6 +202,7 @@ class Attention {
   FittedParameters<K> parameters;
   Query<K> query;
   WeightSums<K> sums;
+  PairExchange<K> pair;
 };
 
 }  // namespace logquant::cuda::tensor

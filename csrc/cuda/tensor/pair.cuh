@@ -10,23 +10,32 @@
 namespace logquant::cuda::tensor {
 
 template <class K>
-struct PairExchange {
+class PairExchange {
   using S = typename K::PageShape;
   using L = Layout<K>;
+  static constexpr int kQuads = K::kTokenPairs / 4 * 32;  // of a group
 
+ public:
   using Thread = ThreadInfo<K>;
 
+  LOGQUANT_DEVICE void start(const Thread& thread) {
+    if constexpr (!K::kPaired) return;
+    const int own = thread.rank * K::kOwnGroups * kQuads + thread.lane;
+    sent_at = ptx::keep(L::kExchangedWeights + 16 * own);
+    received_at = ptx::keep(L::kExchangedWeights + 16 * (K::kOwnGroups * kQuads + 2 * thread.lane - own));
+  }
+
   // p' of this warp's rows, for the other's n-th group; and p' of the other's rows for this warp's.
-  static LOGQUANT_DEVICE void send_weights(const Thread& thread, int n, const uint32_t (&p)[K::kTokenPairs]) {
+  LOGQUANT_DEVICE void send_weights(const Thread& thread, int n, const uint32_t (&p)[K::kTokenPairs]) const {
 #pragma unroll
     for (int i = 0; i < K::kTokenPairs; i += 4) {
-      weights(thread, n, thread.rank)[i / 4 * 32] = {p[i], p[i + 1], p[i + 2], p[i + 3]};
+      quad(thread, sent_at, n, i) = {p[i], p[i + 1], p[i + 2], p[i + 3]};
     }
   }
-  static LOGQUANT_DEVICE void receive_weights(const Thread& thread, uint32_t (&p)[K::kTokenPairs], int n) {
+  LOGQUANT_DEVICE void receive_weights(const Thread& thread, uint32_t (&p)[K::kTokenPairs], int n) const {
 #pragma unroll
     for (int i = 0; i < K::kTokenPairs; i += 4) {
-      const uint4 four = weights(thread, n, 1 - thread.rank)[i / 4 * 32];
+      const uint4 four = quad(thread, received_at, n, i);
       p[i] = four.x;
       p[i + 1] = four.y;
       p[i + 2] = four.z;
@@ -52,13 +61,15 @@ struct PairExchange {
   }
 
  private:
-  static LOGQUANT_DEVICE uint4* weights(const Thread& thread, int n, int from) {
-    uint4* const all = reinterpret_cast<uint4*>(thread.shared + L::kExchangedWeights);
-    return all + (from * K::kOwnGroups + n) * (K::kTokenPairs / 4 * 32) + thread.lane;
+  // Pairs i to i + 3 of the n-th group.
+  static LOGQUANT_DEVICE uint4& quad(const Thread& thread, uint32_t at, int n, int i) {
+    return *reinterpret_cast<uint4*>(thread.shared + at + 16 * (n * kQuads + i / 4 * 32));
   }
   static LOGQUANT_DEVICE float& zeros_of(const Thread& thread, int group, int from, int r) {
     return reinterpret_cast<float*>(thread.shared + L::kExchangedZeros)[16 * group + 8 * from + 2 * thread.t + r];
   }
+
+  uint32_t sent_at = 0, received_at = 0;  // this lane's, from `shared` on
 };
 
 }  // namespace logquant::cuda::tensor

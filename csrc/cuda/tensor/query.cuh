@@ -27,6 +27,10 @@ class Query {
     using Parameters = FittedParameters<K>;
     const AttendArgs& a = thread.args;
     const int g = thread.g, t = thread.t, lane = thread.lane, row_total = thread.block.row_total;
+    if constexpr (K::kPaired) {
+      kept_query = ptx::keep(L::kQuery + thread.rank * L::kQueryTable + lane * 16);
+      kept_scaled_query = ptx::keep(L::kScaledQuery + thread.rank * L::kScaledTable + lane * 16);
+    }
     const float sign = a.scale > 0.0f ? 1.0f : a.scale < 0.0f ? -1.0f : 0.0f;
     const float size = a.scale != 0.0f ? fabsf(a.scale) * kLog2e : 1.0f;
 #pragma unroll
@@ -98,7 +102,7 @@ class Query {
 #pragma unroll
       for (int i = 0; i < 4; ++i) to[i] = scaled_held[4 * quad + i];
     } else {
-      read_table(thread, to, table_of(thread, L::kScaledQuery, L::kScaledTable, u), quad);
+      read_scaled_query(thread, to, u, quad);
     }
   }
   // Plain formats: the even ones and the odd ones of four pairs of columns.
@@ -108,14 +112,14 @@ class Query {
       odd[0] = held[4 * quad + 1], odd[1] = held[4 * quad + 3];
     } else {
       uint32_t four[4];
-      read_table(thread, four, table_of(thread, L::kQuery, L::kQueryTable, u), quad);
+      read_query(thread, four, u, quad);
       even[0] = four[0], even[1] = four[1];
       odd[0] = four[2], odd[1] = four[3];
     }
   }
   // Fitted formats: four pairs of channels.
   LOGQUANT_DEVICE void channel_quad(const Thread& thread, uint32_t (&to)[4], int u, int quad) const {
-    read_table(thread, to, table_of(thread, L::kQuery, L::kQueryTable, u), quad);
+    read_query(thread, to, u, quad);
   }
 
   // A score is code_factor * (sum over codes) + bias_factor * bias (scores.cuh), of rows 8u + 2t and 8u + 2t + 1.
@@ -125,17 +129,25 @@ class Query {
   // Where pair n stands in its quad in shared memory, so that the even ones and the odd ones are operands as read.
   static LOGQUANT_DEVICE constexpr int even_then_odd(int n) { return n % 4 / 2 + n % 2 * 2; }
 
-  // A tile's table of those that start at `first`.
+  // A tile's table of those that start at `first`; this lane's quads are 512 bytes apart.
   static LOGQUANT_DEVICE unsigned char* table_of(const Thread& thread, int first, int bytes, int u) {
     return thread.shared + first + (u + thread.rank) * bytes;
   }
-  static LOGQUANT_DEVICE void read_table(const Thread& thread, uint32_t (&to)[4], const unsigned char* table,
-                                         int quad) {
-    assign(to, read<uint4>(table + (quad * 32 + thread.lane) * 16));
+  LOGQUANT_DEVICE void read_query(const Thread& thread, uint32_t (&to)[4], int u, int quad) const {
+    const unsigned char* const own =
+        K::kPaired ? thread.shared + kept_query : table_of(thread, L::kQuery, L::kQueryTable, u) + thread.lane * 16;
+    assign(to, read<uint4>(own + quad * 512));
+  }
+  LOGQUANT_DEVICE void read_scaled_query(const Thread& thread, uint32_t (&to)[4], int u, int quad) const {
+    const unsigned char* const own = K::kPaired
+                                         ? thread.shared + kept_scaled_query
+                                         : table_of(thread, L::kScaledQuery, L::kScaledTable, u) + thread.lane * 16;
+    assign(to, read<uint4>(own + quad * 512));
   }
 
   uint32_t held[L::kQueryInRegisters ? 4 * Columns::kQuads : 1];
   uint32_t scaled_held[L::kQueryInRegisters ? 4 * Columns::kQuads : 1];
+  int kept_query, kept_scaled_query;  // of a pair: where this lane's quads are, from `shared` on
 };
 
 }  // namespace logquant::cuda::tensor

@@ -51,7 +51,7 @@ struct Scores {
         for (int k = 0; k < 4; ++k) s[u][i][k] = 0.0f;
       }
     }
-    const unsigned char* const rows = stage + (thread.g / 2) * L::kKeyPitch + thread.g % 2 * 4 * L::kKeyWords;
+    const unsigned char* const rows = stage + thread.key_offset();
 #pragma unroll
     for (int quad = 0; quad < Columns::kQuads; ++quad) {
       FragmentA scale, zero;

@@ -35,6 +35,8 @@ class WeightSums {
 
   // Where this lane's row of operand A lies: in the constants, or in the page at hand.
   LOGQUANT_DEVICE void start(const Thread& thread) {
+    lane_of_group[0] = thread.keep_in_pair(16 * (thread.g - thread.rank * K::kNextGroups));
+    lane_of_group[1] = thread.keep_in_pair(16 * (thread.g - (1 - thread.rank) * K::kNextGroups));
     if constexpr (S::kFitted) return;
     const int g = thread.g, first = thread.t * 4 * K::kTokenPairs;
     row_offset = (g == S::kGroups ? 0 : L::kZeroRow) + first;
@@ -54,18 +56,20 @@ class WeightSums {
   LOGQUANT_DEVICE void add(const Thread& thread, const Weights& p, const PageRing<K>& ring, const Unseen& unseen) {
     if constexpr (S::kFitted) {
 #pragma unroll
-      for (int u = 0; u < K::kScoreTiles; ++u) sum_pairs(thread, even[u], odd[u], L::kOnes, S::kGroups, p[u]);
+      for (int u = 0; u < K::kScoreTiles; ++u)
+        sum_pairs(thread, even[u], odd[u], L::kOnes + 16 * thread.g, S::kGroups, p[u]);
     } else {
       add_parameters(thread, p, ring.stage_offset(), unseen);
     }
   }
 
   // Minus sum p' * 2^(b*i), into the row of the group's scales (fitted: of the group): the compensation of p', or what
-  // the mean of the codes, which fitted values are stored without, has added.
-  LOGQUANT_DEVICE void subtract_scaled(const Thread& thread, int u, int group, const uint32_t* scaled) {
+  // the mean of the codes, which fitted values are stored without, has added. group: of this warp's, or of the others'
+  // of a pair.
+  LOGQUANT_DEVICE void subtract_scaled(const Thread& thread, int u, int group, const uint32_t* scaled, bool others) {
     const int row = kScalesApart || S::kFitted ? group : S::kGroups + 1 + group;
     sum_pairs(thread, kScalesApart ? means_even[u] : even[u], kScalesApart ? means_odd[u] : odd[u],
-              L::kNegativeValueWeights, row, scaled);
+              L::kNegativeValueWeights + lane_of_group[others], row, scaled);
   }
 
   LOGQUANT_DEVICE void rescale(int u, int r, float factor) {
@@ -180,12 +184,12 @@ class WeightSums {
     }
   }
 
-  // Adds the sum of `constants` (digit weights or ones) times pairs to row `row`: its lanes read the constants, others
-  // zeros beside them.
+  // Adds the sum of constants (digit weights or ones) times pairs to row `row`: its lanes read the constants, which are
+  // at `constants` for g = 0, others zeros beside them.
   LOGQUANT_DEVICE void sum_pairs(const Thread& thread, float (&to_even)[4], float (&to_odd)[4], int constants, int row,
                                  const uint32_t* pairs) const {
     FragmentA operand;
-    assign(operand, read<uint4>(thread.shared + 16 * thread.g + (constants - 16 * row)));
+    assign(operand, read<uint4>(thread.shared + constants - 16 * row));
 #pragma unroll
     for (int n = 0; n < K::kTokenPairs; n += 4) {
       ptx::mma<__half>(to_even, operand, {pairs[n], pairs[n + 1]});
@@ -197,6 +201,7 @@ class WeightSums {
   float means_even[K::kScoreTiles][4] = {}, means_odd[K::kScoreTiles][4] = {};
   // Of this lane's row: from `shared` on, or (all bits of the mask set) from the page at hand on.
   uint32_t stage_mask = 0, row_offset = 0;
+  int lane_of_group[2];  // 16 bytes a lane g, less what the first group of this warp, and of a pair's other, is further
 };
 
 }  // namespace logquant::cuda::tensor

@@ -56,8 +56,7 @@ LOGQUANT_DEVICE void add_values(const ThreadInfo<K>& thread, OnlineSoftmax<K>& s
     const bool wide = j / 2 < K::kOwnWideBlocks;
     if (wide && j % 2) continue;  // done with its neighbour
     const unsigned char* const words =
-        stage + L::kValues + (L::kValueBlocks == 4 ? thread.t : thread.t / 2) * L::kValuePitch +
-        64 * (K::first_warps_tile(j) + thread.rank * K::kNextTiles) + (wide ? 16 : 8) * thread.g;
+        stage + L::kValues + thread.value_offset() + 64 * K::first_warps_tile(j) + (wide ? 16 : 8) * thread.g;
     if (wide) {
       uint4 held[Words::kCount];
 #pragma unroll
