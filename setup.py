@@ -159,8 +159,7 @@ class NinjaBuild(build_ext):
             objects["ops_cuda.o"] = (CSRC / "ops_cuda.cpp", [*operator_flags, f"-isystem{home / 'include'}"])
             module_flags = [*module_flags, f'-DLOGQUANT_CUDA_ARCHITECTURES=\\"{",".join(architectures)}\\"']
             objects["module_cuda.o"] = (objects.pop("module.o")[0], module_flags)
-            for source in sorted((CSRC / "cuda").glob("*.cu")):
-                objects[f"{source.stem}.cu.o"] = (source, gencode(architectures))
+            objects |= cuda_kernels(gencode(architectures))
             libraries += [escape(static_cudart(home)), "-ldl", "-lrt", "-lpthread"]
         compiler = (self.compiler.compiler_cxx or ["c++"])[0]
         if cache := shutil.which("ccache"):
@@ -180,6 +179,17 @@ def cpu_kernels() -> dict[str, tuple[Path, list[str]]]:
             if kernel == "attend" or isa not in ATTEND_ONLY:
                 objects[f"{kernel}.{isa}.o"] = (CSRC / "cpu" / f"{kernel}.cpp", [f"-DLOGQUANT_ISA={isa}", *flags])
     return objects | {"dispatch.o": (CSRC / "cpu" / "dispatch.cpp", [])}
+
+
+def cuda_kernels(flags: list[str]) -> dict[str, tuple[Path, list[str]]]:
+    """The CUDA kernels' objects; of decoding on tensor cores, one per format (instantiations/formats.def)."""
+    cuda = CSRC / "cuda"
+    objects = {f"{path.stem}.cu.o": (path, flags) for path in sorted([*cuda.glob("*.cu"), *cuda.glob("tensor/*.cu")])}
+    formats = (cuda / "instantiations" / "formats.def").read_text()
+    for name in re.findall(r"^LOGQUANT_FORMAT\((\w+),", formats, re.MULTILINE):
+        own = [*flags, f"-DLOGQUANT_FORMAT_NAME={name}"]
+        objects[f"attend_{name}.cu.o"] = (cuda / "instantiations" / "attend.cu", own)
+    return objects
 
 
 def ninja_file(

@@ -1,4 +1,4 @@
-"""The machine code of csrc/cuda/*.cu, without a GPU: ``python -m tests.cubins [ARCH ...]``.
+"""The machine code of the CUDA kernels, without a GPU: ``python -m tests.cubins [ARCH ...]``.
 
 What setup.py has compiled for an architecture is read from its objects. Otherwise each source becomes a cubin for each
 architecture in build/cubins. Beside either lies what ptxas says of registers and spills.
@@ -17,10 +17,10 @@ from pathlib import Path
 
 import ninja
 
+from tests.cuda_sources import sources
 from tests.locks import locked
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "cubins"
 EXTENSION = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"  # see setup.py
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
@@ -44,9 +44,9 @@ def path(name: str, arch: str) -> Path:
     return EXTENSION / f"{name}.cu.o" if in_extension(arch) else BUILD / f"{name}.{arch}.cubin"
 
 
-def build(sources: list[str], architectures: list[str]) -> None:
+def build(names: list[str], architectures: list[str]) -> None:
     """Compile, where something changed, with two jobs."""
-    targets = [path(name, arch).name for name in sources for arch in architectures if in_extension(arch)]
+    targets = [path(name, arch).name for name in names for arch in architectures if in_extension(arch)]
     if targets:
         run_ninja(EXTENSION, "cuda.ninja", sorted(set(targets)))
     own = [arch for arch in architectures if not in_extension(arch)]
@@ -55,17 +55,17 @@ def build(sources: list[str], architectures: list[str]) -> None:
     BUILD.mkdir(parents=True, exist_ok=True)
     lines = [
         "rule cubin",
-        f"  command = {nvcc()} {' '.join(FLAGS)} -arch=sm_$arch -MD -MF $out.d $in -o $out > $out.log 2>&1 "
+        f"  command = {nvcc()} {' '.join(FLAGS)} $flags -arch=sm_$arch -MD -MF $out.d $in -o $out > $out.log 2>&1 "
         "|| (cat $out.log; exit 1)",
         "  depfile = $out.d",
         "  deps = gcc",
     ]
     for arch in ARCHITECTURES:
-        for name in all_sources():
-            lines += [f"build {name}.{arch}.cubin: cubin {SOURCES / name}.cu", f"  arch = {arch}"]
+        for name, (source, flags) in sources().items():
+            lines += [f"build {name}.{arch}.cubin: cubin {source}", f"  arch = {arch}", f"  flags = {' '.join(flags)}"]
     with locked(BUILD):
         (BUILD / "build.ninja").write_text("\n".join([*lines, ""]))
-    run_ninja(BUILD, "build.ninja", [f"{name}.{arch}.cubin" for name in sources for arch in own])
+    run_ninja(BUILD, "build.ninja", [f"{name}.{arch}.cubin" for name in names for arch in own])
 
 
 def run_ninja(directory: Path, rules: str, targets: list[str]) -> None:
@@ -90,14 +90,10 @@ def usage(name: str, arch: str) -> list[Usage]:
     return [Usage(m[1], int(m[3]), int(m[2])) for m in re.finditer(pattern, text, re.DOTALL)]
 
 
-def all_sources() -> list[str]:
-    return [path.stem for path in sorted(SOURCES.glob("*.cu"))]
-
-
 if __name__ == "__main__":
     architectures = sys.argv[1:] or list(ARCHITECTURES)
-    build(all_sources(), architectures)
+    build(list(sources()), architectures)
     for architecture in architectures:
-        for source in all_sources():
-            for kernel in usage(source, architecture):
+        for name in sources():
+            for kernel in usage(name, architecture):
                 print(f"sm_{architecture} {kernel.registers:4} registers {kernel.spilled:4} spilled  {kernel.kernel}")

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: csrc/cuda/*.cu compiled by g++ against csrc/emulator, called through ctypes.
+"""The CUDA kernels on the CPU: csrc/cuda compiled by g++ against csrc/emulator, called through ctypes.
 
 The functions have the signatures of :mod:`logquant.ops.reference` and take CPU tensors. Nothing here checks arguments:
 the tests only pass valid ones.
@@ -23,11 +23,10 @@ import torch
 from torch import Tensor
 
 from logquant.format import DTYPES, PageFormat
+from tests.cuda_sources import Objects, plain, sources
 from tests.locks import locked
 
 ROOT = Path(__file__).parents[1]
-CSRC = ROOT / "csrc"
-KERNEL_SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 FLAGS = [
     "-std=c++20",
     "-O2",
@@ -54,23 +53,22 @@ def cuda_include() -> Path | None:
     return next((path for path in candidates if (path / "cuda_fp16.h").exists()), None)
 
 
-def build(name: str, sources: list[Path], flags: list[str], *, shared: bool) -> Path:
-    """Compile sources with ninja into the build directory, again only where something changed."""
+def build(name: str, objects: Objects, flags: list[str], *, shared: bool) -> Path:
+    """Compile objects, each of its source and with its own flags, with ninja, again only where something changed."""
     include = cuda_include()
     if include is None:
         raise RuntimeError("the emulated kernels need CUDA's headers: set CUDA_HOME to a toolkit")
     directory = ROOT / "build" / f"emulated-{name}"
     compiler = os.environ.get("CXX", "g++")
-    objects = {source: f"{source.name}.o" for source in sources}
     lines = [
         "rule compile",
-        f"  command = {compiler} -MMD -MF $out.d {' '.join(flags)} -isystem {include} -x c++ -c $in -o $out",
+        f"  command = {compiler} -MMD -MF $out.d {' '.join(flags)} $own -isystem {include} -x c++ -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
         f"  command = {compiler} {' '.join(flags)} {'-shared' if shared else ''} $in -o $out",
-        *(f"build {target}: compile {source}" for source, target in objects.items()),
-        f"build {name}: link {' '.join(objects.values())}",
+        *(f"build {target}.o: compile {source}\n  own = {' '.join(own)}" for target, (source, own) in objects.items()),
+        f"build {name}: link {' '.join(f'{target}.o' for target in objects)}",
         "",
     ]
     with locked(directory):
@@ -84,8 +82,8 @@ def build(name: str, sources: list[Path], flags: list[str], *, shared: bool) -> 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    sources = [*KERNEL_SOURCES, CSRC / "emulator/emulator.cpp", CSRC / "tests/emulated_module.cpp"]
-    lib = ctypes.CDLL(str(build("kernels.so", sources, FLAGS, shared=True)))
+    glue = plain("emulator/emulator.cpp", "tests/emulated_module.cpp")
+    lib = ctypes.CDLL(str(build("kernels.so", sources() | glue, FLAGS, shared=True)))
     for name in ("quantize", "dequantize", "evict", "attend", "attend_path"):
         getattr(lib, f"emulated_{name}").restype = ctypes.c_char_p
     lib.emulated_attend_workspace.restype = ctypes.c_int64
@@ -299,5 +297,5 @@ if __name__ == "__main__":
             library()
         sys.exit()
     name = sys.argv[1]
-    program = build(name, [CSRC / f"tests/{name}.cu", CSRC / "emulator/emulator.cpp"], FLAGS, shared=False)
+    program = build(name, plain(f"tests/{name}.cu", "emulator/emulator.cpp"), FLAGS, shared=False)
     sys.exit(subprocess.run([program], check=False).returncode)

@@ -8,24 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logquant import LogQuantConfig, ops
+from logquant import ops
 from logquant.format import PageFormat
 from logquant.ops import reference
 from logquant.ops.reference.attend import visible_scores
 from tests import emulated
 from tests.backends import on
+from tests.cuda_sources import formats
 from tests.memo import by_content
 from tests.strategies import column_map, tokens
 
 quantize = by_content(reference.quantize)
 attend = by_content(reference.attend)
 
-TENSOR_DIMS = (64, 80, 96, 112, 128, 192, 256)
-# Those with tensor-core kernels: csrc/cuda/attend_d*.cu.
-TENSOR_FORMATS = [
-    *(config.page_format(dim) for config in (LogQuantConfig.paper(), LogQuantConfig()) for dim in TENSOR_DIMS),
-    PageFormat(128, key_bits=4, value_bits=4),
-]
+TENSOR_FORMATS = list(formats().values())  # those with tensor-core kernels
 
 
 def name_of(fmt: PageFormat) -> str:

@@ -56,8 +56,8 @@ def page_loop(code: list[Instruction]) -> list[Instruction]:
 
     The loop is the shortest backward branch whose body copies pages and holds most HMMA. Of its forward branches, those
     around rare blocks are taken: what moves the reference exponent (SHFL), masks scores (calls, reciprocals, loads),
-    spares hidden NaNs (FSEL), looks for poisoned scales (LDS.U8), looks a page up in a table (a load), or what two
-    warps rarely exchange (BAR). Convergence branches: BRA.CONV is taken, BRA.DIV and @!PT are not.
+    takes out NaNs that a row does not see (FSEL), looks for poisoned scales (LDS.U8), looks a page up in a table (a
+    load), or what two warps rarely exchange (BAR). Convergence branches: BRA.CONV is taken, BRA.DIV and @!PT are not.
     """
     at = {x.address: i for i, x in enumerate(code)}
     copies = [x.address for x in code if x.opcode.startswith("LDGSTS")]
@@ -102,7 +102,7 @@ def tiles(mangled: str) -> int:
 
 
 def warps(mangled: str) -> int:
-    """How many share a page (Layout::kPaired)."""
+    """How many share a page (Config::kPaired)."""
     match = re.search(r"ShapeI((?:Li\d+E)+)E", mangled)
     assert match is not None
     numbers = [int(x) for x in re.findall(r"\d+", match[1])]

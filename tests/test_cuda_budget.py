@@ -6,15 +6,14 @@ the kernels of one format on Hopper.
 
 from __future__ import annotations
 
-import re
 from itertools import product
 
 import pytest
 import torch
 
-from logquant.format import PageFormat
 from tests import cubins, emulated, sass
-from tests.problems import TENSOR_FORMATS, name_of, problem_of
+from tests.cuda_sources import formats, sources
+from tests.problems import problem_of
 
 if cubins.nvcc() is None:
     pytest.skip("needs nvcc", allow_module_level=True)
@@ -48,7 +47,7 @@ cheap = ["quantize", "evict", "dequantize", "attend", "attend_d128"]
 quick = [pytest.param(name, "90", id=f"{name}-90") for name in cheap]
 thorough = [
     pytest.param(name, arch, id=f"{name}-{arch}", marks=pytest.mark.slow)
-    for name in cubins.all_sources()
+    for name in sources()
     for arch in ("80", "90", "100", "120")
     if (arch != "90" or name not in cheap) and (arch != "120" or name in EACH_KIND)
 ]
@@ -85,30 +84,27 @@ def test_instructions_of_the_page_loop(name, arch):
 
 def test_the_budgets_are_within_the_goals():
     for name, budget in INSTRUCTIONS.items():
-        dim, columns = (int(x) for x in re.fullmatch(r"attend_d(\d+)(?:_c(\d+))?", name).groups(default="0"))
-        if goal := GOALS.get(dim):
-            goal *= 1.25 if columns else 1
+        fmt = formats()[name.removeprefix("attend_")]
+        if goal := GOALS.get(fmt.head_dim):
+            goal *= fmt.key_columns / fmt.head_dim
             assert max(budget[:2]) <= goal
             assert max(budget[2:]) <= 1.6 * goal
 
 
 @pytest.mark.parametrize(
-    "fmt",
-    [pytest.param(fmt, marks=[] if fmt == PageFormat(128) else pytest.mark.slow) for fmt in TENSOR_FORMATS],
-    ids=name_of,
+    "name", [pytest.param(f"attend_{name}", marks=[] if name == "d128" else pytest.mark.slow) for name in formats()]
 )
-def test_bytes_in_flight_hide_the_latency_of_memory(fmt):
+def test_bytes_in_flight_hide_the_latency_of_memory(name):
     """On Hopper, warps x stages x page is at least twice latency times bandwidth.
 
     While a warp works on a page, only the other page of its ring is on its way: those alone are twice as much, too, but
     for the formats of SHORT.
     """
+    fmt = formats()[name.removeprefix("attend_")]
     problem = problem_of(fmt, torch.float16, heads=1)
     emulated.counters()
     problem.run("emulated")
     shared = emulated.counters()["shared_bytes"]
-    columns = "" if fmt.key_columns == fmt.head_dim else f"_c{fmt.key_columns}"
-    name = f"attend_d{fmt.head_dim}{columns}" + ("" if fmt.key_bits == 2 else f"_b{fmt.key_bits}")
     cubins.build([name], ["90"])
     registers = max(kernel.registers for kernel in cubins.usage(name, "90") if sass.tiles(kernel.kernel) == 1)
     threads, stages = 128, 2

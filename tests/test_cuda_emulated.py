@@ -15,6 +15,7 @@ from logquant import LogQuantConfig
 from logquant.format import PageFormat
 from logquant.ops import reference
 from tests import emulated
+from tests.cuda_sources import plain
 from tests.problems import TENSOR_FORMATS, Problem, name_of, problem_of
 from tests.strategies import dtypes, formats, key_weights, seeds, tokens, value_feedback
 
@@ -42,8 +43,8 @@ def check(problem: Problem, **options: torch.Tensor | float) -> None:
 @pytest.mark.parametrize("sanitizer", ["none", "address,undefined", "thread"])
 def test_the_emulator_catches_seeded_bugs(sanitizer):
     flags = [*emulated.FLAGS, *([] if sanitizer == "none" else [f"-fsanitize={sanitizer}", "-O1"])]
-    sources = [emulated.CSRC / "tests/emulated_bugs.cu", emulated.CSRC / "emulator/emulator.cpp"]
-    program = emulated.build(f"bugs-{sanitizer.replace(',', '-')}", sources, flags, shared=False)
+    objects = plain("tests/emulated_bugs.cu", "emulator/emulator.cpp")
+    program = emulated.build(f"bugs-{sanitizer.replace(',', '-')}", objects, flags, shared=False)
 
     def outcome(*arguments: str) -> tuple[int, str]:
         result = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
@@ -68,10 +69,10 @@ def cutlass_include() -> Path | None:
 
 @pytest.mark.skipif(cutlass_include() is None, reason="needs CuTe: pip install --no-deps nvidia-cutlass")
 def test_fragments_are_laid_out_as_cute_says():
-    names = ("tests/emulated_layouts.cu", "tests/cute_layouts.cpp", "emulator/emulator.cpp")
+    objects = plain("tests/emulated_layouts.cu", "tests/cute_layouts.cpp", "emulator/emulator.cpp")
     cccl = emulated.cuda_include() / "cccl"
     flags = [*emulated.FLAGS, f"-isystem {cutlass_include()} -isystem {cccl}", "-Wno-unused-parameter"]
-    program = emulated.build("layouts", [emulated.CSRC / name for name in names], flags, shared=False)
+    program = emulated.build("layouts", objects, flags, shared=False)
     result = subprocess.run([program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
 
@@ -193,6 +194,12 @@ def test_feedback_beyond_what_fp32_holds(page_tokens, factor):
     feedback = torch.full((1, 1, page_tokens, page_tokens), factor)
     pages = emulated.quantize(k, v, fmt, value_feedback=feedback)
     assert torch.equal(pages, reference.quantize(k, v, fmt, value_feedback=feedback))
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 112, 128, 192, 256])
+@pytest.mark.parametrize("config", [LogQuantConfig.paper(), LogQuantConfig()], ids=["paper", "default"])
+def test_formats_of_common_dims_have_kernels_on_tensor_cores(config, dim):
+    assert config.page_format(dim) in TENSOR_FORMATS
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

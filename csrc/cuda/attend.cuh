@@ -39,6 +39,12 @@ LOGQUANT_DEVICE uint32_t not_finite(uint32_t word) {
   return ((word & kLow) == kLow ? 0xFFFFu : 0u) | ((word & kHigh) == kHigh ? 0xFFFF0000u : 0u);
 }
 
+// Operand of two 16-bit elements: 1 for each score that a row sees, else 0.
+template <class T>
+LOGQUANT_DEVICE uint32_t seen_operand(float low_score, float high_score) {
+  return Operand<T>::pack(low_score == -INFINITY ? 0.0f : 1.0f, high_score == -INFINITY ? 0.0f : 1.0f);
+}
+
 struct Row {
   int batch, head, query;  // head: of the queries
 };
@@ -53,11 +59,14 @@ LOGQUANT_DEVICE int64_t query_offset(const AttendArgs& a, const Row& r) {
 inline int64_t row_count(const AttendArgs& a) { return a.group * a.queries; }
 
 // Pages and window tokens of a batch row that are in use.
-LOGQUANT_DEVICE int used(const AttendArgs& a, int64_t batch, int part) {
-  const int64_t all = part == 0 ? a.page_count : a.window_tokens;
+LOGQUANT_DEVICE int in_use(const AttendArgs& a, int64_t batch, int64_t all, int part) {
   if (a.lengths == nullptr) return static_cast<int>(all);
   const int64_t length = a.lengths[batch * a.lengths_batch_stride + part];
   return static_cast<int>(max(int64_t{0}, min(length, all)));
+}
+LOGQUANT_DEVICE int used_pages(const AttendArgs& a, int64_t batch) { return in_use(a, batch, a.page_count, 0); }
+LOGQUANT_DEVICE int used_window_tokens(const AttendArgs& a, int64_t batch) {
+  return in_use(a, batch, a.window_tokens, 1);
 }
 
 LOGQUANT_DEVICE const uint32_t* page_at(const AttendArgs& a, int64_t batch, int64_t kv_head, int64_t page) {
@@ -104,6 +113,37 @@ LOGQUANT_DEVICE float seen_score(const AttendArgs& a, const Row& r, int slot, fl
 LOGQUANT_DEVICE int64_t partial_index(const AttendArgs& a, int64_t batch, int64_t kv_head, int64_t split, int64_t row) {
   return ((batch * a.kv_heads + kv_head) * (a.page_splits + a.window_splits) + split) * (a.group * a.queries) + row;
 }
+LOGQUANT_DEVICE void write_partial_sums(const AttendArgs& a, int64_t partial, float reference, float sum) {
+  a.partial_sums[2 * partial] = reference;
+  a.partial_sums[2 * partial + 1] = sum;
+}
+
+// What a block works on, where the grid is (splits, batch * KV heads, tiles of `rows` query rows).
+struct BlockRows {
+  LOGQUANT_DEVICE BlockRows(const AttendArgs& a, int rows)
+      : batch(blockIdx.y / static_cast<int>(a.kv_heads)),
+        kv_head(blockIdx.y % static_cast<int>(a.kv_heads)),
+        first_row(blockIdx.z * rows),
+        row_total(static_cast<int>(a.group * a.queries)) {}
+
+  LOGQUANT_DEVICE Row row(const AttendArgs& a, int row) const { return row_of(a, batch, kv_head, row); }
+  LOGQUANT_DEVICE const uint32_t* page(const AttendArgs& a, int page) const { return page_at(a, batch, kv_head, page); }
+  LOGQUANT_DEVICE int64_t partial_index(const AttendArgs& a, int split, int row) const {
+    return cuda::partial_index(a, batch, kv_head, split, row);
+  }
+  LOGQUANT_DEVICE const int16_t* key_map(const AttendArgs& a) const {
+    return a.key_map.data + batch * a.key_map.batch_stride + kv_head * a.key_map.head_stride;
+  }
+
+  const int batch, kv_head;
+  const int first_row, row_total;
+};
+
+// The tokens of the block's KV head.
+template <class T>
+LOGQUANT_DEVICE const T* head_of(const BlockRows& block, const Tokens& x) {
+  return static_cast<const T*>(x.data) + block.batch * x.batch_stride + block.kv_head * x.head_stride;
+}
 
 // For many query rows (attend_prefill.cu): whether it can, how many rows a block takes, and tiles of slots there are.
 // Its splits are page_splits, over pages and window alike; with one, it writes the result itself.
@@ -114,7 +154,7 @@ cudaError_t attend_prefill(const AttendArgs& args, cudaStream_t stream);
 
 cudaError_t attend_general(const AttendArgs& args, cudaStream_t stream);
 
-// A kernel compiled for one format and dtype (attend_pages.cuh).
+// Decoding, compiled for one format and dtype (tensor/launch.cuh).
 struct TensorKernel {
   PageFormat format;
   Dtype dtype;

@@ -1,6 +1,6 @@
 // Attention over pages of any format and an exact window of any dtype, in fp32 on CUDA cores.
 //
-// The path for formats without a tensor-core kernel (attend_pages.cuh) and for float32 models. A block takes a part of
+// The path for formats without a tensor-core kernel (tensor/) and for float32 models. A block takes a part of
 // the slots of one KV head for kRows query rows, one tile at a time: a page, or 128 tokens of the window.
 //   1. threads are tokens: scores; the page's scales are folded into q, its zeros into one constant a row
 //   2. the tile's maximum moves the reference exponent
@@ -28,10 +28,7 @@ class GeneralAttention {
  public:
   LOGQUANT_DEVICE GeneralAttention(const AttendArgs& args, unsigned char* shared)
       : a(args),
-        batch(blockIdx.y / static_cast<int>(args.kv_heads)),
-        kv_head(blockIdx.y % static_cast<int>(args.kv_heads)),
-        first_row(blockIdx.z * rows),
-        row_total(static_cast<int>(args.group * args.queries)),
+        block(args, rows),
         q(reinterpret_cast<float*>(shared)),
         scaled_q(q + rows * args.format.head_dim),
         out(scaled_q + rows * args.format.head_dim),
@@ -40,17 +37,15 @@ class GeneralAttention {
         constants(warp_max + rows * kWarps),
         rescale(constants + rows * kWarps),
         code_weights(rescale + rows),
-        map(args.key_map.data == nullptr
-                ? nullptr
-                : args.key_map.data + batch * args.key_map.batch_stride + kv_head * args.key_map.head_stride) {}
+        map(args.key_map.data == nullptr ? nullptr : block.key_map(args)) {}
 
   LOGQUANT_DEVICE void run() {
     const int dim = a.format.head_dim;
     for (int i = threadIdx.x; i < rows * dim; i += kThreads) {
-      const int c = i / rows, row = first_row + i % rows;
+      const int c = i / rows, row = block.first_row + i % rows;
       float x = 0.0f;
-      if (row < row_total) {
-        x = Element<T>::wide(static_cast<const T*>(a.q.data)[query_offset(a, row_of(a, batch, kv_head, row)) + c]);
+      if (row < block.row_total) {
+        x = Element<T>::wide(static_cast<const T*>(a.q.data)[query_offset(a, block.row(a, row)) + c]);
       }
       q[i] = x * a.scale * kLog2e;
     }
@@ -62,18 +57,18 @@ class GeneralAttention {
     }
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
-      top[r] = -INFINITY;
+      reference[r] = -INFINITY;
       sum[r] = 0.0f;
     }
     __syncthreads();
 
     const int split = blockIdx.x;
     if (split < a.page_splits) {
-      const int pages = used(a, batch, 0);
+      const int pages = used_pages(a, block.batch);
       for (int p = split; p < pages; p += a.page_splits) page_tile(p);
       rotate_back();
     } else {
-      const int tokens = used(a, batch, 1);
+      const int tokens = used_window_tokens(a, block.batch);
       for (int t = (split - a.page_splits) * kThreads; t < tokens; t += a.window_splits * kThreads) {
         window_tile(t, min(kThreads, tokens - t));
       }
@@ -85,7 +80,7 @@ class GeneralAttention {
   LOGQUANT_DEVICE void page_tile(int p) {
     const PageFormat& f = a.format;
     const int dim = f.head_dim, self = threadIdx.x, bits = f.key_bits;
-    const uint32_t* const page = page_at(a, batch, kv_head, p);
+    const uint32_t* const page = block.page(a, p);
     float zeros[rows] = {};
     for (int c = self; c < dim; c += kThreads) {
       const Params p = key_params_at(f, page, c);
@@ -144,10 +139,8 @@ class GeneralAttention {
   LOGQUANT_DEVICE void window_tile(int first, int count) {
     const PageFormat& f = a.format;
     const int self = threadIdx.x;
-    const T* const keys = static_cast<const T*>(a.window_k.data) + batch * a.window_k.batch_stride +
-                          kv_head * a.window_k.head_stride + first * a.window_k.token_stride;
-    const T* const values = static_cast<const T*>(a.window_v.data) + batch * a.window_v.batch_stride +
-                            kv_head * a.window_v.head_stride + first * a.window_v.token_stride;
+    const T* const keys = head_of<T>(block, a.window_k) + first * a.window_k.token_stride;
+    const T* const values = head_of<T>(block, a.window_v) + first * a.window_v.token_stride;
     float score[rows] = {};
     if (self < count) {
       const T* const key = keys + self * a.window_k.token_stride;
@@ -172,11 +165,11 @@ class GeneralAttention {
     const int self = threadIdx.x;
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
-      const int row = first_row + r;
-      if (self >= count || row >= row_total) {
+      const int row = block.first_row + r;
+      if (self >= count || row >= block.row_total) {
         score[r] = -INFINITY;
       } else if (!a.plain) {
-        score[r] = seen_score(a, row_of(a, batch, kv_head, row), first_slot + self, score[r]);
+        score[r] = seen_score(a, block.row(a, row), first_slot + self, score[r]);
       }
       float most = score[r];
 #pragma unroll
@@ -186,14 +179,14 @@ class GeneralAttention {
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
-      float most = top[r];
+      float most = reference[r];
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) most = fmaxf(most, warp_max[r * kWarps + w]);
-      const float reference = most == -INFINITY ? 0.0f : most;
-      const float factor = ptx::exp2(top[r] - reference);
+      const float finite = most == -INFINITY ? 0.0f : most;
+      const float factor = ptx::exp2(reference[r] - finite);
       const bool seen = score[r] != -INFINITY;
-      const float weight = seen ? ptx::exp2(score[r] - reference) : -0.0f;  // the sign says: not seen
-      top[r] = most;
+      const float weight = seen ? ptx::exp2(score[r] - finite) : -0.0f;  // the sign says: not seen
+      reference[r] = most;
       sum[r] = sum[r] * factor + weight;
       weights[self * rows + r] = weight;
       if (self == 0) rescale[r] = factor;
@@ -261,25 +254,23 @@ class GeneralAttention {
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
-      const int row = first_row + r;
-      if (row >= row_total) continue;
-      const int64_t at = partial_index(a, batch, kv_head, split, row);
+      const int row = block.first_row + r;
+      if (row >= block.row_total) continue;
+      const int64_t at = block.partial_index(a, split, row);
       for (int c = self; c < dim; c += kThreads) a.partial_out[at * dim + c] = out[c * rows + r];
       if (self != 0) continue;
-      a.partial_sums[2 * at] = top[r];
-      a.partial_sums[2 * at + 1] = total(warp_max, r);
+      write_partial_sums(a, at, reference[r], total(warp_max, r));
     }
   }
 
   const AttendArgs& a;
-  const int batch, kv_head;
-  const int first_row, row_total;
+  const BlockRows block;
   // Shared memory. q is times scale * log2(e); [channel or token][row] so that a thread reads all rows at once.
   // code_weights: of a channel, 1 of its code in units of its stored scale.
   float *q, *scaled_q, *out, *weights, *warp_max, *constants, *rescale, *code_weights;
   const int16_t* const map;
-  float top[rows];  // the largest score so far: the reference exponent, the same in all threads
-  float sum[rows];  // of the weights of this thread's tokens
+  float reference[rows];  // the largest score so far: the reference exponent, the same in all threads
+  float sum[rows];        // of the weights of this thread's tokens
 };
 
 template <class T, int rows>

@@ -62,10 +62,7 @@ class Prefill {
         lane(threadIdx.x % 32),
         g(lane / 4),
         t(lane % 4),
-        batch(blockIdx.y / static_cast<int>(args.kv_heads)),
-        kv_head(blockIdx.y % static_cast<int>(args.kv_heads)),
-        first_row(blockIdx.z * L::kRows),
-        row_total(static_cast<int>(args.group * args.queries)),
+        block(args, L::kRows),
         queries(reinterpret_cast<T*>(shared + L::kQueries)),
         keys(reinterpret_cast<T*>(shared + L::kKeys)),
         values(reinterpret_cast<T*>(shared + L::kValues)),
@@ -74,7 +71,7 @@ class Prefill {
 
   LOGQUANT_DEVICE void run() {
     const PageFormat& f = a.format;
-    const int pages = used(a, batch, 0), tokens = used(a, batch, 1);
+    const int pages = used_pages(a, block.batch), tokens = used_window_tokens(a, block.batch);
     const int page_tiles = f.page_tokens > L::kTokens ? f.page_tokens / L::kTokens : 1;
     const int tile_tokens = f.page_tokens < L::kTokens ? f.page_tokens : L::kTokens;
     const int tiles = pages * page_tiles + (tokens + L::kTokens - 1) / L::kTokens;
@@ -85,15 +82,14 @@ class Prefill {
     if (begin < end && begin < pages * page_tiles) fetch(begin / page_tiles);
     load_queries();
     if (column_of != nullptr) {
-      fill_column_table(f, a.key_map.data + batch * a.key_map.batch_stride + kv_head * a.key_map.head_stride, column_of,
-                        L::kThreads);
+      fill_column_table(f, block.key_map(a), column_of, L::kThreads);
     }
     for (int i = threadIdx.x; i < 2 * L::kTokens * L::kPitch / 2; i += L::kThreads) {  // padding of channels and tokens
       reinterpret_cast<uint32_t*>(keys)[i] = 0;
     }
     find_last_position();
 #pragma unroll
-    for (int r = 0; r < 2; ++r) top[r] = kLowest, sum[r] = 0.0f;
+    for (int r = 0; r < 2; ++r) reference[r] = kLowest, sum[r] = 0.0f;
 #pragma unroll
     for (int j = 0; j < kChannelTiles; ++j) {
 #pragma unroll
@@ -110,7 +106,7 @@ class Prefill {
       // All threads see the staged page, and all warps are done with the last tile.
       const bool seen = __syncthreads_or(precedes_last(slot, count)) != 0;
       if (seen && packed) {
-        const uint32_t* const words = staged ? stage : page_at(a, batch, kv_head, page);
+        const uint32_t* const words = staged ? stage : block.page(a, page);
         dequantize_keys(f, words, column_of, from, count, keys, L::kPitch, true, L::kThreads);
         dequantize_values(f, words, from, count, 1, rotated_unit(), values, L::kPitch, true, L::kThreads);
       } else if (seen) {
@@ -119,9 +115,9 @@ class Prefill {
       }
       if (seen && count < L::kTokens) clear_rows(count);
       __syncthreads();
-      const bool spoiled = seen && __syncthreads_or(holds_not_finite()) != 0;
+      const bool holds_nans = seen && __syncthreads_or(holds_not_finite()) != 0;
       if (packed && tile + 1 < end && (tile + 1) % page_tiles == 0 && page + 1 < pages) fetch(page + 1);
-      if (seen) attend_tile(slot, count, spoiled);
+      if (seen) attend_tile(slot, count, holds_nans);
       // Pages hold rotated values and the window does not: once the split's pages are summed, the sums are rotated
       // back.
       if (packed && (tile + 1 == end || tile + 1 == pages * page_tiles)) rotate_back();
@@ -137,7 +133,7 @@ class Prefill {
  private:
   LOGQUANT_DEVICE void fetch(int page) const {
     if (staged) {
-      const uint32_t* const from = page_at(a, batch, kv_head, page);
+      const uint32_t* const from = block.page(a, page);
       for (int i = threadIdx.x; i < a.format.words() / 4; i += L::kThreads)
         ptx::cp_async16(stage + 4 * i, from + 4 * i);
     }
@@ -147,10 +143,10 @@ class Prefill {
   LOGQUANT_DEVICE void load_queries() const {
     const T* const q = static_cast<const T*>(a.q.data);
     for (int i = threadIdx.x; i < L::kRows * dim / 4; i += L::kThreads) {
-      const int row = first_row + i / (dim / 4), c = i % (dim / 4) * 4;
+      const int row = block.first_row + i / (dim / 4), c = i % (dim / 4) * 4;
       Float4 x = {};
-      if (row < row_total && c < a.format.head_dim) {
-        x = load4(q + query_offset(a, row_of(a, batch, kv_head, row)) + c, aligned.q);
+      if (row < block.row_total && c < a.format.head_dim) {
+        x = load4(q + query_offset(a, block.row(a, row)) + c, aligned.q);
       }
       store4(queries + i / (dim / 4) * L::kPitch + c, x, true);
     }
@@ -161,9 +157,9 @@ class Prefill {
     last_position = 0x7FFFFFFF;
     if (a.query_positions == nullptr) return;
     last_position = -1;
-    const int group = static_cast<int>(a.group), rows = min(L::kRows, row_total - first_row);
-    const int32_t* const positions = a.query_positions + batch * a.query_positions_batch_stride;
-    for (int query = first_row / group; query <= (first_row + rows - 1) / group; ++query) {
+    const int group = static_cast<int>(a.group), rows = min(L::kRows, block.row_total - block.first_row);
+    const int32_t* const positions = a.query_positions + block.batch * a.query_positions_batch_stride;
+    for (int query = block.first_row / group; query <= (block.first_row + rows - 1) / group; ++query) {
       last_position = max(last_position, positions[query]);
     }
   }
@@ -171,15 +167,15 @@ class Prefill {
     if (a.query_positions == nullptr) return true;
     bool any = false;
     for (int i = threadIdx.x; i < count; i += L::kThreads) {
-      const int position = a.positions != nullptr ? a.positions[batch * a.positions_batch_stride + slot + i] : slot + i;
+      const int position =
+          a.positions != nullptr ? a.positions[block.batch * a.positions_batch_stride + slot + i] : slot + i;
       any = any || (position >= 0 && position <= last_position);
     }
     return any;
   }
 
   LOGQUANT_DEVICE void copy_rows(const Tokens& x, int channels, int from, int count, bool rows_aligned, T* to) const {
-    const T* const rows =
-        static_cast<const T*>(x.data) + batch * x.batch_stride + kv_head * x.head_stride + from * x.token_stride;
+    const T* const rows = head_of<T>(block, x) + from * x.token_stride;
     for (int i = threadIdx.x; i < count * (channels / 4); i += L::kThreads) {
       const int token = i / (channels / 4), c = i % (channels / 4) * 4;
       store4(to + token * L::kPitch + c, load4(rows + token * x.token_stride + c, rows_aligned), true);
@@ -200,7 +196,7 @@ class Prefill {
     return any;
   }
 
-  LOGQUANT_DEVICE void attend_tile(int slot, int count, bool spoiled) {
+  LOGQUANT_DEVICE void attend_tile(int slot, int count, bool holds_nans) {
     const int warp = threadIdx.x / 32;
     float s[kKeyTiles][4];
 #pragma unroll
@@ -226,30 +222,30 @@ class Prefill {
     const float factor = a.scale * kLog2e;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int row = first_row + warp * 16 + g + 8 * (i / 2);
-      const Row where = row_of(a, batch, kv_head, min(row, row_total - 1));
+      const int row = block.first_row + warp * 16 + g + 8 * (i / 2);
+      const Row where = block.row(a, min(row, block.row_total - 1));
 #pragma unroll
       for (int n = 0; n < kKeyTiles; ++n) {
         const int token = 8 * n + 2 * t + i % 2;
         s[n][i] *= factor;
-        if (token >= count || row >= row_total) {
+        if (token >= count || row >= block.row_total) {
           s[n][i] = -INFINITY;
         } else if (!a.plain) {
           s[n][i] = seen_score(a, where, slot + token, s[n][i]);
         }
       }
     }
-    if (spoiled) spoil_rows(s);
+    if (holds_nans) poison_rows(s);
     uint32_t p[kKeyTiles][2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float most = top[r];
+      float most = reference[r];
 #pragma unroll
       for (int n = 0; n < kKeyTiles; ++n) most = fmaxf(most, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
       most = fmaxf(most, __shfl_xor_sync(ptx::kFullMask, most, 1));
       most = fmaxf(most, __shfl_xor_sync(ptx::kFullMask, most, 2));
-      const float less = ptx::exp2(top[r] - most);
-      top[r] = most;
+      const float less = ptx::exp2(reference[r] - most);
+      reference[r] = most;
       float total = 0.0f;
 #pragma unroll
       for (int n = 0; n < kKeyTiles; ++n) {
@@ -269,7 +265,7 @@ class Prefill {
       for (int j = 0; j < kChannelTiles; j += 2) {
         uint32_t two[4];
         ptx::ldmatrix_trans(two, value + k * 16 * L::kPitch + 8 * j);
-        if (spoiled) {
+        if (holds_nans) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) two[i] &= ~not_finite<T>(two[i]);
         }
@@ -322,7 +318,7 @@ class Prefill {
 
   // A weight of 0 times a NaN would be a NaN for rows that do not see the token: NaNs are left out of the products, and
   // this puts one into each output that does see one.
-  LOGQUANT_DEVICE void spoil_rows(const float (&s)[kKeyTiles][4]) {
+  LOGQUANT_DEVICE void poison_rows(const float (&s)[kKeyTiles][4]) {
     const T* const value = values + (lane % 16) * L::kPitch + lane / 16 * 8;
 #pragma unroll
     for (int k = 0; k < L::kTokens / 16; ++k) {
@@ -330,21 +326,21 @@ class Prefill {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* const x = s[2 * k + i / 2] + 2 * (i % 2);
-        seen[i] = Operand<T>::pack(x[0] == -INFINITY ? 0.0f : 1.0f, x[1] == -INFINITY ? 0.0f : 1.0f);
+        seen[i] = seen_operand<T>(x[0], x[1]);
       }
       for (int j = 0; j < kChannelTiles; j += 2) {
-        uint32_t bad[4];
-        ptx::ldmatrix_trans(bad, value + k * 16 * L::kPitch + 8 * j);
+        uint32_t nans[4];
+        ptx::ldmatrix_trans(nans, value + k * 16 * L::kPitch + 8 * j);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) bad[i] = not_finite<T>(bad[i]) & Operand<T>::kOnes;
-        float hit[2][4] = {};
-        ptx::mma<T>(hit[0], seen, {bad[0], bad[1]});
-        ptx::mma<T>(hit[1], seen, {bad[2], bad[3]});
+        for (int i = 0; i < 4; ++i) nans[i] = not_finite<T>(nans[i]) & Operand<T>::kOnes;
+        float nans_seen[2][4] = {};
+        ptx::mma<T>(nans_seen[0], seen, {nans[0], nans[1]});
+        ptx::mma<T>(nans_seen[1], seen, {nans[2], nans[3]});
 #pragma unroll
         for (int all = 0; all < kChannelTiles; all += 2) {  // so that j indexes no registers
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
-            if (all == j && hit[i / 4][i % 4] > 0.0f) out[all + i / 4][i % 4] = NAN;
+            if (all == j && nans_seen[i / 4][i % 4] > 0.0f) out[all + i / 4][i % 4] = NAN;
           }
         }
       }
@@ -355,16 +351,16 @@ class Prefill {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float total = row_sum(r);
-      const int row = first_row + threadIdx.x / 32 * 16 + g + 8 * r;
-      if (row >= row_total) continue;
-      const int64_t at = partial_index(a, batch, kv_head, split, row);
+      const int row = block.first_row + threadIdx.x / 32 * 16 + g + 8 * r;
+      if (row >= block.row_total) continue;
+      const int64_t at = block.partial_index(a, split, row);
       float* const to = a.partial_out + at * a.format.value_dim;
 #pragma unroll
       for (int j = 0; j < kChannelTiles; ++j) {
         const int c = 8 * j + 2 * t;
         if (c < a.format.value_dim) to[c] = out[j][2 * r], to[c + 1] = out[j][2 * r + 1];
       }
-      if (t == 0) a.partial_sums[2 * at] = top[r], a.partial_sums[2 * at + 1] = total;
+      if (t == 0) write_partial_sums(a, at, reference[r], total);
     }
   }
 
@@ -372,17 +368,17 @@ class Prefill {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float total = row_sum(r);
-      const int index = first_row + threadIdx.x / 32 * 16 + g + 8 * r;
-      if (index >= row_total) continue;
-      const Row row = row_of(a, batch, kv_head, index);
-      float most = top[r];
+      const int index = block.first_row + threadIdx.x / 32 * 16 + g + 8 * r;
+      if (index >= block.row_total) continue;
+      const Row row = block.row(a, index);
+      float most = reference[r];
       if (a.sinks != nullptr) {
         const float sink = a.sinks[row.head] * kLog2e;
         most = fmaxf(most, sink);
-        total = total * ptx::exp2(top[r] - most) + ptx::exp2(sink - most);
+        total = total * ptx::exp2(reference[r] - most) + ptx::exp2(sink - most);
       }
-      const float factor = total == 0.0f ? 0.0f : ptx::exp2(top[r] - most) / total;
-      const int64_t out_row = (int64_t{batch} * a.kv_heads * a.group + row.head) * a.queries + row.query;
+      const float factor = total == 0.0f ? 0.0f : ptx::exp2(reference[r] - most) / total;
+      const int64_t out_row = (int64_t{block.batch} * a.kv_heads * a.group + row.head) * a.queries + row.query;
       T* const to = static_cast<T*>(a.out) + out_row * a.format.value_dim;
 #pragma unroll
       for (int j = 0; j < kChannelTiles; ++j) {
@@ -404,13 +400,12 @@ class Prefill {
   const Aligned aligned;
   const bool staged;
   const int lane, g, t;
-  const int batch, kv_head;
-  const int first_row, row_total;
+  const BlockRows block;
   T *const queries, *const keys, *const values;  // shared, [row or token][kPitch]
   uint16_t* const column_of;                     // shared, or nullptr without a column map
   uint32_t* const stage;                         // shared: the next page
   int last_position = 0;
-  float top[2], sum[2];  // of rows g and g + 8; sums of this lane's tokens
+  float reference[2], sum[2];  // of rows g and g + 8; sums of this lane's tokens
   float out[kChannelTiles][4];
 };
 

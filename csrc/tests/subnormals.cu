@@ -2,7 +2,7 @@
 //
 //   nvcc -std=c++20 -arch=native csrc/tests/subnormals.cu -o subnormals && ./subnormals
 //
-// Should it fail, build logquant with LOGQUANT_NORMAL_CODES (csrc/cuda/attend_pages.cuh). It also says how sums are
+// Should it fail, build logquant with LOGQUANT_NORMAL_CODES (csrc/cuda/tensor/fragments.cuh). It also says how sums are
 // rounded, which the emulator's model of truncation (ptx.cuh) is to be compared with.
 #include <cmath>
 #include <cstdio>
