@@ -146,7 +146,6 @@ def quantize(
     k: Tensor,
     v: Tensor,
     fmt: PageFormat,
-    *,
     index: Tensor | None = None,
     key_map: Tensor | None = None,
     key_weights: Tensor | None = None,
@@ -211,7 +210,7 @@ def _unpack_params(words: Tensor, fmt: PageFormat, columns: Tensor | None) -> tu
 
 
 def dequantize(
-    pages: Tensor, fmt: PageFormat, *, dtype: torch.dtype = torch.float32, key_map: Tensor | None = None
+    pages: Tensor, fmt: PageFormat, dtype: torch.dtype = torch.float32, key_map: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The tokens that pages stand for: ``zero + scale * code``, in fp32, then rounded to ``dtype``.
 
@@ -251,7 +250,6 @@ def evict_(
     window_v: Tensor,
     pages: Tensor,
     fmt: PageFormat,
-    *,
     page: int,
     tokens: int,
     start: int,
