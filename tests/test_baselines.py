@@ -19,8 +19,9 @@ from logquant.methods.registry import cache_nbytes, packed_bits_per_element, par
 from logquant.methods.streaming import rope_frequencies
 from logquant.methods.turboquant import codebook, rotation
 from logquant.rule import split_positions
+from tests.helpers.models import tiny_config, tiny_model
 
-from .tiny import one_thread, tiny_config, tiny_model  # noqa: F401
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BATCH, HEADS, QUERY_HEADS, DIM = 2, 2, 4, 32
 # A prompt, then steps and chunks.

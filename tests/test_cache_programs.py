@@ -18,9 +18,10 @@ from logquant import LogQuantCache, LogQuantConfig
 from logquant.files import fingerprint
 from logquant.ops import reference
 from logquant.quantizer.calibration import Calibration
-from tests.test_padding import causal_mask
-from tests.test_window import PlainRow
-from tests.tiny import PLAIN, tiny_config
+from tests.helpers.layers import PLAIN
+from tests.helpers.masks import causal_mask
+from tests.helpers.models import tiny_config
+from tests.helpers.rows import PlainRow
 
 WINDOW, HEADS, DIM = 32, 1, 16
 MODEL = tiny_config(num_hidden_layers=2, num_attention_heads=HEADS, num_key_value_heads=HEADS, head_dim=DIM)

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from logquant.format import PageFormat
-from tests import cubins, emulated, sass
-from tests.problems import TENSOR_FORMATS, name_of, problem_of
+from tests.helpers import cubins, emulated, sass
+from tests.helpers.problems import TENSOR_FORMATS, name_of, problem_of
 
 if cubins.nvcc() is None:
     pytest.skip("needs nvcc", allow_module_level=True)

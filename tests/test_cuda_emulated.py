@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from logquant import LogQuantConfig
 from logquant.format import PageFormat
 from logquant.ops import reference
-from tests import emulated
-from tests.problems import TENSOR_FORMATS, Problem, name_of, problem_of
-from tests.strategies import dtypes, formats, key_weights, seeds, tokens, value_feedback
+from tests.helpers import emulated
+from tests.helpers.problems import TENSOR_FORMATS, Problem, name_of, problem_of
+from tests.helpers.strategies import dtypes, formats, key_weights, seeds, tokens, value_feedback
 
 if emulated.cuda_include() is None:
     pytest.skip("needs CUDA's headers", allow_module_level=True)

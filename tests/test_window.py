@@ -12,31 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from logquant.cache.layout import Rows, Slots
-from logquant.rule import RULES, Rule, evicted_slots, evictions, split_positions
+from logquant.rule import RULES, evicted_slots, evictions, split_positions
+from tests.helpers.rows import PlainRow, step_by_step
 
 CPU = torch.device("cpu")
 rules = st.sampled_from(RULES)
-
-
-def step_by_step(tokens: int, window: int, rule: Rule, sinks: int) -> tuple[list[int], list[int]]:
-    """The rule as logquant/rule.py states it, one token at a time."""
-    kept_apart: list[int] = []
-    exact: list[int] = []
-    packed: list[int] = []
-    for position in range(tokens):
-        if position < sinks:
-            kept_apart.append(position)
-            continue
-        exact.append(position)
-        while len(exact) >= 3 * window:
-            if rule == "log":
-                head = exact[: 2 * window]
-                packed += head[1::2]
-                exact = head[0::2] + exact[2 * window :]
-            else:
-                packed += exact[:window]
-                exact = exact[window:]
-    return packed, kept_apart + exact
 
 
 @given(tokens=st.integers(0, 900), window=st.integers(1, 40), rule=rules, sinks=st.integers(0, 6))
@@ -82,31 +62,6 @@ def test_one_eviction_takes_the_stated_slots(tokens, window, rule, sinks):
     assert len(range(full)[taken]) == window
     packed, _ = split_positions(full, window, rule, sinks)
     assert packed.tolist() == list(range(full)[taken])
-
-
-class PlainRow:
-    """One row as lists, with the rule as a loop: what Rows must say after any sequence of operations."""
-
-    def __init__(self, window: int, rule: Rule, sinks: int) -> None:
-        self.window, self.rule, self.sinks = window, rule, sinks
-        self.real: list[int] = []  # column of each token
-        self.columns = self.settled = 0
-
-    def append(self, new: list[bool], recallable: int) -> None:
-        self.real += [self.columns + i for i, is_real in enumerate(new) if is_real]
-        self.columns += len(new)
-        self.settled = max(self.settled, len(self.real) - recallable)
-
-    def crop(self, columns: int) -> None:
-        self.columns = max(0, self.columns - columns)
-        self.real = [c for c in self.real if c < self.columns]
-        self.settled = min(self.settled, len(self.real))
-
-    def layout(self) -> tuple[list[int], list[int]]:
-        """Columns of packed and of exact tokens."""
-        packed, exact = step_by_step(self.settled, self.window, self.rule, self.sinks)
-        exact += range(self.settled, len(self.real))
-        return [self.real[p] for p in packed], [self.real[p] for p in exact]
 
 
 BATCH = 3

@@ -12,10 +12,10 @@ from logquant import LogQuantConfig, ops
 from logquant.format import PageFormat
 from logquant.ops import reference
 from logquant.ops.reference.attend import visible_scores
-from tests import emulated
-from tests.backends import on
-from tests.memo import by_content
-from tests.strategies import column_map, tokens
+from tests.helpers import emulated
+from tests.helpers.backends import on
+from tests.helpers.memo import by_content
+from tests.helpers.strategies import column_map, tokens
 
 quantize = by_content(reference.quantize)
 attend = by_content(reference.attend)

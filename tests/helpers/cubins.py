@@ -1,4 +1,4 @@
-"""The machine code of csrc/cuda/*.cu, without a GPU: ``python -m tests.cubins [ARCH ...]``.
+"""The machine code of csrc/cuda/*.cu, without a GPU: ``python -m tests.helpers.cubins [ARCH ...]``.
 
 What setup.py has compiled for an architecture is read from its objects. Otherwise each source becomes a cubin for each
 architecture in build/cubins. Beside either lies what ptxas says of registers and spills.
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import ninja
 
-from tests.locks import locked
+from tests.helpers.locks import locked
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "cubins"
 EXTENSION = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"  # see setup.py
