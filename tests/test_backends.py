@@ -78,6 +78,12 @@ def test_an_unknown_backend_is_refused():
         pass
 
 
+def test_no_backend_takes_the_place_of_another():
+    for name in ("auto", "reference", "compiled", "cpu"):
+        with pytest.raises(ValueError, match=f"there is a backend '{name}' already"):
+            ops.register(name, reference)
+
+
 def test_without_the_extension_plain_torch_runs_and_says_so(monkeypatch):
     problem = Problem(PageFormat(64), packed=128, exact=64, seed=3)
     want = problem.run("reference")

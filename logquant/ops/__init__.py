@@ -47,7 +47,7 @@ def quantize(
         index: int32 ``[1 or B, N]``, the tokens to take; all T without it. N is a multiple of ``fmt.page_tokens``.
         key_map: int16 ``[1 or B, 1 or H, C]``, the column map; needed unless C = D.
         key_weights: float32 ``[1 or B, 1 or H, N]``, how much an error of each token's key counts where parameters are
-            fitted (``key_param_bits`` 8); 1 without it.
+            searched (``key_param_bits`` 8); 1 without it.
         value_feedback: float32 ``[1 or B, 1 or H, N, page_tokens]``, how much of a token's error each later token of
             its page takes off before it is rounded (``value_param_bits`` 8); nothing without it.
 

@@ -36,7 +36,13 @@ _chosen: Backend | None = None  # None: "auto"
 
 
 def register(name: str, backend: Backend) -> None:
-    """Make a backend known to :func:`use_backend` by a name, in place of the one that had it."""
+    """Make a backend known to :func:`use_backend`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in ("auto", *_OLDER_NAMES, *_backends):
+        raise ValueError(f"there is a backend {name!r} already")
     _backends[name] = backend
 
 
