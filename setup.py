@@ -164,7 +164,7 @@ class NinjaBuild(build_ext):
         compiler = (self.compiler.compiler_cxx or ["c++"])[0]
         if cache := shutil.which("ccache"):
             compiler, nvcc = f"{cache} {compiler}", f"{cache} {nvcc}"
-        # Builds with CUDA kernels and without share objects; tests/cubins.py reads the CUDA kernels' machine code.
+        # Builds with CUDA kernels and without share objects; tests/helpers/cubins.py reads what is in the former.
         name = "cuda.ninja" if home else "build.ninja"
         (build_dir / name).write_text(ninja_file(compiler, nvcc, objects, archives, target, libraries))
         jobs = [f"-j{self.parallel}"] if self.parallel else []
@@ -212,7 +212,7 @@ def ninja_file(
         "  deps = gcc",
         "rule compile_cuda",
         "  description = compile $out",
-        # What ptxas says of registers and spills is for tests/cubins.py; everything else is for whoever builds.
+        # What ptxas says of registers and spills is for tests/helpers/cubins.py; everything else is for whoever builds.
         f"  command = {nvcc} -MD -MF $out.d {' '.join(NVCC_FLAGS)} -Xptxas -v $flags -c $in -o $out > $out.log 2>&1; "
         "failed=$$?; grep -vE '^ptxas info|^ +[0-9]+ bytes stack frame' $out.log; exit $$failed",
         "  depfile = $out.d",

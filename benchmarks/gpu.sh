@@ -52,7 +52,7 @@ main() {
 
   step "do tensor cores keep fp16 subnormals?"
   if $emulate; then
-    try subnormals "$python" -m tests.emulated subnormals
+    try subnormals "$python" -m tests.helpers.emulated subnormals
   else
     try subnormals nvcc -std=c++20 -arch=native csrc/tests/subnormals.cu -o build/subnormals
     try subnormals build/subnormals

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -27,6 +28,9 @@ for name, examples in (("brief", 6), ("fast", 25), ("thorough", 200)):
 hypothesis.settings.register_profile("fuzz", max_examples=100, deadline=None, database=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("LOGQUANT_HYPOTHESIS", "fast"))
 
+# Assertions in helpers are explained as those in tests are.
+pytest.register_assert_rewrite("tests.helpers")
+
 # .ci/run sets NO_CHROMIUM where the system has no package of it.
 ALLOWED_SKIPS = ("needs Chromium",) if os.environ.get("NO_CHROMIUM") else ()
 
@@ -35,7 +39,8 @@ ALLOWED_SKIPS = ("needs Chromium",) if os.environ.get("NO_CHROMIUM") else ()
 def pytest_xdist_make_scheduler(config, log):
     """Tests that share what takes long to make run in one process.
 
-    Those are the backends of a test, which share what they are compared with (tests/memo.py), and pages of reports.
+    Those are the backends of a test, which share what they are compared with (tests/helpers/memo.py), and pages of
+    reports.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -44,7 +49,7 @@ def pytest_xdist_make_scheduler(config, log):
             test, _, parameters = nodeid.partition("[")
             if "test_report.py" in test:
                 return "test_report.py"
-            return f"{test}[{re.sub('reference|emulated|cuda|cpu-[a-z0-9]+', '', parameters)}"
+            return f"{test}[{re.sub('reference|compiled|emulated|cuda|cpu-[a-z0-9]+', '', parameters)}"
 
     return Sharing(config, log)
 
@@ -67,6 +72,25 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"needs the evaluation data in {path}; set LOGQUANT_DATA")
     return path
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests of tiny models: where other programs keep the cores busy, waiting for threads takes all the time."""
+    import torch  # only now, since it reads the settings above
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> str:
+    """The path of a tiny model with a tokenizer, for the command line."""
+    from tests.helpers.models import save_tiny_model
+
+    return str(save_tiny_model(tmp_path_factory.mktemp("tiny")))
 
 
 @pytest.fixture(scope="session")

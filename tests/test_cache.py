@@ -7,51 +7,21 @@ import warnings
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from logquant import LogQuantCache, LogQuantConfig
 from logquant.attention import exact, handle, view
 from logquant.attention.call import AttentionCall
 from logquant.attention.exact import exact_attention
 from logquant.attention.handle import KVHandle
-from logquant.cache.layer import LogQuantLayer
 from logquant.cache.sizes import head_nbytes
 from logquant.compat import as_argument
 from logquant.ops import reference
 from logquant.rule import RULES, split_positions
-from tests.tiny import PLAIN
+from tests.helpers.layers import PLAIN, contents, feed, make_layer, random_tokens
+from tests.helpers.models import FAMILIES, family_config, generate, logits_of
 
 IMPLEMENTATIONS = ["logquant", "sdpa", "eager"]
-
-
-def make_layer(**options) -> LogQuantLayer:
-    """Plain, unless other options say so: then what a layer holds follows from its tokens alone."""
-    config = LogQuantConfig(**PLAIN | options)
-    return LogQuantLayer(config)
-
-
-def random_tokens(count: int, *, batch: int = 1, heads: int = 2, dim: int = 64, value_dim: int = 64, seed: int = 0):
-    random = torch.Generator().manual_seed(seed)
-    return (torch.randn(batch, heads, count, d, generator=random) for d in (dim, value_dim))
-
-
-def feed(layer: LogQuantLayer, k: Tensor, v: Tensor, portions: list[int]) -> None:
-    first = 0
-    for n in portions:
-        layer.update(k[:, :, first : first + n], v[:, :, first : first + n])
-        first += n
-
-
-def contents(layer: LogQuantLayer) -> tuple[Tensor, Tensor, Tensor]:
-    layer.commit()
-    used = layer.rows.packed // layer.format.page_tokens
-    exact = layer.rows.exact
-    return (
-        layer.held.storage.pages[:, :, :used],
-        layer.held.storage.window_k[:, :, :exact],
-        layer.held.storage.window_v[:, :, :exact],
-    )
 
 
 # ------------------------------------------------------------------------------------------------------ the layer
@@ -184,79 +154,12 @@ def test_bad_cache_arguments():
     with pytest.raises(TypeError, match="give either quantization or its fields, got both: bits"):
         LogQuantCache(LlamaConfig(), LogQuantConfig(), bits=4)
     with pytest.raises(TypeError, match=r"config must be the model's configuration \(model.config\), got LlamaFor"):
-        LogQuantCache(LlamaForCausalLM(tiny_config("llama")))
+        LogQuantCache(LlamaForCausalLM(family_config("llama")))
     with pytest.raises(TypeError, match="unexpected keyword argument 'bit'"):
         LogQuantCache(LlamaConfig(), bit=4)
 
 
 # ----------------------------------------------------------------------------------------------------- tiny models
-FAMILIES = {
-    "llama": {},
-    "qwen3": {},
-    "mistral": {"sliding_window": 24},
-    "gemma2": {
-        "attn_logit_softcapping": 5.0,
-        "sliding_window": 24,
-        "query_pre_attn_scalar": 16,
-        "initializer_range": 0.3,
-    },
-    "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 24, "initializer_range": 0.3},
-    "gpt_neox": {},
-    "phi3": {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 192, "head_dim": 96},
-    "gemma3_text": {
-        "sliding_window": 24,
-        "query_pre_attn_scalar": 16,
-        "initializer_range": 0.3,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-    },
-    "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 1},
-    "qwen3_moe": {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32},
-    "lfm2": {"full_attn_idxs": [1], "layer_types": ["conv", "full_attention", "conv"]},
-    "qwen3_next": {
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "linear_num_value_heads": 2,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-        "num_experts": 2,
-        "num_experts_per_tok": 1,
-        "moe_intermediate_size": 32,
-        "shared_expert_intermediate_size": 32,
-    },
-    "deepseek_v3": {
-        "q_lora_rank": None,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 16,
-        "qk_nope_head_dim": 16,
-        "v_head_dim": 16,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 1,
-        "moe_intermediate_size": 16,
-        "n_group": 1,
-        "topk_group": 1,
-        "num_key_value_heads": 4,
-        "n_shared_experts": 1,
-    },
-}
-
-
-def tiny_config(family: str):
-    base = {
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 2048,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    return AutoConfig.for_model(family, **base | FAMILIES[family])
-
-
 # What takes the fused path: transformers' "sdpa" refuses softcaps and drops attention sinks.
 FUSED = {"gemma2": ["logquant"], "gpt_oss": ["logquant"]}
 
@@ -264,38 +167,18 @@ FUSED = {"gemma2": ["logquant"], "gpt_oss": ["logquant"]}
 @pytest.fixture(scope="module", params=FAMILIES)
 def any_model(request):
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(tiny_config(request.param)).eval()
+    return AutoModelForCausalLM.from_config(family_config(request.param)).eval()
 
 
 @pytest.fixture(scope="module")
 def llama():
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(tiny_config("llama")).eval()
+    return AutoModelForCausalLM.from_config(family_config("llama")).eval()
 
 
 @pytest.fixture
 def ids():
     return torch.randint(3, 255, (2, 500), generator=torch.Generator().manual_seed(0))
-
-
-def logits_of(
-    model, cache, ids: Tensor, portions: list[int], implementation: str, mask: Tensor | None = None
-) -> Tensor:
-    """Logits of all tokens, fed in portions."""
-    supported = model.config._attn_implementation
-    model.set_attn_implementation(implementation)
-    try:
-        if model.config._attn_implementation != implementation:
-            pytest.fail(f"the model has no {implementation} attention")
-        out, first = [], 0
-        with torch.no_grad():
-            for n in portions:
-                part = None if mask is None else mask[:, : first + n]
-                out.append(model(ids[:, first : first + n], attention_mask=part, **as_argument(cache)).logits)
-                first += n
-        return torch.cat(out, 1)
-    finally:
-        model.set_attn_implementation(supported)
 
 
 PORTIONS = [[150] + [1] * 60, [30, 100, 5, 7, 90] + [1] * 20, [130] + [8] * 12]
@@ -352,7 +235,7 @@ def test_eight_bits_are_close_to_a_full_cache(any_model, ids, portions):
 
 def test_layers_without_full_attention_stay_what_transformers_makes_them():
     kinds = {
-        family: [type(layer).__name__ for layer in LogQuantCache(tiny_config(family)).layers]
+        family: [type(layer).__name__ for layer in LogQuantCache(family_config(family)).layers]
         for family in ("llama", "mistral", "gemma2")
     }
     assert kinds == {
@@ -360,12 +243,6 @@ def test_layers_without_full_attention_stay_what_transformers_makes_them():
         "mistral": ["DynamicSlidingWindowLayer"] * 3,
         "gemma2": ["DynamicSlidingWindowLayer", "LogQuantLayer", "DynamicSlidingWindowLayer"],
     }
-
-
-def generate(model, ids: Tensor, cache, **options) -> Tensor:
-    mask = options.pop("attention_mask", torch.ones_like(ids))
-    options = {"max_new_tokens": 40, "do_sample": False} | options
-    return model.generate(ids, attention_mask=mask, **as_argument(cache), **options)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -534,7 +411,7 @@ def test_crop_of_a_positive_number_is_refused():
 def test_speculative_decoding_gives_the_tokens_of_plain_greedy(llama, ids, options):
     if "assistant_model" in options:
         torch.manual_seed(1)
-        options = options | {"assistant_model": AutoModelForCausalLM.from_config(tiny_config("llama")).eval()}
+        options = options | {"assistant_model": AutoModelForCausalLM.from_config(family_config("llama")).eval()}
     llama.set_attn_implementation("logquant")
     repetitive = ids[:1, :50].repeat(1, 5)
     want = generate(llama, repetitive, LogQuantCache(llama.config, bits=8, window=32), max_new_tokens=80)

@@ -19,9 +19,10 @@ from logquant.attention.call import AttentionCall
 from logquant.files import fingerprint
 from logquant.ops import reference
 from logquant.quantizer.calibration import Calibration
-from tests.test_padding import causal_mask
-from tests.test_window import PlainRow
-from tests.tiny import PLAIN, tiny_config
+from tests.helpers.layers import PLAIN
+from tests.helpers.masks import causal_mask
+from tests.helpers.models import tiny_config
+from tests.helpers.rows import PlainRow
 
 WINDOW, HEADS, DIM = 32, 1, 16
 MODEL = tiny_config(num_hidden_layers=2, num_attention_heads=HEADS, num_key_value_heads=HEADS, head_dim=DIM)
@@ -56,21 +57,21 @@ class PlainLayerRow(PlainRow):
                 self.held[p] = unpacked[0, :, i]
         self.packed = packed
 
-    def arrive(self, tokens: Tensor, new: list[bool], recallable: int) -> None:
-        self.append(new, recallable)
+    def arrive(self, tokens: Tensor, new: list[bool], reserved: int) -> None:
+        self.append(new, reserved)
         self.held += [token for token, real in zip(tokens, new, strict=True) if real]
         self.pack()
 
     def remove(self, columns: int) -> None:
         self.crop(columns)
         del self.held[len(self.real) :]
-        self.settled = len(self.real)
+        self.decided = len(self.real)
         self.packed = self.packed[: len(self.layout()[0])]
         self.pack()
 
     def dense(self) -> Tensor:
         """``[2, columns, D]``, 0 where padding was."""
-        out = torch.zeros(2, self.columns, DIM)
+        out = torch.zeros(2, self.length, DIM)
         for column, token in zip(self.real, self.held, strict=True):
             out[:, column] = token
         return out
@@ -112,18 +113,18 @@ class CachePrograms(RuleBasedStateMachine):
         for i, row in enumerate(self.rows[0]):
             padding[i, row.real] = 1
         padding[:, self.columns :] = torch.tensor(real)
-        recallable = max(WINDOW, new) if self.recording else 0
+        reserved = max(WINDOW, new) if self.recording else 0
         for i, rows in enumerate(self.rows):
             k, v = (torch.randn(self.batch, HEADS, new, DIM, generator=self.random) for _ in range(2))
             keys, _ = self.cache.update(k, v, i)
             mask = None if padding.all() else causal_mask(padding, new)
             keys.kv_view.attend(AttentionCall(k, mask, 1.0, causal=mask is None))
             for row, tokens, is_real in zip(rows, torch.stack([k, v], 3)[:, 0], real, strict=True):
-                row.arrive(tokens, is_real, recallable)
+                row.arrive(tokens, is_real, reserved)
 
     @property
     def columns(self) -> int:
-        return self.rows[0][0].columns
+        return self.rows[0][0].length
 
     @rule(columns=st.integers(0, 150))
     def crop(self, columns: int) -> None:

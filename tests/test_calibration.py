@@ -26,9 +26,10 @@ from logquant.quantizer.calibrate import LEAST_TOKENS, calibrate
 from logquant.quantizer.calibration import Calibration
 from logquant.quantizer.feedback import Attention
 from logquant.quantizer.queries import MAP_QUERIES
-from tests.test_cache import tiny_config as config_of
-from tests.test_padding import pad_mask
-from tests.tiny import one_thread, save_tiny_model, tiny_config, tiny_model  # noqa: F401
+from tests.helpers.masks import pad_mask
+from tests.helpers.models import family_config, save_tiny_model, tiny_config, tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 HEADS, DIM = 2, 64
 
@@ -87,7 +88,7 @@ def test_scores_are_the_sum_of_what_points_of_texts_say(model, calibration):
 
 def test_only_full_attention_is_calibrated():
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of("gemma2")).eval()
+    model = AutoModelForCausalLM.from_config(family_config("gemma2")).eval()
     full = [i for i, kind in enumerate(model.config.layer_types) if kind == "full_attention"]
     assert calibrate(model, [torch.arange(280) % 64]).layers == full and 0 < len(full) < model.config.num_hidden_layers
     with pytest.raises(ValueError, match="texts must be at least one"):

@@ -9,42 +9,24 @@ import pytest
 import torch
 from transformers import DynamicCache
 from transformers.models.llama import modeling_llama
-from typer.testing import CliRunner
 
 from logquant import LogQuantConfig, __version__, machine, models
 from logquant.bench.attend import DEQUANTIZE, FULL, FUSED
 from logquant.bench.generate import prefilled
 from logquant.bench.timing import WARMUP
 from logquant.cache.sizes import head_nbytes
-from logquant.cli import app
 from logquant.compat import as_argument
 from logquant.methods.accounting import cache_nbytes
 from logquant.methods.registry import parse_cache
+from tests.helpers.cli import run, succeed
+from tests.helpers.models import save_tiny_model
 
-from .tiny import one_thread, save_tiny_model  # noqa: F401
-
-# Tables are cut to the terminal's width.
-runner = CliRunner(env={"COLUMNS": "200"})
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(save_tiny_model(tmp_path_factory.mktemp("tiny")))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
 def json_file(tmp_path):
     return tmp_path / "result.json"
-
-
-def run(*args):
-    return runner.invoke(app, [str(arg) for arg in args], catch_exceptions=False)
-
-
-def succeed(*args):
-    result = run(*args)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 def test_help_names_every_command():

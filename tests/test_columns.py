@@ -11,7 +11,7 @@ from logquant import ops
 from logquant.format import BITS, PageFormat
 from logquant.ops import reference
 from logquant.quantizer import columns
-from tests.strategies import column_map, seeds
+from tests.helpers.strategies import column_map, seeds
 
 
 def greedy(score: list[float], count: int, distortions: tuple[float, ...]) -> list[int]:

@@ -17,9 +17,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from logquant import LogQuantCache
 from logquant.attention.call import AttentionCall
 from logquant.compat import as_argument
-from tests.test_cache import tiny_config as family_config
-from tests.test_padding import pad_mask
-from tests.tiny import tiny_model
+from tests.helpers.masks import pad_mask
+from tests.helpers.models import family_config, tiny_model
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,9 @@ from itertools import product
 import pytest
 import torch
 
-from tests import cubins, emulated, sass
-from tests.cuda_sources import formats, sources
-from tests.problems import problem_of
+from tests.helpers import cubins, emulated, sass
+from tests.helpers.cuda_sources import formats, sources
+from tests.helpers.problems import problem_of
 
 if cubins.nvcc() is None:
     pytest.skip("needs nvcc", allow_module_level=True)

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from logquant import LogQuantConfig
 from logquant.format import PageFormat
 from logquant.ops import reference
-from tests import emulated
-from tests.cuda_sources import plain
-from tests.problems import TENSOR_FORMATS, Problem, name_of, problem_of
-from tests.strategies import dtypes, formats, key_weights, seeds, tokens, value_feedback
+from tests.helpers import emulated
+from tests.helpers.cuda_sources import plain
+from tests.helpers.problems import TENSOR_FORMATS, Problem, name_of, problem_of
+from tests.helpers.strategies import dtypes, formats, key_weights, seeds, tokens, value_feedback
 
 if emulated.cuda_include() is None:
     pytest.skip("needs CUDA's headers", allow_module_level=True)
@@ -353,7 +353,7 @@ def test_rotated_values_may_be_larger_than_values(queries):
 @pytest.mark.parametrize("sharpness", [1.0, 8.0])
 @pytest.mark.parametrize(("fmt", "queries"), [(PageFormat(128), 1), (PageFormat(128), 40), (FITTED, 1)])
 def test_attend_with_tensor_cores_that_truncate(settings, dtype, sharpness, fmt, queries):
-    """Keys have outlier channels, up to eight times the others (tests/strategies.py); sharp softmaxes, too."""
+    """Keys have outlier channels, up to eight times the others (tests/helpers/strategies.py); sharp softmaxes, too."""
     problem = problem_of(fmt, dtype, packed=256, exact=20, heads=1, sharpness=sharpness, queries=queries)
     with emulated.machine(**settings):
         check(problem)

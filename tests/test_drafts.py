@@ -14,9 +14,10 @@ from logquant import LogQuantCache, LogQuantConfig
 from logquant.attention.call import AttentionCall
 from logquant.cache.layer import LogQuantLayer
 from logquant.compat import as_argument
-from tests.backends import on
-from tests.test_padding import causal_mask, pad_mask, row_contents
-from tests.tiny import PLAIN, tiny_model
+from tests.helpers.backends import on
+from tests.helpers.layers import PLAIN, row_contents
+from tests.helpers.masks import causal_mask, pad_mask
+from tests.helpers.models import tiny_model
 
 TOKENS, HEADS, GROUP, DIM = 480, 1, 2, 64
 SETTINGS = [pytest.param({}, id="default"), pytest.param(PLAIN, id="paper")]
@@ -39,7 +40,7 @@ def assert_same(layer: LogQuantLayer, other: LogQuantLayer) -> None:
         assert torch.equal(layer.held.advice.key_map, other.held.advice.key_map)
 
 
-@pytest.mark.parametrize(("backend", "bits"), [("reference", 2), ("cpu", 2), ("cpu", 8)])
+@pytest.mark.parametrize(("backend", "bits"), [("reference", 2), ("compiled", 2), ("compiled", 8)])
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 @pytest.mark.parametrize(("prompt", "longest"), [(40, 8), (260, 8), (260, 100)])

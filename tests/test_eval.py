@@ -16,9 +16,9 @@ from logquant.eval.run import take_prompt
 from logquant.methods.accounting import cache_nbytes, packed_bits_per_element
 from logquant.methods.layers.quantized import QuantizingLayer
 from logquant.methods.registry import parse_cache, parse_caches
+from tests.helpers.models import family_config, save_tiny_model, tiny_model
 
-from .test_cache import tiny_config as config_of
-from .tiny import one_thread, save_tiny_model, tiny_model  # noqa: F401
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PREFILL, TOKENS = 100, 60
 
@@ -92,7 +92,7 @@ def test_a_prompt_computed_once_leaves_what_each_cache_would_have_made_of_it(ids
         model = tiny_model()
     else:
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config_of(family)).eval()
+        model = AutoModelForCausalLM.from_config(family_config(family)).eval()
     model.set_attn_implementation("logquant")
     specs = parse_caches(ALL)
     together = [spec.make(model.config) for spec in specs]

@@ -10,8 +10,9 @@ from logquant.compat import as_argument
 from logquant.eval import greedy_agreement, passkey
 from logquant.eval.passkey import passkey_text
 from logquant.methods.registry import parse_cache, parse_caches
+from tests.helpers.models import save_tiny_model, tiny_model
 
-from .tiny import one_thread, save_tiny_model, tiny_model  # noqa: F401
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

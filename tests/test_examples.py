@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.memo import by_content
+from tests.helpers.memo import by_content
 
 
 def drawn() -> list[int]:

@@ -31,7 +31,7 @@ from logquant import LogQuantCache, LogQuantConfig
 from logquant.attention.handle import KVHandle
 from logquant.cache.layer import LogQuantLayer
 from logquant.compat import as_argument
-from tests.test_cache import logits_of, tiny_config
+from tests.helpers.models import family_config, logits_of
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_whisper_and_t5_generate_with_it_enabled(options):
 
 # --------------------------------------------------------------------------------------------------- vision and text
 def test_a_vision_language_model_answers_from_its_image_in_the_cache():
-    text = tiny_config("llama")
+    text = family_config("llama")
     config = LlavaConfig(
         text_config=text,
         vision_config={
@@ -201,7 +201,7 @@ def test_layers_that_attend_to_another_layers_keys(ids):
 # ------------------------------------------------------------------------------------------------------- the handles
 def test_whatever_touches_a_handle_gets_a_tensor(ids):
     k = torch.randn(1, 2, 300, 16)
-    layer = LogQuantLayer(LogQuantCache(tiny_config("llama"), bits=8).quantization)
+    layer = LogQuantLayer(LogQuantCache(family_config("llama"), bits=8).quantization)
     layer.update(k[:, :, :299], k[:, :, :299])
     keys, values = layer.update(k[:, :, 299:], k[:, :, 299:])
     repeated = keys[:, :, None, :, :].expand(1, 2, 3, 300, 16).reshape(1, 6, 300, 16)

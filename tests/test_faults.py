@@ -14,9 +14,9 @@ from logquant import LogQuantCache, ops
 from logquant.attention.call import AttentionCall
 from logquant.cache.layer import LogQuantLayer
 from logquant.compat import as_argument
-from tests.test_cache import make_layer, random_tokens
-from tests.test_padding import causal_mask, pad_mask, row_contents
-from tests.tiny import tiny_model
+from tests.helpers.layers import make_layer, random_tokens, row_contents
+from tests.helpers.masks import causal_mask, pad_mask
+from tests.helpers.models import tiny_model
 
 
 class FailingAllocation(TorchDispatchMode):

@@ -11,7 +11,7 @@ from logquant.format import PageFormat
 from logquant.ops import reference
 from logquant.quantizer import feedback
 from logquant.quantizer.queries import RecentQueries
-from tests.strategies import seeds
+from tests.helpers.strategies import seeds
 
 FITTED = PageFormat(64, key_param_bits=8, value_param_bits=8)
 

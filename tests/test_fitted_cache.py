@@ -18,9 +18,9 @@ from logquant.ops import reference
 from logquant.quantizer import columns, feedback
 from logquant.quantizer.queries import MAP_QUERIES, QUERIES, RecentQueries
 from logquant.rule import evicted_slots, split_positions
-from tests.test_cache import feed, random_tokens
-from tests.test_padding import causal_mask, pad_mask, row_contents
-from tests.tiny import tiny_model
+from tests.helpers.layers import feed, random_tokens, row_contents
+from tests.helpers.masks import causal_mask, pad_mask
+from tests.helpers.models import tiny_model
 
 PROMPT, STEPS = 300, 130
 

@@ -14,7 +14,7 @@ from logquant.ops import reference
 from logquant.ops.reference import words
 from logquant.ops.reference.hadamard import hadamard
 from logquant.ops.reference.words import pack_words, unpack_words
-from tests.strategies import column_map, formats, tokens
+from tests.helpers.strategies import column_map, formats, tokens
 
 
 @given(bits=st.sampled_from(BITS), seed=st.integers(0, 2**31), words=st.integers(1, 9))

@@ -20,8 +20,8 @@ from transformers.generation.streamers import BaseStreamer
 import logquant
 from logquant import LogQuantCache
 from logquant.compat import CACHE, as_argument
-from tests.test_padding import pad_mask
-from tests.tiny import tiny_config, tiny_model
+from tests.helpers.masks import pad_mask
+from tests.helpers.models import tiny_config, tiny_model
 
 
 class Case(NamedTuple):

@@ -10,8 +10,7 @@ from transformers import AutoTokenizer
 
 from logquant.compat import as_argument
 from logquant.methods.registry import parse_cache
-
-from .tiny import one_thread, save_tiny_model  # noqa: F401
+from tests.helpers.models import save_tiny_model
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness, which is large")
 
@@ -21,6 +20,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from logquant.eval.harness import CacheLM
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 12 + "Does it?"
 CHOICES = [

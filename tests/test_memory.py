@@ -14,8 +14,8 @@ import torch
 from logquant import LogQuantCache
 from logquant.attention.call import AttentionCall
 from logquant.compat import as_argument
-from tests.test_cache import contents, feed, make_layer, random_tokens
-from tests.tiny import tiny_model
+from tests.helpers.layers import contents, feed, make_layer, random_tokens
+from tests.helpers.models import tiny_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -108,7 +108,7 @@ CONVERSATIONS = """
 import gc, json, torch
 from logquant import LogQuantCache
 from logquant.compat import as_argument
-from tests.tiny import tiny_model
+from tests.helpers.models import tiny_model
 def resident():
     gc.collect()
     with open("/proc/self/statm") as file:

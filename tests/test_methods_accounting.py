@@ -14,9 +14,11 @@ from logquant.eval import evaluate
 from logquant.methods.accounting import packed_bits_per_element, packed_in, token_nbytes
 from logquant.methods.layers.base import BaselineLayer, Packed
 from logquant.methods.registry import parse_cache
+from tests.helpers.models import tiny_model
 
 from .helpers.methods import NAMES
-from .tiny import one_thread, tiny_model  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_caches_can_be_compared_at_equal_bytes_a_token():

@@ -9,9 +9,11 @@ import torch
 
 from logquant.methods import H2O
 from logquant.methods.registry import parse_cache
+from tests.helpers.models import tiny_config
 
 from .helpers.methods import BATCH, DIM, HEADS, feed, tokens_for
-from .tiny import one_thread, tiny_config  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def h2o_by_the_paper(keys, queries, arrivals, heavy, recent):

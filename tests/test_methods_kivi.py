@@ -7,9 +7,11 @@ import torch
 
 from logquant.methods import KIVI
 from logquant.methods.registry import parse_cache
+from tests.helpers.models import tiny_config
 
 from .helpers.methods import ARRIVALS, BATCH, DIM, HEADS, exact_positions, feed, minmax
-from .tiny import one_thread, tiny_config  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def kivi_by_the_paper(arrivals, residual):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from logquant.methods.layers.minmax import MinMax
 
-from .tiny import one_thread  # noqa: F401
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_group_without_spread_stays_what_it_was():

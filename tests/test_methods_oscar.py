@@ -10,9 +10,11 @@ import torch
 from logquant.methods import OSCAR
 from logquant.methods.oscar import rotation_for
 from logquant.methods.registry import parse_cache
+from tests.helpers.models import tiny_config
 
 from .helpers.methods import ARRIVALS, BATCH, DIM, HEADS, exact_positions, feed, minmax, tokens_for
-from .tiny import one_thread, tiny_config  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("arrivals", ARRIVALS)

@@ -7,9 +7,11 @@ import pytest
 from logquant.methods import HQQ, Quanto, quanto
 from logquant.methods.accounting import cache_nbytes, packed_bits_per_element
 from logquant.methods.registry import parse_cache
+from tests.helpers.models import tiny_config
 
 from .helpers.methods import BATCH, DIM, HEADS, feed
-from .tiny import one_thread, tiny_config  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def needs(settings):

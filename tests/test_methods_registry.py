@@ -12,9 +12,11 @@ from logquant import LogQuantConfig
 from logquant.methods import Full, registry
 from logquant.methods.layers.base import Settings
 from logquant.methods.registry import CacheSpec, method, method_names, parse_cache
+from tests.helpers.models import tiny_config
 
 from .helpers.methods import NAMES
-from .tiny import one_thread, tiny_config  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 OURS = ["logquant", "paper", "recent"]
 LIBRARIES = ["quanto", "hqq"]

@@ -16,12 +16,11 @@ from logquant.cache.sizes import packed_tokens
 from logquant.format import BITS, DTYPES, PageFormat
 from logquant.ops import reference
 from logquant.rule import RULES, evicted_slots
-from tests import emulated
-from tests.backends import BACKENDS, CPU_SETS, EMULATED, on
-from tests.memo import by_content
-from tests.on_device import OnDevice
-from tests.problems import Problem, key_map_of, rms
-from tests.strategies import column_map, dtypes, formats, key_weights, seeds, tokens, value_feedback
+from tests.helpers import emulated
+from tests.helpers.backends import BACKENDS, CPU_SETS, EMULATED, on
+from tests.helpers.memo import by_content
+from tests.helpers.problems import Problem, key_map_of, rms
+from tests.helpers.strategies import column_map, dtypes, formats, key_weights, seeds, tokens, value_feedback
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 quantize, dequantize = by_content(reference.quantize), by_content(reference.dequantize)
@@ -207,8 +206,8 @@ def test_attend(backend, fmt, dtype, seed, pages, exact, batch, heads, group, qu
     ).check(backend)
 
 
-# Errors over many problems, of outputs and of log-sum-exps, as a share of what low precision costs (tests/problems.py):
-# about 1.4 times what they are. A kernel that becomes twice as inexact is above.
+# Errors over many problems, of outputs and of log-sum-exps, as a share of what low precision costs
+# (tests/helpers/problems.py): about 1.4 times what they are. A kernel that becomes twice as inexact is above.
 INEXACT = {
     ("cpu", torch.float32): (0.013, 0.008),
     ("cpu", torch.float16): (0.42, 0.07),
@@ -447,91 +446,3 @@ def test_attend_does_not_depend_on_the_number_of_threads(backend):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
-
-
-# ------------------------------------------------------------------------------------------------- torch's own checks
-def opcheck_arguments() -> dict[str, tuple[Any, ...]]:
-    fmt = PageFormat(64)
-    problem = Problem(fmt, packed=128, exact=192, batch=2, seed=3)
-    fields = fmt.fields()
-    window = [x.clone() for x in (problem.window_k, problem.window_v)]
-    return {
-        "quantize": (problem.window_k, problem.window_v, fields),
-        "dequantize": (problem.pages, fields, torch.bfloat16),
-        "evict_": (*window, problem.pages.clone(), fields, 1, 192, 1, 2, 64),
-        "attend": (problem.q, problem.pages, problem.window_k, problem.window_v, fields, 0.125),
-    }
-
-
-@pytest.mark.parametrize("name", ["quantize", "dequantize", "evict_", "attend"])
-def test_opcheck(name):
-    torch.library.opcheck(getattr(torch.ops.logquant, name).default, opcheck_arguments()[name])
-
-
-def test_compiles_without_graph_breaks():
-    fmt = PageFormat(64)
-    problem = Problem(fmt, packed=128, exact=64, seed=3)
-
-    def step(q: Tensor, pages: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return torch.ops.logquant.attend(2 * q, pages, k, v, fmt.fields(), 0.125)[0] + 1
-
-    arguments = problem.q, problem.pages, problem.window_k, problem.window_v
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    assert torch.allclose(compiled(*arguments), step(*arguments))
-
-
-# -------------------------------------------------------------------------------------------------------- fallbacks
-def test_a_device_without_kernels_gets_the_reference_with_one_warning():
-    """What the dispatcher runs for a device it has no kernel for, here the first that nobody compiled for."""
-    fmt = PageFormat(64)
-    problem = Problem(fmt, packed=128, exact=192, seed=3)
-    tensors = problem.q, problem.pages, problem.window_k, problem.window_v
-
-    def elsewhere() -> tuple[Tensor, Tensor, Tensor]:
-        keys, operators = torch._C.DispatchKeySet(torch._C.DispatchKey.MAIA), torch.ops.logquant
-        packed = operators.quantize.default.redispatch(keys, *tensors[2:], fmt.fields(), None, None)
-        return packed, *operators.attend.default.redispatch(keys, *tensors, fmt.fields(), 0.125)
-
-    ops._warn_once.cache_clear()
-    with pytest.warns(RuntimeWarning, match="has no kernels for 'cpu' tensors and runs in plain torch") as caught:
-        pages, out, lse = elsewhere()
-    assert len(caught) == 1
-    assert torch.equal(pages, reference.quantize(problem.window_k, problem.window_v, fmt))
-    want = problem.run("reference")
-    assert torch.equal(out, want[0])
-    assert torch.equal(lse, want[1])
-
-
-def test_an_unknown_backend_is_refused():
-    message = "backend must be 'auto', 'reference' or 'cpu', got 'tpu'"
-    with pytest.raises(ValueError, match=message), ops.use_backend("tpu"):
-        pass
-
-
-def test_without_the_extension_plain_torch_runs_and_says_so(monkeypatch):
-    problem = Problem(PageFormat(64), packed=128, exact=64, seed=3)
-    want = problem.run("reference")
-    monkeypatch.setattr(ops, "extension_error", lambda: "it was not built")
-    ops._warn_once.cache_clear()
-    with pytest.warns(RuntimeWarning, match="plain torch, which is slow: it was not built"):
-        got = problem.call(ops.attend, problem.q)
-    assert torch.equal(got[0], want[0])
-    with pytest.raises(RuntimeError, match="backend 'cpu' is not available: it was not built"), ops.use_backend("cpu"):
-        pass
-
-
-def test_the_cuda_backend_moves_tensors_and_brings_results_back():
-    """How tests run on a GPU, tried with the CPU as the other device."""
-    device = OnDevice("cpu")
-    fmt = PageFormat(64)
-    problem = Problem(fmt, packed=128, exact=192, seed=3)
-    for got, want in zip(problem.call(device.attend, problem.q), problem.run("reference"), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
-    pages = device.quantize(problem.window_k, problem.window_v, fmt)
-    assert torch.equal(pages, reference.quantize(problem.window_k, problem.window_v, fmt))
-    changed = [problem.window_k.clone(), problem.window_v.clone(), torch.zeros_like(pages)]
-    expected = [x.clone() for x in changed]
-    for function, tensors in ((device.evict_, changed), (reference.evict_, expected)):
-        function(*tensors, fmt, page=0, tokens=192, start=1, step=2, count=64)
-    assert torch.equal(changed[2], expected[2])
-    assert torch.equal(changed[0][:, :, :128], expected[0][:, :, :128])

@@ -11,36 +11,17 @@ from logquant import LogQuantCache
 from logquant.attention.call import AttentionCall
 from logquant.cache.layer import LogQuantLayer
 from logquant.compat import as_argument
-from tests.test_cache import feed, make_layer, random_tokens
-from tests.tiny import tiny_model
+from tests.helpers.layers import feed, make_layer, random_tokens, row_contents
+from tests.helpers.masks import causal_mask, pad_mask
+from tests.helpers.models import tiny_model
 
 LENGTHS = [400, 131, 7, 399, 250, 192, 64, 1]
-
-
-def pad_mask(lengths: list[int], side: str) -> Tensor:
-    columns = torch.arange(max(lengths))
-    need = torch.tensor(lengths)[:, None]
-    return (columns < need if side == "right" else columns >= max(lengths) - need).long()
-
-
-def causal_mask(padding: Tensor, new: int) -> Tensor:
-    """As transformers makes it: bool ``[B, 1, new, columns]``."""
-    columns = padding.shape[1]
-    seen = torch.ones(columns, columns, dtype=torch.bool).tril()[columns - new :]
-    return seen[None, None] & padding.bool()[:, None, None]
 
 
 def step(layer: LogQuantLayer, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """One update, attended to by queries that are the keys."""
     keys, _ = layer.update(k, v)
     return keys.kv_view.attend(AttentionCall(k, mask, 0.1))
-
-
-def row_contents(layer: LogQuantLayer, row: int) -> tuple[Tensor, ...]:
-    layer.commit()
-    slots = layer.rows.slots[row if len(layer.rows.slots) > 1 else 0]
-    pages = layer.held.storage.pages[row, :, : slots.packed // layer.format.page_tokens]
-    return pages, layer.held.storage.window_k[row, :, : slots.exact], layer.held.storage.window_v[row, :, : slots.exact]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -13,8 +13,8 @@ from logquant.compat import as_argument
 from logquant.methods.accounting import cache_nbytes
 from logquant.methods.registry import parse_cache
 from logquant.plan import plan, sequence_nbytes
-from tests.test_cache import FAMILIES, tiny_config
-from tests.test_cli import model, run, succeed  # noqa: F401
+from tests.helpers.cli import run, succeed
+from tests.helpers.models import FAMILIES, family_config
 
 REFUSED = {
     "lfm2": "layer 0 must be full or sliding-window attention, got LinearAttention",
@@ -33,7 +33,7 @@ def noted(cache) -> int:
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(REFUSED)))
 @pytest.mark.parametrize("name", ["full", "logquant:window=32", "paper"])
 def test_bytes_predicted_are_those_held(family, name):
-    config = tiny_config(family)
+    config = family_config(family)
     if family == "gpt_neox":
         del config.num_key_value_heads  # it has none
     torch.manual_seed(0)
@@ -56,11 +56,11 @@ def test_bytes_predicted_are_those_held(family, name):
 @pytest.mark.parametrize("family", REFUSED)
 def test_models_whose_bytes_the_configuration_does_not_tell(family):
     with pytest.raises(ValueError, match=REFUSED[family]):
-        sequence_nbytes(parse_cache("full"), tiny_config(family), 100, 2)
+        sequence_nbytes(parse_cache("full"), family_config(family), 100, 2)
 
 
 def test_plans_are_the_largest_that_fit():
-    config, spec = tiny_config("llama"), parse_cache("logquant")
+    config, spec = family_config("llama"), parse_cache("logquant")
     found = plan(spec, config, budget=1 << 24, tokens=4000, itemsize=2)
     each = sequence_nbytes(spec, config, 4000, 2, decoding=True)
     assert found.nbytes == each and found.batch * each <= 1 << 24 < (found.batch + 1) * each
@@ -72,7 +72,7 @@ def test_plans_are_the_largest_that_fit():
         plan(spec, config, budget=0, tokens=1, itemsize=2)
 
 
-def test_the_command_says_what_fits(model, tmp_path):  # noqa: F811
+def test_the_command_says_what_fits(model, tmp_path):
     file = tmp_path / "plan.json"
     output = succeed("plan", "--model", model, "--memory", 0.01, "--context", 1000, "--json", file).output
     full, packed = json.loads(file.read_text())["results"]

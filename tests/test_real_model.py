@@ -11,7 +11,7 @@ from logquant import LogQuantCache
 from logquant.cache.layer import LogQuantLayer
 from logquant.cache.sizes import head_nbytes
 from logquant.compat import as_argument
-from tests.tiny import PLAIN
+from tests.helpers.layers import PLAIN
 
 
 @pytest.fixture(scope="module")

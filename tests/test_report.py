@@ -16,9 +16,9 @@ import pytest
 from matplotlib import image
 
 from logquant.cli.report import render
-from tests.test_cli import model, run, succeed  # noqa: F401
+from tests.helpers.cli import run, succeed
 
-from .tiny import one_thread  # noqa: F401
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # What a row of results must show, and how many plots all rows get.
 NUMBERS = {
@@ -41,7 +41,7 @@ PLOTS = {"eval": 2, "attend": 1, "generate": 1, "plan": 1, "memory": 1}
 
 
 @pytest.fixture(scope="module")
-def results(model, tmp_path_factory) -> dict[str, Path]:  # noqa: F811
+def results(model, tmp_path_factory) -> dict[str, Path]:
     """One small run of every command, by kind."""
     directory = tmp_path_factory.mktemp("results")
     texts = [directory / "a.txt", directory / "b.txt"]

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 from logquant import LogQuantCache
 from logquant.cache.layer import LogQuantLayer
 from logquant.compat import as_argument
-from tests.test_cache import contents, generate, logits_of, tiny_config
-from tests.test_padding import pad_mask
-from tests.tiny import tiny_model
+from tests.helpers.layers import contents
+from tests.helpers.masks import pad_mask
+from tests.helpers.models import family_config, generate, logits_of, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_a_loaded_cache_is_cropped_as_the_saved_one(model, ids, tmp_path):
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "lfm2", "qwen3_next"])
 def test_layers_of_other_kinds_are_saved_too(tmp_path, family, ids):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(family)).eval()
+    model = AutoModelForCausalLM.from_config(family_config(family)).eval()
     cache = LogQuantCache(model.config)
     logits_of(model, cache, ids[:1], [250, 1], "eager")
     cache.save(tmp_path / "cache")
@@ -178,7 +178,7 @@ def test_a_cache_pickles_as_tensors_do(model, ids):
 
 def test_moving_to_a_device_moves_every_tensor(model, ids):
     torch.manual_seed(0)
-    gemma = AutoModelForCausalLM.from_config(tiny_config("gemma2")).eval()
+    gemma = AutoModelForCausalLM.from_config(family_config("gemma2")).eval()
     cache = LogQuantCache(gemma.config)
     logits_of(gemma, cache, ids, [250, 1], "eager")
     assert cache.to("cpu") is cache

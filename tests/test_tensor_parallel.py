@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import tiny_model
+from tests.helpers.models import tiny_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,7 +19,7 @@ import json, os, sys, torch
 from transformers import AutoModelForCausalLM, DistributedConfig
 from logquant import LogQuantCache
 from logquant.compat import as_argument
-from tests.test_padding import pad_mask
+from tests.helpers.masks import pad_mask
 
 torch.set_num_threads(1)
 folder, rank = sys.argv[1], os.environ.get("RANK")

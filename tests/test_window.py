@@ -13,31 +13,11 @@ from torch import Tensor
 
 from logquant.cache.drafts import cut
 from logquant.cache.layout import Rows, Slots
-from logquant.rule import RULES, Rule, evicted_slots, evictions, split_positions
+from logquant.rule import RULES, evicted_slots, evictions, split_positions
+from tests.helpers.rows import PlainRow, step_by_step
 
 CPU = torch.device("cpu")
 rules = st.sampled_from(RULES)
-
-
-def step_by_step(tokens: int, window: int, rule: Rule, sinks: int) -> tuple[list[int], list[int]]:
-    """The rule as logquant/rule.py states it, one token at a time."""
-    kept_apart: list[int] = []
-    exact: list[int] = []
-    packed: list[int] = []
-    for position in range(tokens):
-        if position < sinks:
-            kept_apart.append(position)
-            continue
-        exact.append(position)
-        while len(exact) >= 3 * window:
-            if rule == "log":
-                head = exact[: 2 * window]
-                packed += head[1::2]
-                exact = head[0::2] + exact[2 * window :]
-            else:
-                packed += exact[:window]
-                exact = exact[window:]
-    return packed, kept_apart + exact
 
 
 @given(tokens=st.integers(0, 900), window=st.integers(1, 40), rule=rules, sinks=st.integers(0, 6))
@@ -85,31 +65,6 @@ def test_one_eviction_takes_the_stated_slots(tokens, window, rule, sinks):
     assert packed.tolist() == list(range(full)[taken])
 
 
-class PlainRow:
-    """One row as lists, with the rule as a loop: what Rows must say after any sequence of operations."""
-
-    def __init__(self, window: int, rule: Rule, sinks: int) -> None:
-        self.window, self.rule, self.sinks = window, rule, sinks
-        self.real: list[int] = []  # column of each token
-        self.columns = self.settled = 0
-
-    def append(self, new: list[bool], recallable: int) -> None:
-        self.real += [self.columns + i for i, is_real in enumerate(new) if is_real]
-        self.columns += len(new)
-        self.settled = max(self.settled, len(self.real) - recallable)
-
-    def crop(self, columns: int) -> None:
-        self.columns = max(0, self.columns - columns)
-        self.real = [c for c in self.real if c < self.columns]
-        self.settled = min(self.settled, len(self.real))
-
-    def layout(self) -> tuple[list[int], list[int]]:
-        """Columns of packed and of exact tokens."""
-        packed, exact = step_by_step(self.settled, self.window, self.rule, self.sinks)
-        exact += range(self.settled, len(self.real))
-        return [self.real[p] for p in packed], [self.real[p] for p in exact]
-
-
 BATCH = 3
 arrivals = st.integers(0, 70).flatmap(
     lambda n: st.one_of(st.none(), st.lists(st.booleans(), min_size=BATCH * n, max_size=BATCH * n)).map(
@@ -128,12 +83,12 @@ operations = st.lists(
 
 def check_rows(rows: Rows, plain: list[PlainRow]) -> None:
     table = rows.positions(CPU, 2)
-    assert rows.length == plain[0].columns and len(table) == (1 if rows.alike else BATCH)
+    assert rows.length == plain[0].length and len(table) == (1 if rows.alike else BATCH)
     for slots, got, row in zip(rows.slots * (BATCH // len(rows.slots)), table.expand(BATCH, -1), plain, strict=True):
         packed, exact = row.layout()
         assert (slots.tokens, slots.packed, slots.exact) == (len(row.real), len(packed), len(exact))
         assert got[: len(packed)].tolist() == packed
-        new = [row.columns, row.columns + 1]
+        new = [row.length, row.length + 1]
         assert got[rows.packed : rows.packed + len(exact) + 2].tolist() == exact + new
         empty = torch.cat([got[len(packed) : rows.packed], got[rows.packed + len(exact) + 2 :]])
         assert (empty == -1).all()
@@ -146,11 +101,11 @@ def test_rows_follow_any_program_of_arrivals_removals_and_selections(program, wi
     for name, *arguments in program:
         before = [row.layout() for row in plain]
         if name == "append":
-            (count, real), recallable = arguments
+            (count, real), reserved = arguments
             real = None if real is None or all(real) else torch.tensor(real).view(BATCH, count)
-            moves = rows.reserving(recallable).moves(count, CPU, real)
+            moves = rows.reserving(reserved).moves(count, CPU, real)
             for row, coming in zip(plain, [[True] * count] * BATCH if real is None else real.tolist(), strict=True):
-                row.append(coming, recallable)
+                row.append(coming, reserved)
             for move in moves:
                 for row, (packed, exact) in list(zip(plain, before, strict=True))[move.rows]:
                     held = exact + list(range(rows.length, rows.length + count))
@@ -161,7 +116,7 @@ def test_rows_follow_any_program_of_arrivals_removals_and_selections(program, wi
                     if move.is_step:
                         full = list(range(move.tokens))
                         assert move.leaving.tolist() == full[evicted_slots(rule, window, sinks)]
-            rows = rows.reserving(recallable).append(count, real)
+            rows = rows.reserving(reserved).append(count, real)
         elif name == "crop":
             after = rows.crop(*arguments)
             for row in plain:

@@ -1,90 +1,31 @@
-"""The operators as typed Python functions, and the choice between compiled kernels and plain torch.
+"""The operators as typed Python functions, and the choice of who computes them.
 
-A call goes to ``torch.ops.logquant.*`` (schemas: csrc/ops.cpp), where torch's dispatcher picks the kernel of the
-tensors' device. A device without kernels, or an installation whose extension cannot be loaded, falls back to
-:mod:`logquant.ops.reference` and says so once. :func:`use_backend` chooses by hand.
+A call goes to the current backend (:mod:`logquant.ops.registry`): the compiled kernels (:mod:`logquant.ops.compiled`)
+where they can be loaded, or else :mod:`logquant.ops.reference`, plain torch, and says so once. :func:`use_backend`
+chooses by hand.
 """
 
 from __future__ import annotations
-
-import contextlib
-import functools
-import importlib
-import warnings
-from collections.abc import Iterator
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..format import PageFormat
 from . import reference
+from .compiled import extension_error, has_cuda_kernels
+from .registry import dispatch, register, use_backend
 
-__all__ = ["PageFormat", "attend", "dequantize", "evict_", "extension_error", "quantize", "use_backend"]
-
-Backend = Literal["auto", "reference", "cpu"]
-_backend: Backend = "auto"
-
-
-@functools.cache
-def extension_error() -> str | None:
-    """Why the compiled extension cannot be used, or None if it can."""
-    try:
-        importlib.import_module("logquant._C")
-    except ImportError as error:
-        return f"the compiled extension logquant._C cannot be loaded ({error}); reinstall logquant with a C++ compiler"
-    _register_fakes()
-    _register_fallbacks()
-    return None
-
-
-def has_cuda_kernels() -> bool:
-    """Whether the extension was built with CUDA kernels, for whatever architecture."""
-    return extension_error() is None and torch._C._dispatch_has_kernel_for_dispatch_key("logquant::attend", "CUDA")
-
-
-@contextlib.contextmanager
-def use_backend(backend: Backend) -> Iterator[None]:
-    """Run the operators on a chosen backend within a ``with`` block.
-
-    Args:
-        backend: ``"auto"`` (compiled kernels where the device has them), ``"reference"`` (plain torch), ``"cpu"``
-            (compiled, or an error if there are none).
-
-    Raises:
-        ValueError: an unknown backend.
-        RuntimeError: a compiled backend without the extension.
-    """
-    global _backend
-    if backend not in ("auto", "reference", "cpu"):
-        raise ValueError(f"backend must be 'auto', 'reference' or 'cpu', got {backend!r}")
-    if backend == "cpu" and (error := extension_error()):
-        raise RuntimeError(f"backend 'cpu' is not available: {error}")
-    previous, _backend = _backend, backend
-    try:
-        yield
-    finally:
-        _backend = previous
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
-
-
-def _compiled() -> bool:
-    if _backend == "reference":
-        return False
-    if error := extension_error():
-        _warn_once(f"logquant runs in plain torch, which is slow: {error}")
-        return False
-    return True
-
-
-def _check_devices(first: Tensor, **others: Tensor | None) -> None:
-    for name, other in others.items():
-        if other is not None and other.device != first.device:
-            raise ValueError(f"{name} must be on {first.device} like the first argument, got {other.device}")
+__all__ = [
+    "PageFormat",
+    "attend",
+    "dequantize",
+    "evict_",
+    "extension_error",
+    "has_cuda_kernels",
+    "quantize",
+    "register",
+    "use_backend",
+]
 
 
 def quantize(
@@ -106,7 +47,7 @@ def quantize(
         index: int32 ``[1 or B, N]``, the tokens to take; all T without it. N is a multiple of ``fmt.page_tokens``.
         key_map: int16 ``[1 or B, 1 or H, C]``, the column map; needed unless C = D.
         key_weights: float32 ``[1 or B, 1 or H, N]``, how much an error of each token's key counts where parameters are
-            fitted (``key_param_bits`` 8); 1 without it.
+            searched (``key_param_bits`` 8); 1 without it.
         value_feedback: float32 ``[1 or B, 1 or H, N, page_tokens]``, how much of a token's error each later token of
             its page takes off before it is rounded (``value_param_bits`` 8); nothing without it.
 
@@ -117,15 +58,7 @@ def quantize(
         ValueError: tensors on different devices.
         RuntimeError: a wrong shape, dtype or index.
     """
-    _check_devices(k, v=v, index=index, key_map=key_map, key_weights=key_weights, value_feedback=value_feedback)
-    if _compiled():
-        pages: Tensor = torch.ops.logquant.quantize.default(
-            k, v, fmt.fields(), index, key_map, key_weights, value_feedback
-        )
-        return pages
-    return reference.quantize(
-        k, v, fmt, index=index, key_map=key_map, key_weights=key_weights, value_feedback=value_feedback
-    )
+    return dispatch(reference.quantize, (k, v), (fmt,), (index, key_map, key_weights, value_feedback))
 
 
 def dequantize(
@@ -146,11 +79,7 @@ def dequantize(
         ValueError: tensors on different devices.
         RuntimeError: a wrong shape or dtype.
     """
-    _check_devices(pages, key_map=key_map)
-    if _compiled():
-        both: tuple[Tensor, Tensor] = torch.ops.logquant.dequantize.default(pages, fmt.fields(), dtype, key_map)
-        return both
-    return reference.dequantize(pages, fmt, dtype=dtype, key_map=key_map)
+    return dispatch(reference.dequantize, (pages,), (fmt, dtype), (key_map,))
 
 
 def evict_(
@@ -185,44 +114,8 @@ def evict_(
         ValueError: tensors on different devices.
         RuntimeError: a wrong shape, dtype or slot; nothing has changed then.
     """
-    _check_devices(
-        window_k,
-        window_v=window_v,
-        pages=pages,
-        key_map=key_map,
-        key_weights=key_weights,
-        value_feedback=value_feedback,
-    )
-    if _compiled():
-        torch.ops.logquant.evict_.default(
-            window_k,
-            window_v,
-            pages,
-            fmt.fields(),
-            page,
-            tokens,
-            start,
-            step,
-            count,
-            key_map,
-            key_weights,
-            value_feedback,
-        )
-        return
-    reference.evict_(
-        window_k,
-        window_v,
-        pages,
-        fmt,
-        page=page,
-        tokens=tokens,
-        start=start,
-        step=step,
-        count=count,
-        key_map=key_map,
-        key_weights=key_weights,
-        value_feedback=value_feedback,
-    )
+    settings = fmt, page, tokens, start, step, count
+    dispatch(reference.evict_, (window_k, window_v, pages), settings, (key_map, key_weights, value_feedback))
 
 
 def attend(
@@ -268,99 +161,5 @@ def attend(
         ValueError: tensors on different devices.
         RuntimeError: a wrong shape, dtype or index.
     """
-    _check_devices(
-        q,
-        pages=pages,
-        window_k=window_k,
-        window_v=window_v,
-        key_map=key_map,
-        positions=positions,
-        mask=mask,
-        query_positions=query_positions,
-        sinks=sinks,
-        page_table=page_table,
-        lengths=lengths,
-    )
-    if _compiled():
-        out_and_lse: tuple[Tensor, Tensor] = torch.ops.logquant.attend.default(
-            q,
-            pages,
-            window_k,
-            window_v,
-            fmt.fields(),
-            scale,
-            softcap,
-            key_map,
-            positions,
-            mask,
-            query_positions,
-            sinks,
-            page_table,
-            lengths,
-        )
-        return out_and_lse
-    return reference.attend(
-        q,
-        pages,
-        window_k,
-        window_v,
-        fmt,
-        scale=scale,
-        softcap=softcap,
-        key_map=key_map,
-        positions=positions,
-        mask=mask,
-        query_positions=query_positions,
-        sinks=sinks,
-        page_table=page_table,
-        lengths=lengths,
-    )
-
-
-# ------------------------------------------------------------------------------- shapes for tracing (torch.compile)
-def _register_fakes() -> None:
-    @torch.library.register_fake("logquant::quantize")
-    def _(k: Tensor, v: Tensor, fields: list[int], index: Tensor | None = None, *others: Any, **kwargs: Any) -> Tensor:
-        fmt = PageFormat.from_fields(fields)
-        tokens = k.shape[2] if index is None else index.shape[1]
-        return k.new_empty((*k.shape[:2], tokens // fmt.page_tokens, fmt.words), dtype=torch.int32)
-
-    @torch.library.register_fake("logquant::dequantize")
-    def _(pages: Tensor, fields: list[int], dtype: torch.dtype, key_map: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        fmt = PageFormat.from_fields(fields)
-        batch, heads, page_count, _ = pages.shape
-        shape = (batch, heads, page_count * fmt.page_tokens)
-        return (
-            pages.new_empty((*shape, fmt.head_dim), dtype=dtype),
-            pages.new_empty((*shape, fmt.value_dim), dtype=dtype),
-        )
-
-    @torch.library.register_fake("logquant::evict_")
-    def _(*args: Any, **kwargs: Any) -> None:
-        return None
-
-    @torch.library.register_fake("logquant::attend")
-    def _(q: Tensor, pages: Tensor, k: Tensor, v: Tensor, fields: list[int], *args: Any, **kwargs: Any) -> Any:
-        value_dim = PageFormat.from_fields(fields).value_dim
-        return q.new_empty((*q.shape[:3], value_dim)), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-# ------------------------------------------------------------------------------------ devices without compiled kernels
-def _register_fallbacks() -> None:
-    def fallback(name: str) -> Any:
-        function = getattr(reference, name)
-        schema = getattr(torch.ops.logquant, name).default._schema
-        names = [argument.name for argument in schema.arguments]
-        positional = names.index("format")
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            arguments = dict(zip(names, args, strict=False)) | kwargs
-            tensors = [arguments[n] for n in names[:positional]]
-            _warn_once(f"logquant has no kernels for {tensors[0].device.type!r} tensors and runs in plain torch")
-            options = {n: arguments[n] for n in names[positional + 1 :] if n in arguments}
-            return function(*tensors, PageFormat.from_fields(arguments["format"]), **options)
-
-        return run
-
-    for name in ("quantize", "dequantize", "evict_", "attend"):
-        torch.library.impl(f"logquant::{name}", "CompositeExplicitAutograd")(fallback(name))
+    options = key_map, positions, mask, query_positions, sinks, page_table, lengths
+    return dispatch(reference.attend, (q, pages, window_k, window_v), (fmt, scale, softcap), options)

@@ -55,7 +55,6 @@ def attend(
     window_k: Tensor,
     window_v: Tensor,
     fmt: PageFormat,
-    *,
     scale: float,
     softcap: float = 0.0,
     key_map: Tensor | None = None,

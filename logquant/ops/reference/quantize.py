@@ -24,8 +24,8 @@ from .words import (
 FEEDBACK_MAX = 4.0  # a larger factor counts as 0
 
 
-def identity_map(fmt: PageFormat, device: torch.device | None = None) -> Tensor:
-    """The column map of plain LogQuant, ``[1, 1, C]`` int16: column c is channel c."""
+def _identity_map(fmt: PageFormat, device: torch.device | None = None) -> Tensor:
+    """The column map where each channel has one column, ``[1, 1, C]`` int16: column c is channel c."""
     return (4 * torch.arange(fmt.head_dim, dtype=torch.int16, device=device)).view(1, 1, -1)
 
 
@@ -34,7 +34,7 @@ def _columns(key_map: Tensor | None, fmt: PageFormat, device: torch.device) -> t
     if key_map is None:
         if fmt.key_columns != fmt.head_dim:
             raise ValueError(f"key_map is needed: {fmt.key_columns} key columns for {fmt.head_dim} channels")
-        key_map = identity_map(fmt, device)
+        key_map = _identity_map(fmt, device)
     entries = key_map.long()
     channel, digit = entries >> 2, entries & 3
     columns = torch.zeros(*entries.shape[:-1], fmt.head_dim, dtype=torch.long, device=device)
@@ -146,7 +146,6 @@ def quantize(
     k: Tensor,
     v: Tensor,
     fmt: PageFormat,
-    *,
     index: Tensor | None = None,
     key_map: Tensor | None = None,
     key_weights: Tensor | None = None,
@@ -166,7 +165,7 @@ def quantize(
         index: int32 ``[1 or B, N]``, the tokens to take, in order; all T without it. N is a multiple of G.
         key_map: int16 ``[1 or B, 1 or H, C]``, the column map; needed unless C = D.
         key_weights: float32 ``[1 or B, 1 or H, N]``, how much an error of each token's key counts where parameters are
-            fitted; a weight outside 2^-10 .. 2^10 counts as 1, as all do without it.
+            searched; a weight outside 2^-10 .. 2^10 counts as 1, as all do without it.
         value_feedback: float32 ``[1 or B, 1 or H, N, G]``, for values with 8-bit parameters: how much of a token's
             error each later token of its page takes off before it is rounded (logquant/quantizer/feedback.py).
             Factors of earlier tokens are not read; one beyond +-4 counts as 0, as all do without it.
@@ -211,7 +210,7 @@ def _unpack_params(words: Tensor, fmt: PageFormat, columns: Tensor | None) -> tu
 
 
 def dequantize(
-    pages: Tensor, fmt: PageFormat, *, dtype: torch.dtype = torch.float32, key_map: Tensor | None = None
+    pages: Tensor, fmt: PageFormat, dtype: torch.dtype = torch.float32, key_map: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The tokens that pages stand for: ``zero + scale * code``, in fp32, then rounded to ``dtype``.
 
@@ -251,7 +250,6 @@ def evict_(
     window_v: Tensor,
     pages: Tensor,
     fmt: PageFormat,
-    *,
     page: int,
     tokens: int,
     start: int,

@@ -113,7 +113,7 @@ def warps(mangled: str) -> int:
 
 def counts(name: str, arch: str) -> dict[tuple[str, int], int]:
     """Instructions a page of one source's kernels, of all warps that share it, by dtype and tiles of 8 query rows."""
-    from tests import cubins
+    from tests.helpers import cubins
 
     cubins.build([name], [arch])
     found = {}
@@ -122,7 +122,7 @@ def counts(name: str, arch: str) -> dict[tuple[str, int], int]:
     return found
 
 
-if __name__ == "__main__":  # python -m tests.sass ARCH NAME...: instructions a cached token of pages of 64
+if __name__ == "__main__":  # python -m tests.helpers.sass ARCH NAME...: instructions a cached token of pages of 64
     for source in sys.argv[2:]:
         for (dtype, n), count in counts(source, sys.argv[1]).items():
             print(f"{source} sm_{sys.argv[1]} {dtype:4} {8 * n - 7}-{8 * n} rows: {count / 64:.2f}")

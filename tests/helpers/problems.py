@@ -12,11 +12,11 @@ from logquant import ops
 from logquant.format import PageFormat
 from logquant.ops import reference
 from logquant.ops.reference.attend import visible_scores
-from tests import emulated
-from tests.backends import on
-from tests.cuda_sources import formats
-from tests.memo import by_content
-from tests.strategies import column_map, tokens
+from tests.helpers import emulated
+from tests.helpers.backends import on
+from tests.helpers.cuda_sources import formats
+from tests.helpers.memo import by_content
+from tests.helpers.strategies import column_map, tokens
 
 quantize = by_content(reference.quantize)
 attend = by_content(reference.attend)

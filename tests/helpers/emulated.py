@@ -1,6 +1,6 @@
 """The CUDA kernels on the CPU: csrc/cuda compiled by g++ against csrc/emulator, called through ctypes.
 
-The functions have the signatures of :mod:`logquant.ops.reference` and take CPU tensors. Nothing here checks arguments:
+A backend (:mod:`logquant.ops.registry`) for CPU tensors. Nothing here checks arguments:
 the tests only pass valid ones.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import inspect
 import os
 import struct
 import subprocess
@@ -17,16 +18,18 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import ninja
 import torch
 from torch import Tensor
 
 from logquant.format import DTYPES, PageFormat
-from tests.cuda_sources import Objects, plain, sources
-from tests.locks import locked
+from logquant.ops import reference
+from tests.helpers.cuda_sources import Objects, plain, sources
+from tests.helpers.locks import locked
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FLAGS = [
     "-std=c++20",
     "-O2",
@@ -173,7 +176,6 @@ def quantize(
     k: Tensor,
     v: Tensor,
     fmt: PageFormat,
-    *,
     index: Tensor | None = None,
     key_map: Tensor | None = None,
     key_weights: Tensor | None = None,
@@ -193,7 +195,7 @@ def quantize(
 
 
 def dequantize(
-    pages: Tensor, fmt: PageFormat, *, dtype: torch.dtype = torch.float32, key_map: Tensor | None = None
+    pages: Tensor, fmt: PageFormat, dtype: torch.dtype = torch.float32, key_map: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     pages = _dense(pages)
     batch, heads, count, _ = pages.shape
@@ -210,7 +212,6 @@ def evict_(
     window_v: Tensor,
     pages: Tensor,
     fmt: PageFormat,
-    *,
     page: int,
     tokens: int,
     start: int,
@@ -230,51 +231,44 @@ def evict_(
 MASK_KINDS = (None, torch.bool, *DTYPES)
 
 
-def _attend_numbers(
-    q: Tensor,
-    pages: Tensor,
-    window_k: Tensor,
-    window_v: Tensor,
-    fmt: PageFormat,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    scale: float,
-    softcap: float = 0.0,
-    key_map: Tensor | None = None,
-    positions: Tensor | None = None,
-    mask: Tensor | None = None,
-    query_positions: Tensor | None = None,
-    sinks: Tensor | None = None,
-    page_table: Tensor | None = None,
-    lengths: Tensor | None = None,
-) -> list[int]:
-    kv_heads = window_k.shape[1]
-    page_count = pages.shape[2] if page_table is None else page_table.shape[1]
-    page_view = _pages(pages) if page_table is None else [pages.data_ptr(), 0, pages.stride(1), pages.stride(0)]
-    numbers = [*_format(fmt), q.shape[0], kv_heads, q.shape[1] // kv_heads, q.shape[2], page_count]
-    numbers += [window_k.shape[2], pages.shape[0], *_tokens(q), *page_view, *_tokens(window_k), *_tokens(window_v)]
-    numbers += [*_per_head(key_map), _float(scale), _float(softcap)]
-    for rows in (page_table, lengths, positions, query_positions):
+def _attend_arguments(*args: object, **kwargs: object) -> SimpleNamespace:
+    """The arguments of ``attend`` by their names, with rows that are dense."""
+    call = inspect.signature(reference.attend).bind(*args, **kwargs)
+    call.apply_defaults()
+    a = SimpleNamespace(**call.arguments)
+    a.q, a.pages, a.window_k, a.window_v = map(_dense, (a.q, a.pages, a.window_k, a.window_v))
+    for name in ("positions", "query_positions", "sinks", "page_table", "lengths"):
+        if (x := getattr(a, name)) is not None:
+            setattr(a, name, x.contiguous())
+    return a
+
+
+def _attend_numbers(a: SimpleNamespace, out: Tensor, lse: Tensor) -> list[int]:
+    kv_heads = a.window_k.shape[1]
+    page_count, page_view = a.pages.shape[2], _pages(a.pages)
+    if a.page_table is not None:
+        page_count = a.page_table.shape[1]
+        page_view = [a.pages.data_ptr(), 0, a.pages.stride(1), a.pages.stride(0)]
+    numbers = [*_format(a.fmt), a.q.shape[0], kv_heads, a.q.shape[1] // kv_heads, a.q.shape[2], page_count]
+    numbers += [a.window_k.shape[2], a.pages.shape[0]]
+    numbers += [*_tokens(a.q), *page_view, *_tokens(a.window_k), *_tokens(a.window_v)]
+    numbers += [*_per_head(a.key_map), _float(a.scale), _float(a.softcap)]
+    for rows in (a.page_table, a.lengths, a.positions, a.query_positions):
         numbers += _rows(rows)
+    mask = a.mask
     numbers.append(MASK_KINDS.index(None if mask is None else mask.dtype))
     if mask is None:
         numbers += [0] * 6
     else:
         numbers += [mask.data_ptr(), *(_broadcast(mask, dim) for dim in range(3)), mask.stride(3), mask.shape[3]]
-    return [*numbers, 0 if sinks is None else sinks.data_ptr(), out.data_ptr(), lse.data_ptr()]
+    return [*numbers, 0 if a.sinks is None else a.sinks.data_ptr(), out.data_ptr(), lse.data_ptr()]
 
 
-def attend(
-    q: Tensor, pages: Tensor, window_k: Tensor, window_v: Tensor, fmt: PageFormat, **options: object
-) -> tuple[Tensor, Tensor]:
-    q, pages, window_k, window_v = (_dense(x) for x in (q, pages, window_k, window_v))
-    for name in ("positions", "query_positions", "sinks", "page_table", "lengths"):
-        if isinstance(x := options.get(name), Tensor):
-            options[name] = x.contiguous()
-    out = torch.full((*q.shape[:3], fmt.value_dim), torch.nan, dtype=q.dtype)
-    lse = torch.full(q.shape[:3], torch.nan)
-    numbers = _attend_numbers(q, pages, window_k, window_v, fmt, out, lse, **options)  # type: ignore[arg-type]
+def attend(*args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    a = _attend_arguments(*args, **kwargs)
+    out = torch.full((*a.q.shape[:3], a.fmt.value_dim), torch.nan, dtype=a.q.dtype)
+    lse = torch.full(a.q.shape[:3], torch.nan)
+    numbers = _attend_numbers(a, out, lse)
     if lse.numel():
         size = library().emulated_attend_workspace((ctypes.c_int64 * len(numbers))(*numbers))
         workspace = torch.full((size,), torch.nan)
@@ -282,16 +276,15 @@ def attend(
     return out, lse
 
 
-def attend_path(
-    q: Tensor, pages: Tensor, window_k: Tensor, window_v: Tensor, fmt: PageFormat, **options: object
-) -> str:
+def attend_path(*args: object, **kwargs: object) -> str:
     """The kernel that :func:`attend` takes for these arguments: ``"tensor"``, ``"general"`` or ``"prefill"``."""
-    numbers = _attend_numbers(q, pages, window_k, window_v, fmt, q, q, **options)  # type: ignore[arg-type]
+    a = _attend_arguments(*args, **kwargs)
+    numbers = _attend_numbers(a, a.q, a.q)
     return library().emulated_attend_path((ctypes.c_int64 * len(numbers))(*numbers)).decode()
 
 
 if __name__ == "__main__":
-    # python -m tests.emulated: builds the library. python -m tests.emulated NAME: csrc/tests/NAME.cu as a program.
+    # Builds the library, or with a NAME runs csrc/tests/NAME.cu as a program.
     if len(sys.argv) == 1:
         if cuda_include() is not None:
             library()

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from logquant.format import PageFormat
 
-CSRC = Path(__file__).parents[1] / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 CUDA = CSRC / "cuda"
 
 # Objects by name, each with its source and its own flags.

@@ -1,4 +1,4 @@
-"""New examples for the tests that draw them, until the time is up: ``python -m tests.fuzz MINUTES [ARGUMENT...]``.
+"""``python -m tests.helpers.fuzz MINUTES [ARGUMENT...]``: new examples for tests that draw them, until time is up.
 
 Each round has a seed of its own. Where one fails, the seed that finds it again is printed.
 """

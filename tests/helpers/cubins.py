@@ -1,4 +1,4 @@
-"""The machine code of the CUDA kernels, without a GPU: ``python -m tests.cubins [ARCH ...]``.
+"""The machine code of the CUDA kernels, without a GPU: ``python -m tests.helpers.cubins [ARCH ...]``.
 
 What setup.py has compiled for an architecture is read from its objects. Otherwise each source becomes a cubin for each
 architecture in build/cubins. Beside either lies what ptxas says of registers and spills.
@@ -17,10 +17,10 @@ from pathlib import Path
 
 import ninja
 
-from tests.cuda_sources import sources
-from tests.locks import locked
+from tests.helpers.cuda_sources import sources
+from tests.helpers.locks import locked
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "cubins"
 EXTENSION = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"  # see setup.py
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
