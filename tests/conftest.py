@@ -90,3 +90,17 @@ def smollm2(smollm2_and_tokenizer):
 @pytest.fixture(scope="session")
 def smollm2_tokenizer(smollm2_and_tokenizer):
     return smollm2_and_tokenizer[1]
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory) -> str:
+    """Where a tiny random model is, with its tokenizer, as ``--model`` takes it."""
+    from .tiny import save_tiny_model
+
+    return str(save_tiny_model(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture
+def json_file(tmp_path) -> Path:
+    """Where ``--json`` may write."""
+    return tmp_path / "result.json"
