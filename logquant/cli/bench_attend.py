@@ -37,7 +37,7 @@ def command(
     window: Annotated[int, typer.Option(help="W: between 2W and 3W tokens stay exact.")] = 64,
     dtype: Annotated[Dtype, typer.Option(help="Of queries and exact tokens.")] = Dtype.bfloat16,
     rounds: Annotated[int, typer.Option(min=3, help="Timed calls of each contender.")] = 20,
-    device: Annotated[Device, typer.Option(help="What attends.")] = Device.cpu,
+    device: Annotated[Device, typer.Option(help="Where attention runs.")] = Device.cpu,
     json_file: Json = None,
 ) -> None:
     """Time one token's attention: fused, dequantise + SDPA, and SDPA over a full cache; with cold caches."""

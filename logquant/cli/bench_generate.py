@@ -34,7 +34,7 @@ def command(
     batch: Annotated[str, typer.Option(help="Sequences decoded at once; several numbers separated by commas.")] = "1,8",
     steps: Annotated[int, typer.Option(min=3, help="Timed steps of each cache.")] = 40,
     baseline_steps: Annotated[
-        int | None, typer.Option(min=3, help="Those of the other methods' caches, if they are to be fewer.")
+        int | None, typer.Option(min=3, help="Timed steps of other methods' caches, if they are to be fewer.")
     ] = None,
     peaks: Annotated[
         bool, typer.Option("--peaks", help="Also measure the peak memory of each cache, in processes of their own.")
@@ -56,7 +56,7 @@ def command(
     dtype: Annotated[Dtype, typer.Option()] = Dtype.bfloat16,
     json_file: Json = None,
 ) -> None:
-    """Decode with each cache in turn, a step at a time: tokens per second, also of the full cache's, and bytes held.
+    """Decode with each cache in turn, a step at a time: tokens per second, their ratio to the full cache's, bytes held.
 
     All sequences of a batch have the same prompt, which is run once.
     """

@@ -13,13 +13,13 @@ from .shared import Dtype, Json, Model, errors_of, load_model, progress, write_j
 
 def command(
     files: Annotated[list[Path], typer.Argument(help="Files of text, like those that the model will see.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file.")] = Path("calibration.safetensors"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write.")] = Path("calibration.safetensors"),
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each text, if it has as many.")] = 2048,
     model: Model = None,
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
     json_file: Json = None,
 ) -> None:
-    """See which key channels of a model queries look at, for caches logquant:calibration=FILE of that model."""
+    """Find out which key channels a model's queries look at, for its caches logquant:calibration=FILE."""
     arguments = dict(locals())
     from ..eval import read_ids
     from ..quantizer.calibrate import calibrate

@@ -43,7 +43,7 @@ def command(
     ] = "kl",
     prefill: Annotated[int, typer.Option(min=1, help="Tokens of the prompt, which attends to itself exactly.")] = 512,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after it, in every text.")] = 1000,
-    chunk: Annotated[int, typer.Option(min=1, help="Tokens decoded at once; more than 1 is faster and flatters.")] = 1,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens decoded at once; more than 1 is faster, but flatters.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts run at once.")] = 8,
     passkey_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a text that holds a passkey.")] = 2000,
     passkey_texts: Annotated[int, typer.Option(min=1, help="Such texts for each of five depths.")] = 5,

@@ -14,7 +14,7 @@ from .shared import CACHE_HELP, Dtype, Json, Model, errors_of, load_model, megab
 
 def command(
     prompt: Annotated[str | None, typer.Option(help="What to continue, or to answer.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A file to read it from; comes before --prompt.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file that holds it; comes before --prompt.")] = None,
     model: Model = None,
     cache: Annotated[str, typer.Option(help=CACHE_HELP)] = "logquant",
     bits: Annotated[int | None, typer.Option(help="Bits of a quantised element: 2, 4 or 8.")] = None,

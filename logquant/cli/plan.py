@@ -18,7 +18,7 @@ def command(
     dtype: Annotated[Dtype, typer.Option(help="Of exact tokens.")] = Dtype.bfloat16,
     json_file: Json = None,
 ) -> None:
-    """Say how many sequences fit into memory, and how long a one, from a model's configuration alone."""
+    """Say how many sequences fit into memory, and how long a single one may be, from a model's configuration alone."""
     arguments = dict(locals())
     from .. import models
     from ..plan import plan

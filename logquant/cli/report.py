@@ -12,7 +12,7 @@ from .shared import errors_of
 
 def command(
     results: Annotated[list[Path], typer.Argument(help="What --json of eval, plan or bench has written.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write.")] = Path("report.html"),
 ) -> None:
     """Write one self-contained HTML page with the tables and plots of results."""
     try:
