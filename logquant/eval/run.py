@@ -19,7 +19,7 @@ from ..attention.view import Attended
 from ..compat import as_argument
 from ..methods.layers.history import HistoryLayer
 from ..methods.registry import CacheSpec, cache_nbytes, packed_bits_per_element, token_nbytes
-from .stats import bootstrap_interval
+from .stats import bootstrap_interval, mean
 
 
 @dataclass
@@ -50,9 +50,9 @@ class CacheScores:
         nll = bootstrap_interval(self.nll)
         return {
             "cache": self.cache,
-            "kl": _mean(self.kl),
-            "ppl": math.exp(_mean(self.nll)),
-            "top1": _mean(self.top1),
+            "kl": mean(self.kl),
+            "ppl": math.exp(mean(self.nll)),
+            "top1": mean(self.top1),
             "kl_interval": bootstrap_interval(self.kl),
             "ppl_interval": nll and [math.exp(bound) for bound in nll],
             "top1_interval": bootstrap_interval(self.top1),
@@ -64,10 +64,6 @@ class CacheScores:
                 for kl, nll, top1 in zip(self.kl, self.nll, self.top1, strict=True)
             ],
         }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def evaluate(
