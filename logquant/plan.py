@@ -102,7 +102,7 @@ def sequence_nbytes(
 
 
 def plan(spec: CacheSpec, config: PreTrainedConfig, *, budget: int, tokens: int, itemsize: int) -> Plan:
-    """How many sequences, or how long a one, fit into a number of bytes.
+    """How many sequences of a length fit into a number of bytes, and how long a single one may be.
 
     Args:
         spec: the cache, LogQuant or full.

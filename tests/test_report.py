@@ -15,7 +15,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from matplotlib import image
 
-from logquant.cli.report import render
+from logquant.cli.render import render
 from tests.helpers.cli import run, succeed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,13 +41,13 @@ PLOTS = {"eval": 2, "attend": 1, "generate": 1, "plan": 1, "memory": 1}
 
 
 @pytest.fixture(scope="module")
-def results(model, tmp_path_factory) -> dict[str, Path]:
+def results(model_dir, tmp_path_factory) -> dict[str, Path]:
     """One small run of every command, by kind."""
     directory = tmp_path_factory.mktemp("results")
     texts = [directory / "a.txt", directory / "b.txt"]
     for i, text in enumerate(texts):
         text.write_text("".join(chr(33 + (7 * i + j * j) % 90) for j in range(400)))
-    common = ("--model", model, "--caches", "full,logquant:window=32")
+    common = ("--model", model_dir, "--caches", "full,logquant:window=32")
     commands = {
         "eval": (
             *("eval", *texts, *common, "--prefill", 100, "--tokens", 60, "--chunk", 20),
@@ -71,7 +71,7 @@ def results(model, tmp_path_factory) -> dict[str, Path]:
         "plan": ("plan", *common),
     }
     if sys.platform.startswith("linux"):
-        memory = ("--model", model, "--cache", "full,logquant:window=32", "--context", 300)
+        memory = ("--model", model_dir, "--cache", "full,logquant:window=32", "--context", 300)
         commands["memory"] = ("bench", "memory", *memory)
     files = {kind: directory / f"{kind}.json" for kind in commands}
     for kind, command in commands.items():

@@ -128,7 +128,7 @@ def bench_generate(
         on_progress: called after every prefill and every round of steps.
     """
     model.set_attn_implementation("logquant")
-    prompt = _random_tokens(model, context)
+    prompt = random_tokens(model, context)
     exact = _run(model, prompt, DynamicCache(config=model.config)) if len(specs) > 1 else None
     caches = {}
     for spec in specs:
@@ -169,7 +169,7 @@ def bench_budget(
         ValueError: not even one sequence fits, or a cache whose bytes the configuration does not tell.
     """
     model.set_attn_implementation("logquant")
-    prompt = _random_tokens(model, context - steps - WARMUP)
+    prompt = random_tokens(model, context - steps - WARMUP)
     caches, plans = {}, {}
     for spec in specs:
         planned = plan(spec, model.config, budget=budget, tokens=context, itemsize=model.dtype.itemsize)
@@ -185,7 +185,8 @@ def bench_budget(
     ]
 
 
-def _random_tokens(model: PreTrainedModel, tokens: int) -> Tensor:
+def random_tokens(model: PreTrainedModel, tokens: int) -> Tensor:
+    """A prompt, int64 ``[1, tokens]``, always the same one."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(model.config.vocab_size, (1, tokens), generator=generator).to(model.device)
 

@@ -18,7 +18,7 @@ from ..compat import as_argument
 from ..methods.accounting import cache_nbytes
 from ..methods.registry import CacheSpec
 from ..plan import sequence_nbytes
-from .generate import prefilled
+from .generate import prefilled, random_tokens
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _prefill(
         libc.mallopt(m_mmap_threshold, 1 << 16)
     model, _ = models.load(model_id, dtype=dtype)
     model.set_attn_implementation("logquant")
-    ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    ids = random_tokens(model, tokens)
     # Weights that are mapped from a file count as the process's memory only once they have been read.
     model(ids[:, :8], **as_argument(spec.make(model.config)), logits_to_keep=1)
     gc.collect()

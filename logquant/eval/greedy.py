@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from ..compat import as_argument
 from ..methods.registry import CacheSpec, parse_cache
 from .run import log_probabilities
-from .stats import bootstrap_interval
+from .stats import bootstrap_interval, mean
 
 
 @dataclass
@@ -35,7 +35,7 @@ class GreedyScores:
         return {
             "cache": self.cache,
             "tokens": self.tokens,
-            "agreement": sum(self.agreement) / len(self.agreement),
+            "agreement": mean(self.agreement),
             "agreement_interval": bootstrap_interval(self.agreement),
             "texts": self.agreement,
         }

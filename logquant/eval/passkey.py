@@ -11,6 +11,7 @@ import torch
 
 from ..methods.registry import CacheSpec
 from .run import log_probabilities, take_prompt
+from .stats import mean
 
 # The task of Mohtashami and Jaggi (arXiv 2305.16300), as KIVI and many others have it.
 TASK = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it."
@@ -39,13 +40,13 @@ class PasskeyScores:
 
     def as_dict(self) -> dict[str, Any]:
         """Means over texts, by depth and over all."""
-        found = {depth: sum(each) / len(each) for depth, each in self.found.items()}
-        nll = {depth: sum(each) / len(each) for depth, each in self.nll.items()}
+        found = {depth: mean(each) for depth, each in self.found.items()}
+        nll = {depth: mean(each) for depth, each in self.nll.items()}
         return {
             "cache": self.cache,
             "length": self.length,
-            "found": sum(found.values()) / len(found),
-            "nll": sum(nll.values()) / len(nll),
+            "found": mean(list(found.values())),
+            "nll": mean(list(nll.values())),
             "found_by_depth": found,
             "nll_by_depth": nll,
         }

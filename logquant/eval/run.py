@@ -20,7 +20,7 @@ from ..compat import as_argument
 from ..methods.accounting import cache_nbytes, packed_bits_per_element, token_nbytes
 from ..methods.layers.quantized import QuantizingLayer
 from ..methods.registry import CacheSpec, parse_cache
-from .stats import bootstrap_interval
+from .stats import bootstrap_interval, mean
 
 
 @dataclass
@@ -51,9 +51,9 @@ class CacheScores:
         nll = bootstrap_interval(self.nll)
         return {
             "cache": self.cache,
-            "kl": _mean(self.kl),
-            "ppl": math.exp(_mean(self.nll)),
-            "top1": _mean(self.top1),
+            "kl": mean(self.kl),
+            "ppl": math.exp(mean(self.nll)),
+            "top1": mean(self.top1),
             "kl_interval": bootstrap_interval(self.kl),
             "ppl_interval": nll and [math.exp(bound) for bound in nll],
             "top1_interval": bootstrap_interval(self.top1),
@@ -65,10 +65,6 @@ class CacheScores:
                 for kl, nll, top1 in zip(self.kl, self.nll, self.top1, strict=True)
             ],
         }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def evaluate(

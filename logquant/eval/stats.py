@@ -1,10 +1,14 @@
-"""Confidence intervals."""
+"""Means and their confidence intervals."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def bootstrap_interval(

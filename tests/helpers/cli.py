@@ -1,4 +1,4 @@
-"""The command line, run within the process."""
+"""Running the command line within the process of the tests."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typer.testing import CliRunner, Result
 from logquant.cli import app
 
 # Tables are cut to the terminal's width.
-runner = CliRunner(env={"COLUMNS": "200"})
+_RUNNER = CliRunner(env={"COLUMNS": "200"})
 
 
 def run(*args: object) -> Result:
-    return runner.invoke(app, [str(arg) for arg in args], catch_exceptions=False)
+    """What ``logquant ARGS`` prints, and its exit code."""
+    return _RUNNER.invoke(app, [str(arg) for arg in args], catch_exceptions=False)
 
 
 def succeed(*args: object) -> Result:

@@ -1,0 +1,137 @@
+"""``logquant generate``: a model's answer, as it is written, and what it cost."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from .shared import CACHE_HELP, Dtype, Json, Model, errors_of, load_model, megabytes, write_json
+
+
+def command(
+    prompt: Annotated[str | None, typer.Option(help="What to continue, or to answer.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file that holds it; comes before --prompt.")] = None,
+    model: Model = None,
+    cache: Annotated[str, typer.Option(help=CACHE_HELP)] = "logquant",
+    bits: Annotated[int | None, typer.Option(help="Bits of a quantised element: 2, 4 or 8.")] = None,
+    key_bits: Annotated[int | None, typer.Option(help="The same for keys alone.")] = None,
+    value_bits: Annotated[int | None, typer.Option(help="The same for values alone.")] = None,
+    window: Annotated[int | None, typer.Option(help="W: between 2W and 3W tokens stay exact.")] = None,
+    page_tokens: Annotated[int | None, typer.Option(help="Tokens of a page: 32, 64 or 128.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token, always.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this much probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    chat: Annotated[bool | None, typer.Option(help="Use the chat template; by default if there is one.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Stream the model's answer to a prompt, then say what it cost."""
+    arguments = dict(locals())
+    from ..compat import as_argument
+    from ..methods.accounting import cache_nbytes
+    from ..methods.registry import parse_cache
+
+    fields = {
+        "bits": bits,
+        "key_bits": key_bits,
+        "value_bits": value_bits,
+        "window": window,
+        "page_tokens": page_tokens,
+    }
+    with errors_of("--cache"):
+        spec = parse_cache(cache).replace(**{name: value for name, value in fields.items() if value is not None})
+    text = _prompt_text(prompt, prompt_file)
+    loaded, tokenizer = load_model(model, dtype)
+    ids = _prompt_ids(tokenizer, text, chat)
+
+    kv_cache = spec.make(loaded.config)
+    torch.manual_seed(seed)
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    streamer = _timed_streamer(tokenizer)
+    output = loaded.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        **as_argument(kv_cache),
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        streamer=streamer,
+        **sampling,
+    )
+    new = output[0, ids.shape[1] :]
+    prefill_seconds, decode_seconds = streamer.seconds()
+    result = {
+        "cache": spec.name,
+        "text": tokenizer.decode(new, skip_special_tokens=True),
+        "prompt_tokens": ids.shape[1],
+        "new_tokens": len(new),
+        "prefill_seconds": prefill_seconds,
+        "decode_seconds": decode_seconds,
+        # The first new token comes out of the prefill.
+        "tokens_per_second": (len(new) - 1) / decode_seconds if len(new) > 1 else None,
+        "bytes": cache_nbytes(kv_cache),
+        "full_precision_bytes": getattr(kv_cache, "full_precision_nbytes", cache_nbytes(kv_cache)),
+    }
+    typer.echo(_summary(result), err=True)
+    write_json(json_file, "text", arguments, **result)
+
+
+def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
+    parts = []
+    if prompt_file is not None:
+        with errors_of("--prompt-file"):
+            parts.append(prompt_file.read_text(encoding="utf-8"))
+    if prompt is not None:
+        parts.append(prompt)
+    if not any(part.strip() for part in parts):
+        raise typer.BadParameter("needed: --prompt TEXT, --prompt-file FILE, or both", param_hint="--prompt")
+    return "\n\n".join(parts)
+
+
+def _prompt_ids(tokenizer: Any, text: str, chat: bool | None) -> torch.Tensor:
+    """Token ids ``[1, T]``."""
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    if chat and not has_template:
+        raise typer.BadParameter("this model's tokenizer has no chat template; use --no-chat", param_hint="--chat")
+    if not has_template or chat is False:
+        ids: torch.Tensor = tokenizer(text, return_tensors="pt").input_ids
+        return ids
+    message = [{"role": "user", "content": text}]
+    rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    # The template writes the special tokens itself.
+    ids = tokenizer(rendered, add_special_tokens=False, return_tensors="pt").input_ids
+    return ids
+
+
+def _timed_streamer(tokenizer: Any) -> Any:
+    """transformers' streamer of text, which also notes when tokens come."""
+    from transformers import TextStreamer
+
+    class TimedStreamer(TextStreamer):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            self.times: list[float] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.times.append(time.perf_counter())  # first for the prompt, before the prefill
+            super().put(value)
+
+        def seconds(self) -> tuple[float, float]:
+            """Of the prefill and of all tokens after the first."""
+            return self.times[1] - self.times[0], self.times[-1] - self.times[1]
+
+    return TimedStreamer()
+
+
+def _summary(result: dict[str, Any]) -> str:
+    """One line."""
+    speed = "" if result["tokens_per_second"] is None else f", {result['tokens_per_second']:.1f} tokens/s"
+    held, full = result["bytes"], result["full_precision_bytes"]
+    return (
+        f"[{result['cache']}] {result['prompt_tokens']} + {result['new_tokens']} tokens{speed}; "
+        f"cache {megabytes(held)}, in full precision {megabytes(full)}: {full / held:.2f}x"
+    )

@@ -1,0 +1,61 @@
+"""``logquant bench attend``."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from logquant import machine
+from logquant.bench.attend import DEQUANTIZE, FULL, FUSED
+from tests.helpers.cli import run, succeed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_bench_attend_times_every_contender(json_file):
+    shape = ("--heads", 4, "--kv-heads", 2, "--dim", 64, "--context", "100,300")
+    output = succeed("bench", "attend", *shape, "--rounds", 3, "--json", json_file).output
+    written = json.loads(json_file.read_text())
+    assert written["read_bandwidth"] > 0 and [row["context"] for row in written["results"]] == [100, 300]
+    row = written["results"][1]
+    assert row["full_bytes"] == 2 * 300 * 2 * 64 * 2
+    assert row["relative_error"] < 0.01
+    groups = [name.partition(",")[0] for name in row["timings"]]
+    assert groups == [FUSED] + 6 * [DEQUANTIZE] + 6 * [FULL.partition(",")[0]]
+    fused = row["timings"][FUSED]["samples"]
+    full = min((t for n, t in row["timings"].items() if n.startswith(FULL)), key=lambda t: t["median"])["samples"]
+    assert row["speedup_over_full"]["samples"] == [other / own for other, own in zip(full, fused, strict=True)]
+    for timing in row["timings"].values():
+        assert 0 < timing["quartile1"] <= timing["median"] <= timing["quartile3"] and len(timing["samples"]) == 3
+    assert "300 tokens" in output and DEQUANTIZE in output
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--context", "many"), "--context"),
+        (("--context", "0"), "numbers must be at least 1, got '0'"),
+        (("--heads", "3", "--kv-heads", "2"), "heads must be a multiple of kv_heads (2), got 3"),
+        (("--bits", "5"), "bits must be 2, 4 or 8, got 5"),
+        (("--cache", "full"), "cache 'full' has no settings, got bits"),
+        (("--cache", "kivi"), "a setting must be one of bits, group, residual, got 'window'"),
+        (("--dim", "100"), "head_dim must be a multiple of 16 up to 1024, got 100"),
+    ],
+)
+def test_bench_attend_explains_bad_arguments(args, message):
+    result = run("bench", "attend", *args)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_bench_attend_does_not_time_the_reference(monkeypatch):
+    monkeypatch.setattr("logquant.ops.extension_error", lambda: "the moon is full")
+    with pytest.raises(RuntimeError, match="there is nothing to measure: the moon is full"):
+        run("bench", "attend", "--context", "100")
+
+
+def test_bench_attend_refuses_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: False)
+    result = run("bench", "attend", "--device", "cuda")
+    assert result.exit_code == 2 and "none: " in result.output

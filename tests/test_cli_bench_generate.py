@@ -1,0 +1,92 @@
+"""``logquant bench generate``."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from transformers.models.llama import modeling_llama
+
+from logquant import models
+from logquant.bench.timing import WARMUP
+from tests.helpers.cli import run, succeed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_bench_generate_times_every_cache(model_dir, json_file):
+    args = ("--model", model_dir, "--context", 300, "--batch", "1,2", "--steps", 3)
+    more = ("--caches", "full,logquant:window=32", "--dtype", "float32")
+    output = succeed("bench", "generate", *args, *more, "--json", json_file).output
+    results = json.loads(json_file.read_text())["results"]
+    assert [(row["batch"], row["cache"]) for row in results] == [
+        (batch, cache) for batch in (1, 2) for cache in ("full", "logquant:window=32")
+    ]
+    for row in results:
+        assert row["tokens_per_second"] == row["batch"] / row["timing"]["median"] > 0
+        assert len(row["timing"]["samples"]) == 3
+        tokens = 300 + 3 + 2  # two steps are not timed
+        full = row["batch"] * 4 * tokens * 2 * 32 * 4
+        assert row["held"] == full if row["cache"] == "full" else 0 < row["held"] < full
+    assert "tokens/s" in output and "logquant:window=32" in output
+
+
+def test_bench_generate_compares_round_by_round(model_dir, json_file):
+    """Slow caches are in fewer rounds; a ratio is one of the same round."""
+    caches = ["full", "logquant:window=32", "hqq:bits=4"]
+    args = ("--model", model_dir, "--context", 200, "--batch", "2", "--steps", 6, "--baseline-steps", 3)
+    succeed("bench", "generate", *args, "--caches", ",".join(caches), "--json", json_file)
+    rows = json.loads(json_file.read_text())["results"]
+    assert [(row["cache"], len(row["timing"]["samples"])) for row in rows] == list(zip(caches, (6, 6, 3), strict=True))
+    full, packed, hqq = (row["timing"]["samples"] for row in rows)
+    assert rows[0]["speedup"]["samples"] == [1.0] * 6
+    assert rows[1]["speedup"]["samples"] == [f / p for f, p in zip(full, packed, strict=True)]
+    assert rows[2]["speedup"]["samples"] == [f / h for f, h in zip(full[1::2], hqq, strict=True)]
+
+
+def test_bench_generate_runs_another_attention_on_a_full_cache(model_dir, json_file, monkeypatch):
+    """Each step with its own implementation, whichever ran before."""
+    args = ("bench", "generate", "--model", model_dir, "--context", 200, "--batch", "2", "--steps", 3)
+    calls = []
+    eager = modeling_llama.eager_attention_forward
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return eager(*args, **kwargs)
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", counted)
+    succeed(*args, "--caches", "full,logquant", "--full-attention", "eager", "--json", json_file)
+    rows = json.loads(json_file.read_text())["results"]
+    assert [row["cache"] for row in rows] == ["full", "logquant", "full, eager"]
+    assert rows[0]["held"] == rows[2]["held"] and rows[0]["speedup"]["samples"] == [1.0] * 3
+    assert len(calls) == (3 + WARMUP) * models.load(model_dir)[0].config.num_hidden_layers
+    succeed(*args, "--caches", "logquant", "--full-attention", "eager", "--json", json_file)
+    assert [row["speedup"] for row in json.loads(json_file.read_text())["results"]] == [None, None]
+    budget = ("--memory-budget", 0.004, "--caches", "logquant", "--full-attention", "eager")
+    succeed(*args, *budget, "--json", json_file)
+    _, full = json.loads(json_file.read_text())["results"]
+    assert full["cache"] == "full, eager" and full["held"] == full["predicted"]
+    for refused in ([*args, "--full-attention", "none"], [*args, "--full-attention", "eager", "--peaks"]):
+        result = run(*refused)
+        assert result.exit_code == 2 and "--full-attention" in result.output
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read in /proc")
+def test_bench_generate_measures_peaks(model_dir, json_file):
+    args = ("--model", model_dir, "--context", 200, "--batch", "2", "--steps", 3, "--caches", "logquant", "--peaks")
+    assert "peak" in succeed("bench", "generate", *args, "--json", json_file).output
+    (row,) = json.loads(json_file.read_text())["results"]
+    assert row["peak_rise"] > 0 and row["live_peak_rise"] > 0 and row["speedup"] is None
+
+
+def test_bench_generate_fills_a_budget(model_dir, json_file):
+    args = ("--model", model_dir, "--context", 700, "--memory-budget", 0.004, "--steps", 3, "--caches", "full,logquant")
+    succeed("bench", "generate", *args, "--json", json_file)
+    full, packed = json.loads(json_file.read_text())["results"]
+    assert full["batch"] == 0.004 * 2**30 // (4 * 700 * 2 * 32 * 2) < packed["batch"]
+    for row in (full, packed):
+        assert row["predicted"] * 0.9 < row["held"] <= row["predicted"] <= 0.004 * 2**30
+    assert full["held"] == full["predicted"]
+    refused = run("bench", "generate", *args[:4], "--memory-budget", 0.0001, "--steps", 3)
+    assert refused.exit_code == 2 and "budget must be at least" in refused.output
