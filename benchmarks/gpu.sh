@@ -67,9 +67,9 @@ main() {
 
   step "tests on the $backend backend"
   if $emulate; then
-    try tests "$python" -m pytest -q -p no:cacheprovider tests/test_ops.py -k "$backend and (evict or extreme)"
+    try tests "$python" -m pytest -q -p no:cacheprovider tests/ops/test_ops.py -k "$backend and (evict or extreme)"
   else
-    try tests env LOGQUANT_HYPOTHESIS=brief "$python" -m pytest -q -p no:cacheprovider tests/test_ops.py -k "$backend"
+    try tests env LOGQUANT_HYPOTHESIS=brief "$python" -m pytest -q -p no:cacheprovider tests/ops/test_ops.py -k "$backend"
   fi
 
   step "compute-sanitizer on a sample"
@@ -78,7 +78,7 @@ main() {
   elif sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1); [ -n "$sanitizer" ]; then
     for tool in memcheck racecheck; do
       try "$tool" env LOGQUANT_HYPOTHESIS=brief "$sanitizer" --tool "$tool" --error-exitcode 9 \
-        "$python" -m pytest -q -x -p no:cacheprovider tests/test_ops.py -k "$backend and (extreme or page_table or sinks)"
+        "$python" -m pytest -q -x -p no:cacheprovider tests/ops/test_ops.py -k "$backend and (extreme or page_table or sinks)"
     done
   else
     echo "left out: compute-sanitizer was not found"

@@ -1,5 +1,5 @@
 // From operator arguments to kernel arguments: everything that kernels read of a tensor's shape, dtype and strides is
-// checked here, once for every device; a failed check leaves every tensor as it was. Meanings: logquant/reference.py.
+// checked here, once for every device; a failed check leaves every tensor as it was. Meanings: logquant/ops/reference.
 //
 // What an integer tensor holds (an index, a map, a page table) is checked where the CPU can read it. On a GPU that
 // would wait for the stream; CUDA kernels clamp what they compute from it instead.

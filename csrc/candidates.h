@@ -1,4 +1,4 @@
-// What the fitted quantiser tries, on every device (logquant/reference.py: fit_keys, fit_values).
+// What the MSE search tries, on every device (logquant/ops/reference/search.py).
 #pragma once
 
 #include "format.h"

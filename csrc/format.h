@@ -1,6 +1,6 @@
 // The page: G consecutive evicted tokens of one KV head, self-contained and contiguous.
 //
-// Nothing else in csrc/ knows a bit position or a section offset; logquant/reference.py mirrors this file.
+// Nothing else in csrc/ knows a bit position or a section offset; logquant/format.py mirrors this file.
 // All words are 32-bit, little-endian. Format version 1, sections in this order:
 //
 //   part          shape in words        word

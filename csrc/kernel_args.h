@@ -48,10 +48,11 @@ struct PerHead {
 
 // The column map [C] of a head (format.h); by default the identity.
 using KeyMap = PerHead<int16_t>;
-// How much an error of each token's key counts where parameters are fitted (reference.py): [token taken]; by default 1.
+// How much an error of each token's key counts where parameters are searched (logquant/ops/reference/quantize.py):
+// [token taken]; by default 1.
 using KeyWeights = PerHead<float>;
-// How much of a token's error each later token of its page takes off (reference.py): [token taken, page_tokens]; by
-// default nothing.
+// How much of a token's error each later token of its page takes off (logquant/ops/reference/quantize.py):
+// [token taken, page_tokens]; by default nothing.
 using ValueFeedback = PerHead<float>;
 
 struct QuantizeArgs {

@@ -143,10 +143,6 @@ class LogQuantConfig:
             value_param_bits=self.param_bits,
         )
 
-    def chooses_map(self, fmt: PageFormat) -> bool:
-        """Whether each sequence chooses a column map of its own, for pages of this format."""
-        return fmt.has_map and self.calibration is None
-
     def allocates_bits(self, fmt: PageFormat) -> bool:
         """Whether each sequence finds the bit allocation of its keys by itself, for pages of this format."""
         return fmt.has_map and self.calibration is None

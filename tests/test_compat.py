@@ -68,7 +68,7 @@ import importlib, transformers
 transformers.__version__ = "5.16.1"
 import logquant, logquant.ops, logquant.quantizer.columns
 logquant.LogQuantConfig(), logquant.PageFormat(128)
-for name in ("cache.layer", "attention.forward", "methods.kivi", "integrations.transformers", "eval", "plan", "cli"):
+for name in ("cache.layer", "attention.forward", "methods.kivi", "integrations.transformers", "eval", "plan"):
     try:
         importlib.import_module("logquant." + name)
     except ImportError as error:

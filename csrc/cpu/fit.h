@@ -1,4 +1,5 @@
-// The fitted quantiser: reference.fit_keys and fit_values, operation for operation, on kLanes groups at once.
+// The MSE search: search_keys and search_values of logquant/ops/reference, operation for operation, on kLanes groups at
+// once.
 //
 // Nothing here may be contracted or reordered: parameters and codes are bit for bit those of the reference.
 #pragma once
@@ -18,7 +19,7 @@ LOGQUANT_INLINE I32 scale_byte(F32 scale, const int32_t (&borders)[8]) {
   return select(byte > kScaleMax, splat(kScaleMax), byte);
 }
 
-// Sums over a group's elements, as reference._sum: every fourth one by one, then the four sums. term(i) is one or
+// Sums over a group's elements, as _sum there: every fourth one by one, then the four sums. term(i) is one or
 // several numbers.
 template <class Term>
 LOGQUANT_INLINE F32 sum_of(int count, Term&& term) {

@@ -67,7 +67,7 @@ LOGQUANT_INLINE F32 butterfly(F32 x, std::integer_sequence<int, lane...>) {
 }
 
 // Every `block` elements of x (block: a power of two, at least kLanes) become their orthonormal Walsh-Hadamard
-// transform, in the order of logquant/hadamard.py.
+// transform, in the order of reference/hadamard.py.
 LOGQUANT_INLINE void hadamard(float* x, int count, int block) {
   constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
   for (int i = 0; i < count; i += kLanes) {

@@ -1,4 +1,4 @@
-// Quantises one page, for quantize and evict, bit for bit as logquant/reference.py: with 16-bit parameters by minimum
+// Quantises one page, for quantize and evict, bit for bit as logquant/ops/reference: with 16-bit parameters by minimum
 // and maximum, with 8-bit ones by the search of fit.h.
 //
 // Keys: lanes are channels; min and max run down the page's tokens. Values: lanes are channels, reduced across lanes

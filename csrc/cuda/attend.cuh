@@ -9,7 +9,7 @@
 namespace logquant::cuda {
 
 inline constexpr float kLog2e = 1.4426950408889634f;
-inline constexpr float kHidden = -1e30f;  // an additive mask at or below hides a slot (reference.HIDDEN)
+inline constexpr float kHidden = -1e30f;  // an additive mask at or below hides a slot (reference/attend.py)
 
 // The lowest reference exponent: finite, so that a row that sees nothing does not compute inf - inf.
 inline constexpr float kLowest = -1e37f;

@@ -1,7 +1,8 @@
-// The fitted quantiser: reference.fit_keys and fit_values, operation for operation, on eight groups a warp.
+// The MSE search: search_keys and search_values of logquant/ops/reference, operation for operation, on eight groups a
+// warp.
 //
 // Groups lie in shared memory. Four lanes have a group, each every fourth of its elements: that is the order of
-// reference._sum, so that a sum is a loop and two shuffles, and the four lanes make every choice alike. All lanes of a
+// _sum there, so that a sum is a loop and two shuffles, and the four lanes make every choice alike. All lanes of a
 // warp call these functions, with equally many elements. A warp's groups are fit_pitch() floats apart: its lanes then
 // read from 32 banks.
 #pragma once

@@ -44,7 +44,7 @@ LOGQUANT_DEVICE float digit_weight(const PageFormat& f, int digit, int columns) 
   return __uint_as_float(static_cast<uint32_t>(127 + f.digit_exponent(digit, columns)) << 23);
 }
 
-// Blocks of 16, 32 or 64 channels become their Walsh-Hadamard transform, in the order of logquant/hadamard.py. A lane
+// Blocks of 16, 32 or 64 channels become their Walsh-Hadamard transform, in the order of reference/hadamard.py. A lane
 // has four neighbouring channels of a token, the next lane the next four: block / 4 lanes, from a multiple of that on,
 // have a block. All lanes of the warp call this.
 LOGQUANT_DEVICE Float4 rotated(Float4 v, int block) {

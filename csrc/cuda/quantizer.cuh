@@ -1,6 +1,6 @@
 // Quantises the keys or the values of one page, a block of kQuantizeThreads threads at a time; for quantize and evict.
 //
-// Bit for bit the quantiser of logquant/reference.py: every operation is one correctly rounded fp32 operation (hence
+// Bit for bit the quantiser of logquant/ops/reference: every operation is one correctly rounded fp32 operation (hence
 // the __f*_rn, which nvcc does not fuse). 16-bit parameters are minimum and maximum, 8-bit ones come from the search of
 // fit.cuh. The source is read twice, parameters then codes; a page of a head (16 KB of keys for 64 tokens of dim 128)
 // stays in L1 in between. Rotated values are read once and kept in shared memory. With feedback they are read three

@@ -1,5 +1,6 @@
-// The emulated kernels as a C interface for ctypes (tests/helpers/emulated.py). Arguments come as one array of int64, in the
-// order in which they are taken below; floats and strings do not occur in it but as bits and as what is returned.
+// The emulated kernels as a C interface for ctypes (tests/helpers/emulated.py). Arguments come as one array of int64,
+// in the order in which they are taken below; floats and strings do not occur in it but as bits and as what is
+// returned.
 
 #include <algorithm>
 #include <cstring>

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ..attention.call import AttentionCall
 from ..cache.layer import LogQuantLayer
 from ..compat import as_argument
-from ..methods.accounting import cache_nbytes
+from ..methods.accounting import cache_nbytes, commit
 from ..methods.quanto import Quanto
 from ..methods.registry import CacheSpec
 from ..plan import head_shape, plan
@@ -200,7 +200,7 @@ def _time_steps(
     fewer: dict[str, int] | None = None,
     attention: Mapping[str, str] | None = None,
 ) -> dict[str, Timing]:
-    """Decode one token of each sequence with each cache in turn."""
+    """Decode one token of each sequence with each cache in turn; the tokens are committed afterwards."""
     implementations = dict.fromkeys(caches, "logquant") | dict(attention or {})
     in_use = "logquant"
 
@@ -216,7 +216,7 @@ def _time_steps(
         return step
 
     try:
-        return time_interleaved(
+        timings = time_interleaved(
             {name: step_with(name) for name in caches},
             steps,
             fewer=fewer,
@@ -225,3 +225,6 @@ def _time_steps(
         )
     finally:
         model.set_attn_implementation("logquant")
+    for cache in caches.values():
+        commit(cache)
+    return timings

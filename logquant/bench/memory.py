@@ -15,7 +15,7 @@ import torch
 
 from .. import models
 from ..compat import as_argument
-from ..methods.accounting import cache_nbytes
+from ..methods.accounting import cache_nbytes, commit
 from ..methods.registry import CacheSpec
 from ..plan import sequence_nbytes
 from .generate import prefilled, random_tokens
@@ -85,6 +85,7 @@ def _prefill(
     predicted = None
     if not (spec.is_baseline or steps):
         predicted = batch * sequence_nbytes(spec, model.config, tokens, dtype.itemsize)
+    commit(cache)
     return peak - before, cache_nbytes(cache), predicted
 
 

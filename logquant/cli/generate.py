@@ -33,7 +33,7 @@ def command(
     """Stream the model's answer to a prompt, then say what it cost."""
     arguments = dict(locals())
     from ..compat import as_argument
-    from ..methods.accounting import cache_nbytes
+    from ..methods.accounting import cache_nbytes, commit
     from ..methods.registry import parse_cache
 
     fields = {
@@ -64,6 +64,7 @@ def command(
     )
     new = output[0, ids.shape[1] :]
     prefill_seconds, decode_seconds = streamer.seconds()
+    commit(kv_cache)
     result = {
         "cache": spec.name,
         "text": tokenizer.decode(new, skip_special_tokens=True),

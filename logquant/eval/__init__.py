@@ -1,8 +1,8 @@
 """What a cache costs in accuracy: divergence from the full cache on real text, greedy agreement, passkey recall."""
 
+from .divergence import CacheScores, evaluate
 from .greedy import GreedyScores, greedy_agreement
 from .passkey import DEPTHS, PasskeyScores, passkey
-from .run import CacheScores, evaluate
 from .stats import bootstrap_interval
 from .text import read_ids, read_tokens
 

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from ..compat import as_argument
 from ..methods.registry import CacheSpec, parse_cache
-from .run import log_probabilities
+from .divergence import log_probabilities
 from .stats import bootstrap_interval, mean
 
 

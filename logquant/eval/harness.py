@@ -26,7 +26,7 @@ except ImportError as error:
 
 from ..compat import as_argument
 from ..methods.registry import parse_cache
-from .run import log_probabilities
+from .divergence import log_probabilities
 
 # What the harness asks for: a key or None, token ids of the context, token ids of the continuation.
 Request = tuple[Any, list[int], list[int]]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..methods.registry import CacheSpec
-from .run import log_probabilities, take_prompt
+from .divergence import log_probabilities, take_prompt
 from .stats import mean
 
 # The task of Mohtashami and Jaggi (arXiv 2305.16300), as KIVI and many others have it.

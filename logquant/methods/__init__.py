@@ -4,19 +4,7 @@ Those are each its paper's rule, written for clearness, not for speed. They work
 that reads plain tensors; H2O, StreamingLLM and OSCAR, which look at what attends to them, need ``"logquant"`` or
 ``"sdpa"``. They are for prompts, decoding and sampling: what would remove or reorder tokens is refused.
 
-A method is a file and a test. To add one:
-
-1. Write ``methods/NAME.py``, which says in its first line what the method is and where it was published.
-2. In it, the settings: a frozen dataclass derived from :class:`Baseline`, with ``@method("NAME")`` above. Its fields
-   are what the command line takes (``NAME:field=value``): give each a default, and refuse bad ones in
-   ``__post_init__`` (``self.need``).
-3. And the layer that ``layer(config)`` makes, derived from one in :mod:`logquant.methods.layers`: ``EvictingLayer``
-   wants ``evict``, which forgets tokens; ``QuantizingLayer`` wants ``packed_tokens`` and two quantisers. For others,
-   ``BaselineLayer`` wants ``update``, and ``packed`` if it quantises.
-4. Import it below, where its name is to stand in lists.
-5. Write ``tests/test_methods_NAME.py``: the rule against a plain statement of it, the bytes held, the bad settings.
-6. Add the name, with settings for some hundred tokens, to ``NAMES`` of ``tests/helpers/methods.py`` for the tests that
-   all methods pass, and to README.md.
+A method is a file and a test: docs/development.md has the steps.
 """
 
 from .. import compat as compat  # first: it refuses a transformers that is too old

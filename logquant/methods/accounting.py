@@ -13,6 +13,12 @@ from ..cache.sizes import tensors_in
 from .layers.base import HoldsPacked, Packed
 
 
+def commit(cache: Cache) -> None:
+    """Have the tokens that came last take their places, where a cache has such as wait for it: ours."""
+    if isinstance(cache, LogQuantCache):
+        cache.commit()
+
+
 def cache_nbytes(cache: Cache) -> int:
     """Bytes of all tensors that a cache holds, ours or transformers'."""
     if isinstance(cache, LogQuantCache):

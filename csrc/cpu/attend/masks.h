@@ -9,7 +9,7 @@
 namespace logquant::cpu::LOGQUANT_ISA {
 namespace {
 
-constexpr float kHidden = -1e30f;  // additive mask values up to here hide a slot (HIDDEN in reference.py)
+constexpr float kHidden = -1e30f;  // additive mask values up to here hide a slot (HIDDEN in ops/reference/attend.py)
 
 LOGQUANT_INLINE float mask_value(AttendArgs::MaskKind kind, const void* mask, int64_t i) {
   switch (kind) {

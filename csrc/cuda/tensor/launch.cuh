@@ -17,7 +17,7 @@
 // window. Memory traffic: each page once for 16 rows, by cp.async into a ring of two pages for each warp or pair, plus
 // 4 (Dv + 2) bytes a row and split. Budget for D = 128, 2 bits, 8 rows: 168 registers, 48 KB of shared memory, so that
 // three blocks fit on an SM: 12 warps with a page each in flight, 61 KB, and an H100 needs 20 KB an SM (3.35 TB/s * 800
-// ns / 132). Instructions a token: tests/test_cuda_budget.py; an H100 is memory-bound below 22.
+// ns / 132). Instructions a token: tests/ops/test_cuda_budget.py; an H100 is memory-bound below 22.
 //
 // bf16 models use fp16 arithmetic for pages: q is scaled per row by a power of two into [1, 2), p is relative to a
 // reference exponent that leaves p and p' inside fp16. Masks, positions, softcap and poisoned scales take the branch

@@ -17,7 +17,7 @@ from logquant.compat import as_argument
 from tests.helpers.layers import contents, feed, make_layer, random_tokens
 from tests.helpers.models import tiny_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def measured(code: str) -> dict[str, float]:

@@ -14,9 +14,8 @@ from logquant.eval import evaluate
 from logquant.methods.accounting import packed_bits_per_element, packed_in, token_nbytes
 from logquant.methods.layers.base import BaselineLayer, Packed
 from logquant.methods.registry import parse_cache
+from tests.helpers.methods import NAMES
 from tests.helpers.models import tiny_model
-
-from .helpers.methods import NAMES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

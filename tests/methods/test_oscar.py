@@ -10,9 +10,8 @@ import torch
 from logquant.methods import OSCAR
 from logquant.methods.oscar import rotation_for
 from logquant.methods.registry import parse_cache
+from tests.helpers.methods import ARRIVALS, BATCH, DIM, HEADS, exact_positions, feed, minmax, tokens_for
 from tests.helpers.models import tiny_config
-
-from .helpers.methods import ARRIVALS, BATCH, DIM, HEADS, exact_positions, feed, minmax, tokens_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,9 +9,8 @@ from logquant.compat import as_argument
 from logquant.eval import evaluate
 from logquant.methods.accounting import cache_nbytes, packed_bits_per_element
 from logquant.methods.registry import parse_cache
+from tests.helpers.methods import NAMES
 from tests.helpers.models import tiny_model
-
-from .helpers.methods import NAMES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,9 +12,8 @@ from logquant import LogQuantConfig
 from logquant.methods import Full, registry
 from logquant.methods.layers.base import Settings
 from logquant.methods.registry import CacheSpec, method, method_names, parse_cache
+from tests.helpers.methods import NAMES
 from tests.helpers.models import tiny_config
-
-from .helpers.methods import NAMES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

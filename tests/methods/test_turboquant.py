@@ -12,9 +12,8 @@ from logquant.methods import TurboQuant
 from logquant.methods.registry import parse_cache
 from logquant.methods.turboquant import codebook, rotation
 from logquant.rule import split_positions
+from tests.helpers.methods import ARRIVALS, BATCH, DIM, HEADS, exact_positions, feed
 from tests.helpers.models import tiny_config
-
-from .helpers.methods import ARRIVALS, BATCH, DIM, HEADS, exact_positions, feed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

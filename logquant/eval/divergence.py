@@ -1,4 +1,4 @@
-"""Teacher forcing with several caches in lockstep."""
+"""KL divergence and perplexity: several caches read the same text, token by token (teacher forcing)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..attention.call import AttentionCall
 from ..attention.handle import KVHandle, handles
 from ..attention.view import View
 from ..compat import as_argument
-from ..methods.accounting import cache_nbytes, packed_bits_per_element, token_nbytes
+from ..methods.accounting import cache_nbytes, commit, packed_bits_per_element, token_nbytes
 from ..methods.layers.quantized import QuantizingLayer
 from ..methods.registry import CacheSpec, parse_cache
 from .stats import bootstrap_interval, mean
@@ -143,6 +143,7 @@ def _evaluate_batch(
         result.kl += kl
         result.nll += nll
         result.top1 += top1
+        commit(caches[spec])
         result.bits_per_element = packed_bits_per_element(caches[spec])
         result.nbytes = cache_nbytes(caches[spec]) // texts
         result.token_nbytes = token_nbytes(caches[spec], texts)

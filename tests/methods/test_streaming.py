@@ -9,9 +9,8 @@ from logquant.compat import as_argument
 from logquant.methods import Streaming
 from logquant.methods.registry import parse_cache
 from logquant.methods.streaming import rope_frequencies
+from tests.helpers.methods import ARRIVALS, BATCH, DIM, HEADS, feed
 from tests.helpers.models import tiny_config, tiny_model
-
-from .helpers.methods import ARRIVALS, BATCH, DIM, HEADS, feed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

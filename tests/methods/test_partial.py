@@ -7,9 +7,8 @@ import torch
 
 from logquant.methods import Partial
 from logquant.methods.registry import parse_cache
+from tests.helpers.methods import ARRIVALS, BATCH, DIM, HEADS, exact_positions, feed, minmax
 from tests.helpers.models import tiny_config
-
-from .helpers.methods import ARRIVALS, BATCH, DIM, HEADS, exact_positions, feed, minmax
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,9 +9,8 @@ import torch
 
 from logquant.methods import H2O
 from logquant.methods.registry import parse_cache
+from tests.helpers.methods import BATCH, DIM, HEADS, feed, tokens_for
 from tests.helpers.models import tiny_config
-
-from .helpers.methods import BATCH, DIM, HEADS, feed, tokens_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.models import tiny_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
 import json, os, sys, torch

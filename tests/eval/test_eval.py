@@ -12,7 +12,7 @@ from logquant import LogQuantConfig
 from logquant.cache.sizes import head_nbytes
 from logquant.compat import as_argument
 from logquant.eval import bootstrap_interval, evaluate, read_tokens
-from logquant.eval.run import take_prompt
+from logquant.eval.divergence import take_prompt
 from logquant.methods.accounting import cache_nbytes, packed_bits_per_element
 from logquant.methods.layers.quantized import QuantizingLayer
 from logquant.methods.registry import parse_cache, parse_caches

@@ -7,9 +7,8 @@ import pytest
 from logquant.methods import HQQ, Quanto, quanto
 from logquant.methods.accounting import cache_nbytes, packed_bits_per_element
 from logquant.methods.registry import parse_cache
+from tests.helpers.methods import BATCH, DIM, HEADS, feed
 from tests.helpers.models import tiny_config
-
-from .helpers.methods import BATCH, DIM, HEADS, feed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

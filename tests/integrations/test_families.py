@@ -1,6 +1,6 @@
 """Models that need more than a config of their own: encoder-decoders, vision, shared keys and values, Falcon.
 
-Decoder families are in tests/test_cache.py.
+Decoder families are in tests/cache/test_cache.py.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from logquant.cache.layer import LogQuantLayer
 from logquant.cache.sizes import head_nbytes
 from logquant.compat import as_argument
 from tests.helpers.layers import PLAIN
+from tests.helpers.layers import contents as layer_contents
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +170,7 @@ def test_crop_and_continue_equals_a_fresh_run(smollm2, prompt, bits, count):
     for layer, want in zip(cache.layers, fresh.layers, strict=True):
         rows = layer.rows
         assert torch.equal(rows.positions(prompt.device), want.rows.positions(prompt.device)) and rows.packed == 128
-        pages, want_pages = (x.pages[:, :, : rows.packed // x.format.page_tokens] for x in (layer, want))
+        pages, want_pages = (layer_contents(x)[0] for x in (layer, want))
         # The prompts' lengths differ, and so may the last bit of what the model computes.
         assert (pages == want_pages).float().mean() > 0.97
     if bits == 8:
@@ -200,14 +201,7 @@ def same_contents(cache: LogQuantCache, other: LogQuantCache) -> bool:
     """Whether all layers hold the same pages, windows and column maps, bit for bit."""
 
     def contents(layer):
-        rows = layer.rows
-        pages = layer.held.storage.pages[:, :, : rows.packed // layer.format.page_tokens]
-        return (
-            pages,
-            layer.held.storage.window_k[:, :, : rows.exact],
-            layer.held.storage.window_v[:, :, : rows.exact],
-            layer.held.advice.key_map,
-        )
+        return *layer_contents(layer), layer.held.advice.key_map
 
     return all(
         (a is None and b is None) or torch.equal(a, b)
