@@ -16,7 +16,7 @@ help:
 	@echo "make test-slow  the tests that take long"
 	@echo "make fuzz       new examples for the tests that draw them, for half an hour (MINUTES=30)"
 	@echo "make test-arm   the kernels' tests on an emulated ARM processor (needs g++-aarch64-linux-gnu and qemu-user)"
-	@echo "make lint       ruff, mypy, clang-format, typos"
+	@echo "make lint       ruff, mypy, import-linter, clang-format, typos"
 	@echo "make sanitize   the operators' tests, the kernels and the emulated CUDA kernels under ASan, UBSan and TSan"
 	@echo "make clean      remove .venv and all that was built"
 
@@ -77,6 +77,7 @@ lint: venv
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 	$(BIN)/typos
 

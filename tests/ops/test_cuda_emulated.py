@@ -1,4 +1,4 @@
-"""The emulator, and what of the CUDA kernels tests/ops/test_ops.py does not see: orders of threads, rounding, traffic."""
+"""The emulator, and what of the CUDA kernels test_ops.py does not see: orders of threads, rounding, traffic."""
 
 from __future__ import annotations
 
