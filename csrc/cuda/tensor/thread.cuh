@@ -17,7 +17,8 @@ struct ThreadInfo {
   LOGQUANT_DEVICE ThreadInfo(const AttendArgs& arguments, unsigned char* shared_memory)
       : args(arguments),
         shared(kKeepShared ? ptx::keep_shared(shared_memory) : shared_memory),
-        warp(threadIdx.x / 32),
+        // Kernels of one tile have three or four blocks an SM, and no register for this.
+        warp(K::kTiles == 1 ? static_cast<int>(threadIdx.x / 32) : ptx::keep(static_cast<int>(threadIdx.x / 32))),
         rank(K::kPaired ? warp : 0),
         team(K::kPaired ? 0 : warp),
         lane(ptx::keep(static_cast<int>(threadIdx.x % 32))),
