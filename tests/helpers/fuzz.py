@@ -22,9 +22,9 @@ def main(minutes: float, arguments: list[str]) -> int:
         print(f"== round {rounds + 1}, seed {seed}, {(end - time.monotonic()) / 60:.1f} minutes left", flush=True)
         # A round is not cut short: what it would have found is not lost, and the last one may end late.
         environment = {**os.environ, "LOGQUANT_HYPOTHESIS": "fuzz"}
+        workers = ["-n", "auto", "--maxprocesses", "8", "--max-worker-restart", "0", "-p", "no:cacheprovider"]
         # Four times the examples of `make test`, and often beside other work: ten minutes a test would not be a hang.
-        workers = ["-o", "timeout=3600", "-n", "auto", "--maxprocesses", "8", "--max-worker-restart", "0", "-p", "no:cacheprovider"]
-        command = [sys.executable, *repeat, *workers]
+        command = [sys.executable, *repeat, *workers, "-o", "timeout=3600"]
         if subprocess.run(command, env=environment, check=False).returncode:
             again = shlex.join([sys.executable, *repeat])
             print(f"\nto repeat, with the failed test's name at the end:\nLOGQUANT_HYPOTHESIS=fuzz {again}")
