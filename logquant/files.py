@@ -1,8 +1,7 @@
-"""Caches and calibrations in files: safetensors, with all that is needed to refuse a file that does not fit the model.
+"""Safetensors in and out, with all that is needed to refuse a damaged file or one that does not fit the model.
 
-A file holds the tensors of each layer (``layers.3.pages``) and, as metadata, one JSON object: the file's version, what
-identifies the model, and a digest of everything; of a cache also its settings and where the tokens are. There is no
-pickle in it, so reading one from a stranger is safe.
+A file holds tensors and, as metadata, one JSON object: the file's version, what identifies the model, whatever else its
+writer describes, and a digest of everything. There is no pickle in it, so reading one from a stranger is safe.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,8 +19,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-if TYPE_CHECKING:
-    pass
 # Settings of a configuration that do not change what a model's keys and values are.
 _IRRELEVANT = ("architectures", "dtype", "output_attentions", "output_hidden_states", "return_dict", "use_cache")
 

@@ -1,6 +1,6 @@
 """The rule that says which tokens stay exact: pure functions on positions (LogQuant, arXiv 2503.19950, Fig. 6).
 
-Nothing else in the package knows the rule. Stated step by step, with W = ``window``::
+Stated step by step, with W = ``window``::
 
     append new tokens to the window
     while len(window) >= 3 * W:

@@ -25,14 +25,18 @@ from .view import View
 
 
 class UpdatedLayer(Protocol):
-    """A layer whose ``update`` returns handles."""
+    """A layer whose ``update`` returns handles.
+
+    Attributes:
+        compiled_view: what its last update is to be attended to with, until the next one.
+    """
+
+    compiled_view: View | None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]: ...
 
 
 _layers: weakref.WeakValueDictionary[int, UpdatedLayer] = weakref.WeakValueDictionary()
-# What the last update of each layer is to be attended to with.
-_views: weakref.WeakKeyDictionary[UpdatedLayer, View] = weakref.WeakKeyDictionary()
 _numbers = itertools.count()
 
 
@@ -52,9 +56,8 @@ def is_layer_id(key: Tensor) -> bool:
 def update_layer(key_states: Tensor, value_states: Tensor, layer_id: Tensor) -> Tensor:
     """Append tokens to a layer; the result stands for the keys and values of all tokens."""
     layer = _layers[int(layer_id[0])]
-    _views.pop(layer, None)
     keys, _ = layer.update(key_states.clone(), value_states.clone())
-    _views[layer] = keys.kv_view  # type: ignore[attr-defined]
+    layer.compiled_view = keys.kv_view  # type: ignore[attr-defined]
     return layer_id.clone()
 
 
@@ -74,7 +77,7 @@ def attend_layer(
     causal: bool,
 ) -> Tensor:
     """Attention over a layer, ``[B, L, Hq, Dv]``; see :meth:`logquant.attention.view.KVView.attend`."""
-    view = _views.get(_layers[int(layer_id[0])])
+    view = _layers[int(layer_id[0])].compiled_view
     if view is None:
         raise RuntimeError("these keys and values are stale: their LogQuant cache layer was updated since")
     out = view.attend(AttentionCall(query.clone(), mask, scale, softcap, sinks, causal))

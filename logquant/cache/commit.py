@@ -12,7 +12,7 @@ from ..rule import evicted_slots
 from .layout import Move, Rows
 from .sizes import window_capacity, window_slots
 from .storage import Allocator, Storage
-from .uncommitted import Uncommitted
+from .uncommitted import Exact
 
 # Pages are quantised in portions of about this size, so that a long prompt's never exist twice.
 _PORTION_NBYTES = 1 << 20
@@ -37,7 +37,7 @@ class Commit:
     def __init__(
         self,
         storage: Storage,
-        exact: Uncommitted,
+        exact: Exact,
         moves: list[Move],
         before: Rows,
         after: Rows,
@@ -53,11 +53,12 @@ class Commit:
         if self._steps:
             storage.prefetch()
         self._make_room(keys, values, in_window, before, after, allocator)
-        leaving = {id(m): _leaving(keys, m, padded) for m in moves if len(m.leaving)}
-        self.advice = advice.allocate(leaving[id(m)] for m in moves if m.packed == 0 and len(m.leaving))
-        self._step_options = [self._options(m, self._attention(leaving, m), slice(None)) for m in self._steps]
+        # One move after the other: what a row's tokens are taken out into, for padding, exists for one row at a time.
+        first = (m for m in moves if m.packed == 0 and len(m.leaving))
+        self.advice = advice.allocate(_leaving(keys, m, padded) for m in first)
+        self._step_options = [self._options(m, self._attention(keys, m, padded), slice(None)) for m in self._steps]
         for m in others:
-            self._quantize(keys, values, m, self._attention(leaving, m))
+            self._quantize(keys, values, m, self._attention(keys, m, padded))
         self._stays = [
             (m.rows, _staying(x[m.rows], m), window)
             for m in others
@@ -95,8 +96,11 @@ class Commit:
             ],
         )
 
-    def _attention(self, leaving: dict[int, Leaving], move: Move) -> Attention | None:
-        return self.advice.attention(leaving[id(move)]) if id(move) in leaving else None
+    def _attention(self, keys: Tensor, move: Move, padded: bool) -> Attention | None:
+        """How the recent queries attend to the tokens that leave, if that is known and some do."""
+        if self.advice.queries is None or not len(move.leaving):
+            return None
+        return self.advice.attention(_leaving(keys, move, padded))
 
     def _options(self, move: Move, attention: Attention | None, tokens: slice) -> dict[str, Tensor]:
         return self.advice.options(move.rows, attention, tokens)

@@ -66,6 +66,12 @@ class Speculation:
         else:
             self.tokens = new if told is None or told >= new - 1 else told
 
+    def end(self, layer: SpeculativeLayer) -> None:
+        """Nothing more is speculative; the newest W tokens stay exact until the next ones come."""
+        layer.reserve(min(layer.rows.reserved, layer.config.window))
+        layer.commit()
+        layer.reserve(0)
+
     def parts(self, rows: Rows, new: int, real: Tensor | None) -> tuple[slice, ...]:
         """New positions, cut where those before and those after find the rule applied to different tokens.
 

@@ -17,7 +17,7 @@ from ..quantizer.queries import RecentQueries
 from .commit import Commit
 from .layout import Move, Rows
 from .storage import Allocator, Storage
-from .uncommitted import Uncommitted
+from .uncommitted import Exact, Uncommitted
 
 
 class Held:
@@ -70,11 +70,11 @@ class Held:
         after = rows.append(new, real)
         heard = self._hear(uncommitted.call, new, real)
         kept = self._remember(heard, after, borrowed=self.advice.queries is None)
-        if uncommitted.in_window and real is None and after.packed_counts == rows.packed_counts:
+        if uncommitted.exact.in_window and real is None and after.packed_counts == rows.packed_counts:
             self.rows, self.advice = after, kept  # the new tokens are where they belong already, as in most steps
             return False
-        moves = rows.moves(new, uncommitted.keys.device, real)
-        return self._move(uncommitted, moves, after, heard, kept, allocator, padded=real is not None)
+        moves = rows.moves(new, uncommitted.exact.keys.device, real)
+        return self._move(uncommitted.exact, moves, after, heard, kept, allocator, padded=real is not None)
 
     def _hear(self, call: AttentionCall | None, new: int, real: Tensor | None) -> Advice:
         """The advice with the queries of new positions, if all of them are known."""
@@ -91,7 +91,7 @@ class Held:
 
     def _move(
         self,
-        tokens: Uncommitted,
+        tokens: Exact,
         moves: list[Move],
         after: Rows,
         heard: Advice,
@@ -113,8 +113,12 @@ class Held:
         self._interrupted = False
         return tokens.in_window
 
-    def crop(self, positions: int) -> None:
-        """Remove the newest positions, and apply the rule to all tokens that are left; none are speculative then."""
+    def crop(self, positions: int) -> bool:
+        """Remove the newest positions, and apply the rule to all tokens that are left; none are speculative then.
+
+        Returns:
+            Whether the rule has moved tokens within the window.
+        """
         cropped = self.rows.crop(positions) if positions else self.rows.reserving(0)
         after, moves = cropped.append(0), cropped.moves(0, self.storage.window_k.device)
         advice = self.advice.crop(positions)
@@ -122,10 +126,10 @@ class Held:
             with torch.no_grad():
                 self.storage.crop(self.rows, cropped, advice.key_map)
         self.rows, self.advice = cropped, advice
-        window = tuple(w[:, :, : cropped.exact] for w in (self.storage.window_k, self.storage.window_v))
-        tokens = Uncommitted(window[0], window[1], (window[0], window[1]), in_window=True)
+        keys, values = (w[:, :, : cropped.exact] for w in (self.storage.window_k, self.storage.window_v))
+        tokens = Exact(keys, values, in_window=True)
         kept = self._remember(advice, after, borrowed=False)
-        self._move(tokens, moves, after, advice, kept, Allocator(), padded=False)
+        return self._move(tokens, moves, after, advice, kept, Allocator(), padded=False)
 
     def map(self, function: Callable[[Tensor], Tensor], rows: Rows) -> Held:
         """With ``function`` applied to every tensor, and other rows."""
@@ -142,11 +146,28 @@ class Held:
         tensors, described = self.advice.state()
         return tensors | self.storage.state(self.rows), described
 
+    @staticmethod
     def restored(
-        self, storage: Storage, rows: Rows, tensors: Mapping[str, Tensor], described: Mapping[str, Any]
+        config: LogQuantConfig,
+        rows: Rows | None,
+        layer: int,
+        tensors: Mapping[str, Tensor],
+        described: Mapping[str, Any],
     ) -> Held:
-        """What :meth:`state` gave, in storage that is restored already; raises as :meth:`Advice.restored`."""
-        return Held(storage, rows, self.advice.restored(tensors, described, storage.window_k))
+        """What :meth:`state` gave.
+
+        Args:
+            config, layer: as for :meth:`empty`.
+            rows: where the tokens are; None if the file does not say.
+            tensors, described: of :meth:`state`.
+
+        Raises:
+            ValueError: tensors that are missing, or do not fit each other, the cache's settings or ``rows``.
+        """
+        storage = Storage.restored(config, rows, tensors)
+        assert rows is not None
+        advice = Advice.initial(config, storage.format, calibration_of(config), layer, storage.window_k)
+        return Held(storage, rows, advice.restored(tensors, described, storage.window_k))
 
     @property
     def nbytes(self) -> int:

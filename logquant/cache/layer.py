@@ -24,8 +24,8 @@ from .held import Held
 from .layout import Rows, Slots
 from .shared import Shared
 from .sizes import window_capacity
-from .storage import Storage, check_states
-from .uncommitted import Uncommitted
+from .storage import check_states
+from .uncommitted import Exact, Uncommitted
 
 
 class LogQuantLayer(CacheLayerMixin):
@@ -67,6 +67,7 @@ class LogQuantLayer(CacheLayerMixin):
         # Positions, those of uncommitted tokens included: a plain number, so that torch.compile need not look further.
         self._length = 0
         self.uncommitted: Uncommitted | None = None
+        self.compiled_view: View | None = None
         self.speculation: Speculation | None = None
         self.version += 1
         self.shared.forget()
@@ -131,8 +132,8 @@ class LogQuantLayer(CacheLayerMixin):
         if rows.length > 0:
             seen = held = self.held.storage.append(rows, *states, in_window=in_window)
         self.version += 1
-        self._length = rows.length + new
-        self.uncommitted = Uncommitted(*held, states, in_window)
+        self._length, self.compiled_view = rows.length + new, None
+        self.uncommitted = Uncommitted(Exact(*held, in_window), states)
         return self._view(*seen, new)
 
     def _view(self, keys: Tensor, values: Tensor, new: int) -> KVView:
@@ -170,7 +171,7 @@ class LogQuantLayer(CacheLayerMixin):
         # A prompt takes its place at once, lest every layer's exact prompt be held at the same time. In the window the
         # new tokens cost nothing, and there the view must last: some models attend to it again. Speculative tokens that
         # came with a prompt would leave their mark on its pages: crop says which they are.
-        if not (uncommitted.in_window or self.rows.reserved):
+        if not (uncommitted.exact.in_window or self.rows.reserved):
             self.commit()
 
     # ----------------------------------------------------------------------------------------- they take their places
@@ -221,9 +222,11 @@ class LogQuantLayer(CacheLayerMixin):
 
     @record_past.setter
     def record_past(self, value: bool) -> None:
-        if value != self.record_past:
-            self.speculation = Speculation() if value else None
-            self.reserve(0)
+        if value:
+            self.speculation = self.speculation or Speculation()
+        elif self.speculation is not None:
+            self.speculation.end(self)
+            self.speculation = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest ``-tokens_to_remove`` positions.
@@ -250,10 +253,12 @@ class LogQuantLayer(CacheLayerMixin):
             kept = max(0, uncommitted.new - remove)
             remove -= uncommitted.new - kept
             self.uncommitted = None
-        self.version += 1
-        self._length = self.rows.length
-        self.held.crop(remove)
-        self._length = self.rows.length
+        if uncommitted is not None or remove:
+            self.version += 1
+        try:
+            self.version += self.held.crop(remove)
+        finally:
+            self._length = self.rows.length
         if uncommitted is None or not kept:
             return
         # What is uncommitted comes once more, without what was removed.
@@ -308,7 +313,7 @@ class LogQuantLayer(CacheLayerMixin):
     def copy(self) -> LogQuantLayer:
         """A copy of what is committed, in which nothing is speculative."""
         twin = type(self).__new__(type(self))
-        twin.__dict__.update(self.__dict__, uncommitted=None, speculation=None)
+        twin.__dict__.update(self.__dict__, uncommitted=None, compiled_view=None, speculation=None)
         twin.shared = Shared(padding=self.shared.padding)
         if self.is_initialized:
             twin.held = self.held.copy()
@@ -328,7 +333,7 @@ class LogQuantLayer(CacheLayerMixin):
 
     def __getstate__(self) -> dict[str, Any]:
         self.commit()
-        return {name: value for name, value in self.__dict__.items() if name != "_layer_id"}
+        return {name: value for name, value in self.__dict__.items() if name != "_layer_id"} | {"compiled_view": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -357,14 +362,12 @@ class LogQuantLayer(CacheLayerMixin):
         Raises:
             ValueError: tensors that are missing, or do not fit each other, the layer's settings or ``rows``.
         """
+        if described["is_initialized"]:
+            held = Held.restored(self.config, rows, self._index, tensors, described)
+            self.lazy_initialization(held.storage.window_k, held.storage.window_v)
+            self.held, self._length = held, held.rows.length
+            self.version += 1
         self.record_past = described["record_past"]
-        if not described["is_initialized"]:
-            return
-        storage = Storage.restored(self.config, rows, tensors)
-        assert rows is not None
-        self.lazy_initialization(storage.window_k, storage.window_v)
-        self.held, self._length = self.held.restored(storage, rows, tensors, described), rows.length
-        self.version += 1
 
     # ----------------------------------------------------------------------------------------- what is asked about them
     @property
@@ -383,9 +386,19 @@ class LogQuantLayer(CacheLayerMixin):
         return -1
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        """All keys ``[B, H, T, D]`` and values ``[B, H, T, Dv]``, dequantised, by position; 0 where padding was."""
-        if self.uncommitted is not None:
-            return self._view(self.uncommitted.keys, self.uncommitted.values, self.uncommitted.new).dense()
+        """All keys ``[B, H, T, D]`` and values ``[B, H, T, Dv]``, dequantised, by position; 0 where padding was.
+
+        Uncommitted tokens are exact.
+        """
+        self.held.check_intact()
+        if (waiting := self.uncommitted) is not None:
+            keys, values = self._view(waiting.exact.keys, waiting.exact.values, waiting.new).dense()
+            if (real := self._real_positions(waiting)) is None:
+                return keys, values
+            holds = torch.ones(self.batch_size, self._length, dtype=torch.bool)
+            holds[:, self.rows.length :] = real
+            holds = holds.to(keys.device)[:, None, :, None]
+            return keys.where(holds, 0), values.where(holds, 0)
         exact, storage = slice(0, self.rows.exact), self.held.storage
         return self._view(storage.window_k[:, :, exact], storage.window_v[:, :, exact], 0).dense()
 

@@ -44,6 +44,15 @@ class Memo:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_memo": {}}
 
+    def once_while_used(self, name: str, key: object, make: Callable[[], T]) -> T:
+        """As :meth:`once`, but forgotten with its last user: a sequence's first layout must not keep all later ones."""
+        if name in self._memo and self._memo[name][0] == key and (known := self._memo[name][1]()) is not None:
+            found: T = known
+            return found
+        made = make()
+        self._memo[name] = key, weakref.ref(made)
+        return made
+
     def once(self, name: str, key: object, make: Callable[[], T]) -> T:
         """``make()``, or what it gave the last time if that was for the same key."""
         if name not in self._memo or self._memo[name][0] != key:
@@ -114,7 +123,7 @@ class Slots(Memo):
             total = self.tokens + tokens
             return self._next(total, total - self._undecided(tokens, reserved))
 
-        return self.once("append", (tokens, reserved), make)
+        return self.once_while_used("append", (tokens, reserved), make)
 
     def moves(self, tokens: int, reserved: int = 0) -> tuple[Tensor, Tensor]:
         """Which tokens become packed when ``tokens`` more arrive, as :meth:`append` says.
@@ -235,7 +244,7 @@ class Rows(Memo):
             real: bool ``[batch, new]`` on the CPU, which of them hold a token; None if all do.
         """
         key = new, None if real is None else real.numpy().tobytes()
-        return self.once("append", key, lambda: self._append(new, real))
+        return self.once_while_used("append", key, lambda: self._append(new, real))
 
     def _append(self, new: int, real: Tensor | None) -> Rows:
         total = self.length + new

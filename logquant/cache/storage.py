@@ -205,8 +205,15 @@ class Storage:
 
     def state(self, rows: Rows) -> dict[str, Tensor]:
         """The parts of the tensors that hold something, by name."""
-        windows = (w[:, :, : rows.exact] for w in (self.window_k, self.window_v))
-        return dict(zip(("pages", "window_k", "window_v"), (self.used_pages(rows), *windows), strict=True))
+        pages, *windows = self.used_pages(rows), *(w[:, :, : rows.exact] for w in (self.window_k, self.window_v))
+        if not rows.alike:
+            # Slots of shorter rows are empty: whatever lies there is nobody's business.
+            pages, *windows = (t.clone() for t in (pages, *windows))
+            for row, slots in enumerate(rows.slots):
+                pages[row, :, slots.packed // self.format.page_tokens :] = 0
+                for window in windows:
+                    window[row, :, slots.exact :] = 0
+        return dict(zip(("pages", "window_k", "window_v"), (pages, *windows), strict=True))
 
     @staticmethod
     def restored(config: LogQuantConfig, rows: Rows | None, tensors: Mapping[str, Tensor]) -> Storage:

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ..attention.call import AttentionCall
+
+
+class Exact(NamedTuple):
+    """Exact tokens, of which some are about to be committed.
+
+    Attributes:
+        keys, values: ``[B, H, N, D]``: each row's exact tokens, then new ones.
+        in_window: whether they are the layer's own window.
+    """
+
+    keys: Tensor
+    values: Tensor
+    in_window: bool
 
 
 @dataclass(slots=True)
@@ -16,17 +30,14 @@ class Uncommitted:
     Which of them are padding is known only when they are attended to, for masks come with attention.
 
     Attributes:
-        keys, values: ``[B, H, N, D]``: each row's exact tokens, then the new ones.
+        exact: each row's exact tokens, then the new ones.
         states: keys and values of the new ones alone, ``[B, H, new, D]``.
-        in_window: whether ``keys`` and ``values`` are the layer's own window.
         call: what has attended to them, or None. Without its mask: whoever made that may reuse its memory.
         real: what that said of the new positions: bool ``[B, new]``, which of them hold a token; None if all do.
     """
 
-    keys: Tensor
-    values: Tensor
+    exact: Exact
     states: tuple[Tensor, Tensor]
-    in_window: bool
     call: AttentionCall | None = None
     real: Tensor | None = None
 
@@ -37,8 +48,8 @@ class Uncommitted:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of tensors that are not the layer's own."""
-        return 0 if self.in_window else self.keys.nbytes + self.values.nbytes
+        """Bytes of tensors that the layer has made for them; what the model has made lives until the next ones come."""
+        return 0 if self.exact.in_window else self.exact.keys.nbytes + self.exact.values.nbytes
 
     def known(self, part: slice) -> tuple[AttentionCall | None, Tensor | None]:
         """``call`` and ``real`` of some of the new positions."""

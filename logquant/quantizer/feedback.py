@@ -1,11 +1,12 @@
 """How tokens that leave are best quantised, as the newest queries tell: weights of keys, feedback of values.
 
 Keys: an error of a token's key counts as much as the token is attended to, and one in a channel as much as those
-queries look at it that attend to the token. Values: attention adds values up, so their
-errors can cancel. Token by token, each first takes off what the errors of those before it in its page come to, as GPTQ
-(arXiv 2210.17323) does with the columns of a weight matrix, here along the tokens: with A the mean of p p^T over the
-newest queries, p their attention to the page's tokens, that lowers tr(E^T A E), the squared error of what those queries
-are given.
+queries look at it that attend to the token.
+
+Values: attention adds values up, so their errors can cancel (*error feedback*). Token by token, each makes up for what
+the errors of those before it in its page add up to, as GPTQ (arXiv 2210.17323) does with the columns of a weight
+matrix, here along the tokens. With A the mean of p p^T over the newest queries, p their attention to the page's tokens,
+that lowers tr(E^T A E), the squared error of what those queries are given.
 """
 
 from __future__ import annotations

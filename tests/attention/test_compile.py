@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -195,3 +197,22 @@ def test_cuda_graphs_of_what_lies_between_the_operators_decode_the_same(ids, qua
     assert len(recorded) == 2 * (layers + 1)
     assert sum(part.replays for part in recorded) == 40 * (layers + 1) - len(recorded)
     assert cache.layers[0].rows.packed > 64, "the cache evicted meanwhile"
+
+
+def test_a_compiled_cache_is_freed_with_its_last_user(ids):
+    model = tiny_model()
+    model.set_attn_implementation("logquant")
+    cache = LogQuantCache(model.config)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        model(ids[:, :300], **as_argument(cache))
+        compiled(ids[:, 300:301], **as_argument(cache))
+    layer = cache.layers[0]
+    assert layer.compiled_view is not None and copy.deepcopy(cache).layers[0].compiled_view is None
+    view, layer = weakref.ref(layer.compiled_view), weakref.ref(layer)
+    cache.reset()
+    gc.collect()
+    assert view() is None
+    del cache
+    gc.collect()
+    assert layer() is None

@@ -98,6 +98,7 @@ def test_out_of_memory_at_any_allocation_loses_nothing(operation, mask):
         except torch.OutOfMemoryError:
             failures += 1
         came = layer.get_seq_length() - start
+        assert layer.get_seq_length() == layer.rows.length + (layer.uncommitted.new if layer.uncommitted else 0)
         if came > 0:
             layer.crop(-came)
         if held is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -222,3 +223,15 @@ def test_drafts_are_cut_where_one_by_one_they_would_evict(before, together, real
         evicted = any(a.packed > b.packed for a, b in zip(*slots, strict=True))
         assert (column + 1 in ends) == (evicted or column + 1 == coming.shape[1])
         grown = after
+
+
+def test_the_first_layout_of_a_sequence_does_not_keep_the_later_ones():
+    empty = rows = Rows((Slots(8),))
+    kept = []
+    for _ in range(100):
+        after = rows.append(1)
+        assert rows.append(1) is after, "the other layers of a step get the same one"
+        after.positions(CPU)
+        kept.append(weakref.ref(after))
+        rows = after
+    assert sum(ref() is not None for ref in kept) <= 2 and empty.append(1) is not rows

@@ -143,3 +143,18 @@ def test_a_custom_mask_of_four_dimensions():
         results.append(torch.cat(out, 1))
     keep = torch.arange(250) != 77
     assert (results[0] - results[1])[:, keep].abs().mean() < 5e-3 * results[1][:, keep].abs().mean()
+
+
+def test_padding_that_has_not_been_committed_is_0_and_not_saved():
+    padding = pad_mask([300, 200], "left")
+    padding = torch.cat([padding, torch.tensor([[1], [0]])], 1)
+    k, v = random_tokens(301, batch=2)
+    layer = make_layer()
+    step(layer, k[:, :, :300], v[:, :, :300], causal_mask(padding[:, :300], 300))
+    step(layer, k[:, :, 300:], v[:, :, 300:], causal_mask(padding, 1))
+    assert layer.uncommitted is not None
+    for x, given in zip(layer.dense(), (k, v), strict=True):
+        assert torch.equal(x[0, :, 300], given[0, :, 300]) and not x[1, :, 300].any() and not x[1, :, :100].any()
+    tensors, _ = layer.state()
+    assert not tensors["window_k"][1, :, layer.rows.slots[1].exact :].any()
+    assert not tensors["pages"][1, :, layer.rows.slots[1].packed // 64 :].any()
