@@ -392,13 +392,9 @@ class LogQuantLayer(CacheLayerMixin):
         """
         self.held.check_intact()
         if (waiting := self.uncommitted) is not None:
-            keys, values = self._view(waiting.exact.keys, waiting.exact.values, waiting.new).dense()
-            if (real := self._real_positions(waiting)) is None:
-                return keys, values
-            holds = torch.ones(self.batch_size, self._length, dtype=torch.bool)
-            holds[:, self.rows.length :] = real
-            holds = holds.to(keys.device)[:, None, :, None]
-            return keys.where(holds, 0), values.where(holds, 0)
+            both = self._view(waiting.exact.keys, waiting.exact.values, waiting.new).dense()
+            real = self._real_positions(waiting)
+            return both if real is None else (_without_padding(both[0], real), _without_padding(both[1], real))
         exact, storage = slice(0, self.rows.exact), self.held.storage
         return self._view(storage.window_k[:, :, exact], storage.window_v[:, :, exact], 0).dense()
 
@@ -431,3 +427,10 @@ class LogQuantLayer(CacheLayerMixin):
             return 0
         batch, heads, _, head_dim = self.held.storage.window_k.shape
         return batch * heads * self.get_seq_length() * (head_dim + self.format.value_dim) * self.dtype.itemsize
+
+
+def _without_padding(x: Tensor, real: Tensor) -> Tensor:
+    """``x`` ``[B, H, T, D]`` with 0 where the newest positions, ``real`` ``[B, new]``, hold no token."""
+    known = torch.ones(len(real), x.shape[2] - real.shape[1], dtype=torch.bool)
+    holds = torch.cat([known, real], 1).to(x.device)
+    return x.where(holds[:, None, :, None], 0)
