@@ -39,8 +39,8 @@ class PageFormat:
         key_columns: C, columns of key codes; a multiple of 16, by default ``head_dim``.
         value_group: Gv, channels of a value that share a scale; a multiple of 16 that divides ``value_dim``, by
             default the one nearest to 64 (with ``value_param_bits`` 8: that the largest Hadamard block divides).
-        key_param_bits: 16 (plain: fp16 scale and zero) or 8 (fitted: logarithmic scale, zero in eighths of it).
-        value_param_bits: 16 (plain) or 8 (fitted: Hadamard-rotated values, a logarithmic scale, no zero).
+        key_param_bits: 16 (min-max: fp16 scale and zero) or 8 (MSE-searched: logarithmic scale, zero in eighths).
+        value_param_bits: 16 (min-max) or 8 (MSE-searched: Hadamard-rotated values, a logarithmic scale, no zero).
 
     Raises:
         ValueError: naming the field, what it was and what it must be.

@@ -40,7 +40,7 @@ def test_size_of_the_common_page():
     assert (fmt.words, fmt.nbytes, fmt.bits_per_element) == (1280, 5120, 2.5)
 
 
-@given(fmt=formats(fitted=False), seed=st.integers(0, 2**31))
+@given(fmt=formats(searched=False), seed=st.integers(0, 2**31))
 def test_error_of_a_round_trip_is_at_most_half_a_step(fmt, seed):
     k, v = tokens(fmt, seed, batch=1, heads=2, count=2 * fmt.page_tokens)
     key_map = column_map(fmt, seed, batch=1, heads=2)
@@ -113,15 +113,15 @@ def test_bad_formats(fields, message):
 
 
 @given(fmt=formats(), seed=st.integers(0, 2**31), weighted=st.booleans())
-def test_fitted_parameters_lose_less_than_the_range_does(fmt, seed, weighted):
+def test_searched_parameters_lose_less_than_the_range_does(fmt, seed, weighted):
     """The search starts from the range of the elements, so it never ends with a larger weighted error."""
-    fitted = dataclasses.replace(fmt, key_param_bits=8, value_param_bits=8)
+    searched = dataclasses.replace(fmt, key_param_bits=8, value_param_bits=8)
     k, v = tokens(fmt, seed, batch=1, heads=2, count=2 * fmt.page_tokens)
     key_map = column_map(fmt, seed, batch=1, heads=2)
     weights = torch.rand(1, 2, 2 * fmt.page_tokens, generator=torch.Generator().manual_seed(seed)) + 0.1
     options = {"key_weights": weights} if weighted else {}
     keys, values = reference.dequantize(
-        reference.quantize(k, v, fitted, key_map=key_map, **options), fitted, key_map=key_map
+        reference.quantize(k, v, searched, key_map=key_map, **options), searched, key_map=key_map
     )
     loss = ((keys - k) ** 2 * (weights[..., None] if weighted else 1)).unflatten(2, (-1, fmt.page_tokens)).sum(3)
 
@@ -139,7 +139,7 @@ def test_fitted_parameters_lose_less_than_the_range_does(fmt, seed, weighted):
     has_columns = (levels > 0).squeeze(3).expand_as(loss)
     assert (loss <= bound)[has_columns].all()
     groups = v.unflatten(3, (-1, fmt.value_group)).abs()
-    block = fitted.hadamard_block
+    block = searched.hadamard_block
     step = groups.amax(4) * block**0.5 / (2**fmt.value_bits - 1) * 2 ** (3 / 16)
     error = ((values - v) ** 2).unflatten(3, (-1, fmt.value_group)).mean(4)
     assert (error <= 1.01 * step**2 + 1e-9).all()
@@ -196,7 +196,7 @@ def test_scale_bytes():
     ("dim", "columns", "group", "block", "bits"),
     [(64, 80, 64, 64, 2.4375), (80, 96, 80, 16, 2.375), (128, 160, 64, 64, 2.4375), (256, 320, 64, 64, 2.4375)],
 )
-def test_sizes_of_fitted_pages(dim, columns, group, block, bits):
+def test_sizes_of_searched_pages(dim, columns, group, block, bits):
     fmt = PageFormat(dim, key_columns=columns, key_param_bits=8, value_param_bits=8)
     assert (fmt.value_group, fmt.hadamard_block, fmt.bits_per_element) == (group, block, bits)
     assert all(section % 4 == 0 for section in fmt.sections), "every section starts at a multiple of 16 bytes"

@@ -153,7 +153,7 @@ class Recorded(torch.nn.Module):
         return (x,) if isinstance(x, Tensor) else tuple(x)
 
 
-@pytest.mark.parametrize("quantization", [{}, {"param_bits": 16, "key_columns": 1}], ids=["fitted", "plain"])
+@pytest.mark.parametrize("quantization", [{}, {"param_bits": 16, "key_columns": 1}], ids=["searched", "plain"])
 def test_cuda_graphs_of_what_lies_between_the_operators_decode_the_same(ids, quantization):
     """``mode="reduce-overhead"`` cuts a graph at operators that no CUDA graph may hold, and captures the parts.
 

@@ -25,8 +25,8 @@ TENSOR_FORMATS = list(formats().values())  # those with tensor-core kernels
 
 
 def name_of(fmt: PageFormat) -> str:
-    fitted = "-p8" if (fmt.key_param_bits, fmt.value_param_bits) == (8, 8) else ""
-    return f"d{fmt.head_dim}-c{fmt.key_columns}-b{fmt.key_bits}{fitted}"
+    searched = "-p8" if (fmt.key_param_bits, fmt.value_param_bits) == (8, 8) else ""
+    return f"d{fmt.head_dim}-c{fmt.key_columns}-b{fmt.key_bits}{searched}"
 
 
 def key_map_of(fmt: PageFormat, seed: int, batch: int, heads: int) -> Tensor | None:

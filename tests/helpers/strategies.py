@@ -14,8 +14,8 @@ COMMON_DIMS = (16, 48, 64, 80, 96, 112, 128, 192, 256)
 
 
 @st.composite
-def formats(draw: st.DrawFn, fitted: bool = True) -> PageFormat:
-    """Any valid page format with head dimensions up to 256, with and without key columns; plain unless ``fitted``."""
+def formats(draw: st.DrawFn, searched: bool = True) -> PageFormat:
+    """Any valid page format with head dimensions up to 256, with and without key columns; plain unless ``searched``."""
     head_dim, value_dim = draw(st.sampled_from(COMMON_DIMS)), draw(st.sampled_from(COMMON_DIMS))
     key_bits = draw(st.sampled_from(BITS))
     columns = head_dim
@@ -31,8 +31,8 @@ def formats(draw: st.DrawFn, fitted: bool = True) -> PageFormat:
         draw(st.sampled_from(BITS)),
         columns,
         draw(st.sampled_from(groups)),
-        draw(param_bits) if fitted else 16,
-        draw(param_bits) if fitted else 16,
+        draw(param_bits) if searched else 16,
+        draw(param_bits) if searched else 16,
     )
 
 

@@ -12,7 +12,7 @@ from logquant.format import PageFormat
 
 FMT = PageFormat(64)
 COLUMNS = PageFormat(64, key_columns=80)
-FITTED = PageFormat(64, key_param_bits=8, value_param_bits=8)
+SEARCHED = PageFormat(64, key_param_bits=8, value_param_bits=8)
 
 
 def tokens(count: int, dim: int = 64, *, batch: int = 2, heads: int = 2, dtype: torch.dtype = torch.float32):
@@ -68,12 +68,15 @@ def check_error(call: Any, message: str, error: type[Exception] = RuntimeError) 
         (dict(key_weights=torch.ones(1, 1, 128)[..., ::2]), "key_weights must be contiguous in its last dimension"),
         (dict(value_feedback=torch.ones(1, 1, 64, 64)), "value_feedback needs value_param_bits 8, got 16"),
         (
-            dict(fmt=FITTED, value_feedback=torch.ones(1, 1, 64, 32)),
+            dict(fmt=SEARCHED, value_feedback=torch.ones(1, 1, 64, 32)),
             r"value_feedback must have shape \[2, 2, 64, 64\] .* got \[1, 1, 64, 32\]",
         ),
-        (dict(fmt=FITTED, value_feedback=torch.ones(1, 1, 1, 64)), "value_feedback must have 64 tokens, got 1"),
-        (dict(fmt=FITTED, value_feedback=torch.ones(1, 1, 64, 64).double()), "value_feedback must be Float"),
-        (dict(fmt=FITTED, value_feedback=torch.ones(1, 1, 64, 64).mT), "value_feedback must be contiguous in its last"),
+        (dict(fmt=SEARCHED, value_feedback=torch.ones(1, 1, 1, 64)), "value_feedback must have 64 tokens, got 1"),
+        (dict(fmt=SEARCHED, value_feedback=torch.ones(1, 1, 64, 64).double()), "value_feedback must be Float"),
+        (
+            dict(fmt=SEARCHED, value_feedback=torch.ones(1, 1, 64, 64).mT),
+            "value_feedback must be contiguous in its last",
+        ),
     ],
 )
 def test_quantize(changes, message):
@@ -122,7 +125,7 @@ def test_dequantize(changes, message):
         (dict(count=64 * 2**40), "start, step and count must name slots below 192"),
         (dict(key_weights=torch.ones(1, 1, 192)), r"key_weights must have shape \[2, 2, 64\] .* got \[1, 1, 192\]"),
         (
-            dict(fmt=FITTED, pages=pages(2, fmt=FITTED), value_feedback=torch.ones(1, 1, 192, 64)),
+            dict(fmt=SEARCHED, pages=pages(2, fmt=SEARCHED), value_feedback=torch.ones(1, 1, 192, 64)),
             r"value_feedback must have shape \[2, 2, 64, 64\] .* got \[1, 1, 192, 64\]",
         ),
         (dict(page=2), "page must leave room for 1 pages of 2, got 2"),

@@ -293,13 +293,13 @@ def test_prefill_skips_what_is_hidden_by_causality():
     assert products(128) * 5 < products(64 * 20)
 
 
-FITTED = LogQuantConfig().page_format(128)
+SEARCHED = LogQuantConfig().page_format(128)
 FITTED_GROUPS = LogQuantConfig().page_format(256)  # more than the kernel keeps the weights of at once
 
 
 @pytest.mark.parametrize(
     ("fmt", "queries"),
-    [(PageFormat(128), 2), (PageFormat(128), 40), (FITTED, 2), (FITTED, 4), (FITTED, 40), (FITTED_GROUPS, 2)]
+    [(PageFormat(128), 2), (PageFormat(128), 40), (SEARCHED, 2), (SEARCHED, 4), (SEARCHED, 40), (FITTED_GROUPS, 2)]
     + [(PageFormat(128, key_param_bits=8, value_param_bits=8), 2)]  # the general kernel
     + [(fmt, 3) for fmt in (PageFormat(192), PageFormat(256), FITTED_GROUPS)],  # of two warps
     ids=lambda x: name_of(x) if isinstance(x, PageFormat) else str(x),
@@ -322,7 +322,7 @@ def test_a_hidden_nan_stays_hidden(fmt, dtype, place, queries):
         assert lse.isfinite().all()
 
 
-@pytest.mark.parametrize("fmt", [PageFormat(128), FITTED], ids=name_of)
+@pytest.mark.parametrize("fmt", [PageFormat(128), SEARCHED], ids=name_of)
 def test_a_nan_in_a_key_is_seen_by_those_who_see_its_page(fmt):
     problem = problem_of(fmt, torch.float16, queries=2)
     k, v = (torch.randn(1, 2, 320, 128).half() for _ in range(2))
@@ -351,7 +351,7 @@ def test_rotated_values_may_be_larger_than_values(queries):
 @pytest.mark.parametrize("settings", [{"mma_block": 8}, {"mma_block": 16, "mma_guard_bits": 2}], ids=str)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("sharpness", [1.0, 8.0])
-@pytest.mark.parametrize(("fmt", "queries"), [(PageFormat(128), 1), (PageFormat(128), 40), (FITTED, 1)])
+@pytest.mark.parametrize(("fmt", "queries"), [(PageFormat(128), 1), (PageFormat(128), 40), (SEARCHED, 1)])
 def test_attend_with_tensor_cores_that_truncate(settings, dtype, sharpness, fmt, queries):
     """Keys have outlier channels, up to eight times the others (tests/helpers/strategies.py); sharp softmaxes, too."""
     problem = problem_of(fmt, dtype, packed=256, exact=20, heads=1, sharpness=sharpness, queries=queries)

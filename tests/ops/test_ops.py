@@ -65,12 +65,12 @@ def test_quantize_takes_the_indexed_tokens(backend, fmt, seed, rows):
     assert torch.equal(packed, quantize(k, v, fmt, **options))
 
 
-FITTED = PageFormat(64, key_columns=80, key_param_bits=8, value_param_bits=8)
+SEARCHED = PageFormat(64, key_columns=80, key_param_bits=8, value_param_bits=8)
 
 
 @backends
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("fmt", [PageFormat(64), FITTED], ids=["plain", "fitted"])
+@pytest.mark.parametrize("fmt", [PageFormat(64), SEARCHED], ids=["plain", "searched"])
 def test_quantize_extreme_values(backend, dtype, fmt):
     """Infinities, NaNs, signed zeros, subnormals, saturation: still bit for bit."""
     key_map = None if fmt.key_columns == 64 else column_map(fmt, 0, batch=1, heads=1)
@@ -98,7 +98,7 @@ def test_quantize_extreme_values(backend, dtype, fmt):
 @pytest.mark.parametrize("factor", [4.0, -4.0, 2.0])
 @pytest.mark.parametrize(
     "fmt",
-    [FITTED, PageFormat(128, page_tokens=128, value_bits=4, value_group=32, key_param_bits=8, value_param_bits=8)],
+    [SEARCHED, PageFormat(128, page_tokens=128, value_bits=4, value_group=32, key_param_bits=8, value_param_bits=8)],
     ids=str,
 )
 def test_feedback_without_bounds_stays_bit_for_bit(backend, fmt, factor):

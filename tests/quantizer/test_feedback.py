@@ -13,7 +13,7 @@ from logquant.quantizer import feedback
 from logquant.quantizer.queries import RecentQueries
 from tests.helpers.strategies import seeds
 
-FITTED = PageFormat(64, key_param_bits=8, value_param_bits=8)
+SEARCHED = PageFormat(64, key_param_bits=8, value_param_bits=8)
 
 
 def attention_of(queries: Tensor, keys: Tensor, leaving: Tensor) -> feedback.Attention:
@@ -98,7 +98,7 @@ def test_attention_over_quantised_values_is_closer_with_feedback():
     weights = (0.25 * later.unflatten(1, (2, 2)) @ k.mT.unsqueeze(2)).softmax(-1)
     errors = []
     for options in ({}, {"value_feedback": feedback.value_feedback(attention[:], 64)}):
-        _, values = reference.dequantize(reference.quantize(k, v, FITTED, **options), FITTED)
+        _, values = reference.dequantize(reference.quantize(k, v, SEARCHED, **options), SEARCHED)
         errors.append((weights @ (values - v).unsqueeze(2)).square().mean().item())
     assert errors[1] < 0.8 * errors[0]
 
