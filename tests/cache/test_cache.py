@@ -169,17 +169,6 @@ def any_model(request):
     return AutoModelForCausalLM.from_config(family_config(request.param)).eval()
 
 
-@pytest.fixture(scope="module")
-def llama():
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(family_config("llama")).eval()
-
-
-@pytest.fixture
-def ids():
-    return torch.randint(3, 255, (2, 500), generator=torch.Generator().manual_seed(0))
-
-
 PORTIONS = [[150] + [1] * 60, [30, 100, 5, 7, 90] + [1] * 20, [130] + [8] * 12]
 
 

@@ -6,24 +6,13 @@ import warnings
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 from logquant import LogQuantCache
 from tests.helpers.layers import contents, feed, make_layer, random_tokens
-from tests.helpers.models import family_config, logits_of
+from tests.helpers.models import logits_of
 
 IMPLEMENTATIONS = ["logquant", "sdpa", "eager"]
-
-
-@pytest.fixture(scope="module")
-def llama():
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(family_config("llama")).eval()
-
-
-@pytest.fixture
-def ids():
-    return torch.randint(3, 255, (2, 500), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("removed", [1, 30, 63])
