@@ -134,16 +134,16 @@ class Storage:
         tokens = rows.exact + keys.shape[2]
         if in_window:
             window_k, window_v = self.window_with_room(rows, tokens)
-            both = window_k[:, :, :tokens], window_v[:, :, :tokens]
+            into_k, into_v = window_k[:, :, :tokens], window_v[:, :, :tokens]
         else:
-            both = tuple(x.new_empty(*x.shape[:2], tokens, x.shape[3]) for x in (keys, values))  # type: ignore[assignment]
-            both[0][:, :, : rows.exact] = self.window_k[:, :, : rows.exact]
-            both[1][:, :, : rows.exact] = self.window_v[:, :, : rows.exact]
-        _write_after(both[0], keys, rows)
-        _write_after(both[1], values, rows)
+            into_k, into_v = (x.new_empty(*x.shape[:2], tokens, x.shape[3]) for x in (keys, values))
+            into_k[:, :, : rows.exact] = self.window_k[:, :, : rows.exact]
+            into_v[:, :, : rows.exact] = self.window_v[:, :, : rows.exact]
+        _write_after(into_k, keys, rows)
+        _write_after(into_v, values, rows)
         if in_window:
             self.window_k, self.window_v = window_k, window_v
-        return both
+        return into_k, into_v
 
     # ---------------------------------------------------------------------------------------------- copies and moves
     def copy(self) -> Storage:

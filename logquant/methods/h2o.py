@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..attention.call import AttentionCall
-from ..attention.observed import attention_weights
 from ..attention.view import View
+from ..attention.weights import attention_weights
 from .layers.base import Baseline
 from .layers.evicting import EvictingLayer
 from .registry import method

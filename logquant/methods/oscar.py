@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig
 
 from ..attention.call import AttentionCall
 from ..attention.handle import handles
-from ..attention.observed import attention_weights
 from ..attention.view import View
+from ..attention.weights import attention_weights
 from ..format import BITS
 from ..ops.reference.hadamard import hadamard
 from .layers.base import Baseline
