@@ -35,7 +35,8 @@ class LogQuantConfig:
         page_tokens: tokens of a page: 32, 64 or 128; by default 64, or 32 where 64 does not divide ``window``.
         value_group: channels of a value that share a scale: a multiple of 16 that divides the value dimension; by
             default the one nearest to 64.
-        rule: ``"log"`` keeps tokens ever more sparsely with distance; ``"recent"`` keeps the newest.
+        rule: ``"attention"`` keeps the tokens that the newest queries attend to most, besides the newest W;
+            ``"log"`` keeps tokens ever more sparsely with distance; ``"recent"`` keeps the newest.
         sinks: first tokens that always stay exact, besides the window.
         key_columns: columns of key codes for each key channel, on average: they go to the channels that queries look at
             most (csrc/format.h). 1 gives each channel one; by default 1.25 for keys of 2 bits, else 1. Rounded down so

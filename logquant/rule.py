@@ -25,8 +25,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Rule = Literal["log", "recent"]
+Rule = Literal["attention", "log", "recent"]
 RULES: tuple[str, ...] = get_args(Rule)
+# The rules for which the number of tokens says which of them are packed.
+COUNTED: tuple[str, ...] = ("log", "recent")
 
 
 def evictions(tokens: int, window: int, sinks: int = 0) -> int:
@@ -68,7 +70,7 @@ def split_positions(tokens: int, window: int, rule: Rule = "log", sinks: int = 0
     Args:
         tokens: tokens seen so far.
         window: W.
-        rule: ``"log"`` or ``"recent"``.
+        rule: ``"log"`` or ``"recent"``; under ``"attention"`` the count does not say.
         sinks: first tokens that always stay exact.
 
     Returns:
@@ -81,8 +83,8 @@ def split_positions(tokens: int, window: int, rule: Rule = "log", sinks: int = 0
         raise ValueError(f"tokens and sinks must not be negative, got {tokens} and {sinks}")
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    if rule not in COUNTED:
+        raise ValueError(f"rule must be one of {', '.join(COUNTED)}, got {rule!r}")
     done = evictions(tokens, window, sinks)
     eviction, rank = _eviction_and_rank(tokens, window, rule, sinks)
     positions = torch.arange(tokens, dtype=torch.int32)

@@ -11,8 +11,49 @@ from torch import Tensor
 from .call import AttentionCall
 from .masks import hides
 
+# Tokens that are worked on at once: float32 copies of a long prompt would raise the peak.
+_TOKENS_AT_ONCE = 2048
 # Scores of this many query and key pairs are held at once.
 _SCORES_AT_ONCE = 1 << 22
+
+
+def given(query: Tensor, keys: Tensor, scale: float, softcap: float, visible: Tensor | None = None) -> Tensor:
+    """What queries give to each token: the sum over them, and over the query heads of a KV head, of squared weights.
+
+    The weights are those of a softmax over these tokens alone.
+
+    Args:
+        query: ``[B, Hq, L, D]``.
+        keys: ``[B, H, T, D]``.
+        scale: factor of the scores.
+        softcap: 0, or their cap.
+        visible: bool ``[B, L, T]``; without it the queries are those of the last L tokens, and see those up to their
+            own.
+
+    Returns:
+        float32 ``[B, H, T]``.
+    """
+    heads, tokens, queries = keys.shape[1], keys.shape[2], query.shape[2]
+    if visible is None:
+        visible = torch.ones(queries, tokens, dtype=torch.bool, device=keys.device).tril(tokens - queries)[None]
+    query = query.float().unflatten(1, (heads, -1)).flatten(2, 3)
+
+    def scores(part: slice) -> Tensor:
+        out = (query @ keys[:, :, part].float().mT).mul_(scale)
+        if softcap:
+            out = softcap * torch.tanh(out / softcap)
+        seen = visible[:, None, None, :, part]
+        masked: Tensor = out.unflatten(2, (-1, queries)).masked_fill(~seen, -math.inf)
+        return masked
+
+    parts = [slice(first, first + _TOKENS_AT_ONCE) for first in range(0, tokens, _TOKENS_AT_ONCE)]
+    known = scores(parts[0]) if len(parts) == 1 else None
+    each = [(scores(part) if known is None else known).logsumexp(-1) for part in parts]
+    lse = torch.stack(each).logsumexp(0).unsqueeze(-1)
+    # A query that sees nothing gives nothing.
+    lse = lse.masked_fill(lse == -math.inf, 0.0)
+    weights = ((scores(part) if known is None else known).sub_(lse).exp_() for part in parts)
+    return torch.cat([w.square_().sum((2, 3)) for w in weights], -1)
 
 
 def attention_weights(call: AttentionCall, keys: Tensor, new: int) -> Iterator[Tensor]:

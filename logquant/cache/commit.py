@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..attention.view import Layout
 from ..quantizer.advice import Advice, Leaving
-from ..quantizer.feedback import Attention
+from ..quantizer.feedback import Attention, select
 from ..rule import evicted_slots
 from .layout import Move, Rows
 from .sizes import window_capacity, window_slots
@@ -29,6 +30,7 @@ class Commit:
         exact: exact tokens and new ones, in the layer's own window or laid out like it.
         moves: what becomes of the tokens of which rows.
         before, after: the rows now and afterwards.
+        layout: which of their tokens are where now.
         advice: what is known about the tokens.
         padded: whether some of the new positions hold no token.
         allocator: of the stores of all layers.
@@ -41,6 +43,7 @@ class Commit:
         moves: list[Move],
         before: Rows,
         after: Rows,
+        layout: Layout,
         advice: Advice,
         padded: bool,
         allocator: Allocator,
@@ -54,7 +57,7 @@ class Commit:
             storage.prefetch()
         self._make_room(exact, before, after, allocator)
         # One move after the other: what a row's tokens are taken out into, for padding, exists for one row at a time.
-        first = (m for m in moves if m.packed == 0 and len(m.leaving))
+        first = (m for m in moves if m.packed == 0 and m.leaving.shape[1])
         self.advice = advice.allocate(_leaving(keys, m, padded) for m in first)
         self._step_options = [self._options(m, self._attention(keys, m, padded), slice(None)) for m in self._steps]
         for m in others:
@@ -65,13 +68,13 @@ class Commit:
             if not (in_window and m.staying is None)
             for x, window in ((exact.keys, self._window_k), (exact.values, self._window_v))
         ]
-        self._severs = exact.in_graph and self._takes_from_graph(moves, before)
+        self._severs = exact.in_graph and self._takes_from_graph(moves, layout, before.packed)
 
-    def _takes_from_graph(self, moves: list[Move], before: Rows) -> bool:
+    def _takes_from_graph(self, moves: list[Move], before: Layout, packed: int) -> bool:
         """Whether tokens leave that belong to a graph of autograd."""
         new = max(m.tokens for m in moves)
-        positions = before.positions(torch.device("cpu"), new)[:, before.packed :]
-        leaving = (positions[m.rows].index_select(1, m.leaving.cpu()) for m in moves)
+        positions = before.positions(torch.device("cpu"), new)[:, packed:]
+        leaving = (positions[m.rows].gather(1, _of_rows(m.leaving.cpu(), positions[m.rows])) for m in moves)
         return any(bool((at >= self._storage.graph_start).any()) for at in leaving)
 
     def write(self) -> None:
@@ -105,7 +108,7 @@ class Commit:
 
     def _attention(self, keys: Tensor, move: Move, padded: bool) -> Attention | None:
         """How the recent queries attend to the tokens that leave, if that is known and some do."""
-        if self.advice.queries is None or not len(move.leaving):
+        if self.advice.queries is None or not move.leaving.shape[1]:
             return None
         return self.advice.attention(_leaving(keys, move, padded))
 
@@ -117,13 +120,13 @@ class Commit:
         fmt = self._storage.format
         rows = self._pages[move.rows]
         portion = fmt.page_tokens * max(1, _PORTION_NBYTES // (rows.shape[0] * rows.shape[1] * fmt.nbytes))
-        for first in range(0, len(move.leaving), portion):
+        for first in range(0, move.leaving.shape[1], portion):
             tokens = slice(first, first + portion)
             pages = ops.quantize(
                 keys[move.rows],
                 values[move.rows],
                 fmt,
-                index=move.leaving[tokens][None],
+                index=move.leaving[:, tokens].int(),
                 **self._options(move, attention, tokens),
             )
             page = (move.packed + first) // fmt.page_tokens
@@ -151,11 +154,15 @@ def _leaving(keys: Tensor, move: Move, padded: bool) -> Leaving:
     """Tokens that leave, among the keys of a move's tokens without padding, in order."""
     if not padded or move.staying is None:
         return Leaving(move.rows, keys[move.rows, :, : move.tokens], move.leaving)
-    slots = torch.cat([move.leaving, move.staying]).sort().values
-    return Leaving(move.rows, keys[move.rows].index_select(2, slots), torch.searchsorted(slots, move.leaving).int())
+    slots = torch.cat([move.leaving, move.staying], 1).sort(1).values
+    return Leaving(move.rows, select(keys[move.rows], slots), torch.searchsorted(slots, move.leaving).int())
 
 
 def _staying(tokens: Tensor, move: Move) -> Tensor:
     if move.staying is None:
-        return tokens[:, :, : move.tokens - len(move.leaving)]
-    return tokens.index_select(2, move.staying)
+        return tokens[:, :, : move.tokens - move.leaving.shape[1]]
+    return select(tokens, move.staying)
+
+
+def _of_rows(index: Tensor, rows: Tensor) -> Tensor:
+    return index.long().expand(len(rows), -1)

@@ -145,7 +145,7 @@ class LayerContents(CacheLayerMixin):
             storage.used_pages(self.rows),
             self.format,
             key_map=self.held.advice.key_map,
-            rows=self.rows,
+            rows=self.held.layout,
             plain=self.rows.length == 0 and not (self.speculation is not None and self.speculation.tokens),
             units=storage.units if self.rows.length else AS_THEY_ARE,
             severed=storage.severed,

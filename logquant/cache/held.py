@@ -10,14 +10,16 @@ from torch import Tensor
 
 from ..attention.call import AttentionCall
 from ..attention.units import Units
+from ..attention.view import Layout
 from ..config import LogQuantConfig
 from ..format import PageFormat
 from ..modes import own_arithmetic
 from ..quantizer.advice import Advice
 from ..quantizer.calibration import calibration_of
 from ..quantizer.queries import RecentQueries
+from .chosen import Chosen, ChosenRows
 from .commit import Commit
-from .layout import Move, Rows
+from .layout import Rows
 from .storage import Allocator, Storage
 from .uncommitted import Exact, Uncommitted
 
@@ -29,10 +31,11 @@ class Held:
         storage: the tensors.
         rows: where the tokens are in them.
         advice: what the quantiser is told of them.
+        chosen: which tokens are where, under the rule ``attention``; None where their number says it.
     """
 
-    def __init__(self, storage: Storage, rows: Rows, advice: Advice) -> None:
-        self.storage, self.rows, self.advice = storage, rows, advice
+    def __init__(self, storage: Storage, rows: Rows, advice: Advice, chosen: Chosen | None = None) -> None:
+        self.storage, self.rows, self.advice, self.chosen = storage, rows, advice, chosen
         self._interrupted = False
 
     @staticmethod
@@ -47,7 +50,13 @@ class Held:
             keys, values: ``[B, H, n, D]`` and ``[B, H, n, Dv]``, for their shape, dtype and device.
         """
         advice = Advice.initial(config, fmt, calibration_of(config), layer, keys)
-        return Held(Storage.empty(config, fmt, keys, values), rows, advice)
+        chosen = Chosen.nothing(config, rows, keys) if config.rule == "attention" else None
+        return Held(Storage.empty(config, fmt, keys, values), rows, advice, chosen)
+
+    @property
+    def layout(self) -> Layout:
+        """Which tokens are where."""
+        return self.rows if self.chosen is None else ChosenRows(self.rows, self.chosen)
 
     def check_intact(self) -> None:
         """Refuse (RuntimeError) if an error came in the midst of a change."""
@@ -75,20 +84,24 @@ class Held:
             exact = Exact(*self.storage.units.inside(exact.keys, exact.values), in_window=False)
         heard = self._hear(uncommitted.call, new, real)
         kept = self._remember(heard, after, borrowed=self.advice.queries is None)
+        chosen = self.chosen and self.chosen.hear(uncommitted, exact.keys, rows, real, self._scale(uncommitted.call))
         if exact.in_window and real is None and after.packed_counts == rows.packed_counts:
-            self.rows, self.advice = after, kept  # the new tokens are where they belong already, as in most steps
+            # The new tokens are where they belong already, as in most steps.
+            self.rows, self.advice, self.chosen = after, kept, chosen
             return False
-        moves = rows.moves(new, exact.keys.device, real)
-        return self._move(exact, moves, after, heard, kept, allocator, padded=real is not None)
+        return self._move(exact, after, new, real, heard, kept, chosen, allocator)
 
     def _hear(self, call: AttentionCall | None, new: int, real: Tensor | None) -> Advice:
         """The advice with the queries of new positions, if all of them are known."""
         count = self.advice.needed(allocated=0 not in self.rows.packed_counts)
         if call is None or call.query.shape[2] != new or not count:
             return self.advice
-        scale = call.scale * 2.0**self.storage.units.key
-        queries = RecentQueries.of(call.query, real, scale, call.softcap)
+        queries = RecentQueries.of(call.query, real, self._scale(call), call.softcap)
         return self.advice.hear(queries, count + self.rows.reserved)
+
+    def _scale(self, call: AttentionCall | None) -> float:
+        """Of scores with keys as they are held."""
+        return 1.0 if call is None else call.scale * 2.0**self.storage.units.key
 
     def _remember(self, advice: Advice, after: Rows, *, borrowed: bool) -> Advice:
         """The advice with those queries alone that rows need from now on, and as many more as a crop may take back."""
@@ -98,24 +111,31 @@ class Held:
     def _move(
         self,
         tokens: Exact,
-        moves: list[Move],
         after: Rows,
+        new: int,
+        real: Tensor | None,
         heard: Advice,
         kept: Advice,
+        chosen: Chosen | None,
         allocator: Allocator,
-        *,
-        padded: bool,
     ) -> bool:
-        """Carry out moves; arguments are those of :class:`Commit`, and the advice from now on but for its bits."""
-        if tokens.in_window and all(len(m.leaving) == 0 and m.staying is None for m in moves):
-            self.rows, self.advice = after, kept
+        """Tokens move as the rule says; arguments are those of :class:`Commit`, and what is known from now on."""
+        before = self.rows
+        if chosen is None:
+            moves = before.moves(new, tokens.keys.device, real)
+        else:
+            moves = chosen.moves(before, after, new, real, tokens.values)
+        if tokens.in_window and all(m.leaving.shape[1] == 0 and m.staying is None for m in moves):
+            self.rows, self.advice, self.chosen = after, kept, chosen
             return False
         with own_arithmetic(tokens.keys.device, grad=tokens.in_graph):
-            commit = Commit(self.storage, tokens, moves, self.rows, after, heard, padded, allocator)
+            padded = real is not None
+            commit = Commit(self.storage, tokens, moves, before, after, self.layout, heard, padded, allocator)
+            chosen = chosen and chosen.moved(moves, before, after, new)
             # What is written from here on cannot be undone.
             self._interrupted = True
             commit.write()
-        self.rows, self.advice = after, kept.with_map(commit.advice.key_map)
+        self.rows, self.advice, self.chosen = after, kept.with_map(commit.advice.key_map), chosen
         self._interrupted = False
         return tokens.in_window
 
@@ -126,32 +146,38 @@ class Held:
             Whether the rule has moved tokens within the window.
         """
         cropped = self.rows.crop(positions) if positions else self.rows.reserving(0)
-        after, moves = cropped.append(0), cropped.moves(0, self.storage.window_k.device)
-        advice = self.advice.crop(positions)
+        after, advice, chosen = cropped.append(0), self.advice.crop(positions), self.chosen
         if positions:
+            if chosen is None:
+                sources = self.rows.exact_before(cropped)
+            else:
+                sources = chosen.exact_before(self.rows, cropped)
+                chosen = chosen.cropped(self.rows, cropped, sources)
             grad = self.storage.in_graph or (self.storage.severed and torch.is_grad_enabled())
             with own_arithmetic(self.storage.window_k.device, grad=grad):
-                self.storage.crop(self.rows, cropped, advice.key_map)
-        self.rows, self.advice = cropped, advice
+                self.storage.crop(self.rows, cropped, sources, advice.key_map)
+        self.rows, self.advice, self.chosen = cropped, advice, chosen
         keys, values = (w[:, :, : cropped.exact] for w in (self.storage.window_k, self.storage.window_v))
         tokens = Exact(keys, values, in_window=not self.storage.in_graph)
         kept = self._remember(advice, after, borrowed=False)
-        return self._move(tokens, moves, after, advice, kept, Allocator(), padded=False)
+        return self._move(tokens, after, 0, None, advice, kept, chosen, Allocator())
 
     def map(self, function: Callable[[Tensor], Tensor], rows: Rows) -> Held:
         """With ``function`` applied to every tensor, and other rows."""
         storage = self.storage.map(function)
-        return Held(storage, rows, self.advice.map(function, storage.window_k))
+        chosen = self.chosen and self.chosen.map(function, self.rows, rows)
+        return Held(storage, rows, self.advice.map(function, storage.window_k), chosen)
 
     def copy(self) -> Held:
         """An independent copy. Both share the page store until one of them writes to it."""
         self.check_intact()
-        return Held(self.storage.copy(), self.rows, self.advice)
+        return Held(self.storage.copy(), self.rows, self.advice, self.chosen)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a file needs besides the rows: tensors by name, and what JSON can hold."""
         tensors, described = self.advice.state()
-        return tensors | self.storage.state(self.rows), described | {"units": list(self.storage.units)}
+        tensors |= self.storage.state(self.rows) | (self.chosen.state(self.rows) if self.chosen else {})
+        return tensors, described | {"units": list(self.storage.units)}
 
     @staticmethod
     def restored(
@@ -173,10 +199,11 @@ class Held:
         """
         storage = Storage.restored(config, rows, tensors, Units(*described.get("units", ())))
         assert rows is not None
-        advice = Advice.initial(config, storage.format, calibration_of(config), layer, storage.window_k)
-        return Held(storage, rows, advice.restored(tensors, described, storage.window_k))
+        held = Held.empty(config, storage.format, rows, layer, storage.window_k, storage.window_v)
+        advice = held.advice.restored(tensors, described, storage.window_k)
+        return Held(storage, rows, advice, held.chosen and held.chosen.restored(tensors, rows))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors; a page store that copies share counts for each."""
-        return self.storage.nbytes + self.advice.nbytes
+        return self.storage.nbytes + self.advice.nbytes + (self.chosen.nbytes if self.chosen else 0)

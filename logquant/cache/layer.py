@@ -146,7 +146,7 @@ class LogQuantLayer(LayerContents):
         storage = self.held.storage
         recorded = records(keys, values, storage.window_k, storage.window_v)
         if recorded:
-            before = Step(storage.snapshot(), self.rows, self.held.advice.key_map, (keys, values))
+            before = Step(storage.snapshot(), self.rows, self.held.layout, self.held.advice.key_map, (keys, values))
             self.recompute.record(before)
             storage.graph_start = min(storage.graph_start, self.rows.length)
         else:

@@ -22,8 +22,9 @@ class Move(NamedTuple):
         rows: the rows.
         packed: packed tokens before.
         tokens: exact and new tokens.
-        leaving: those that become packed, in order, int32.
-        staying: those that are exact afterwards, in order, int32; None if they are where they belong already.
+        leaving: those that become packed, in order, ``[1 or rows, n]``.
+        staying: those that are exact afterwards, in order, ``[1 or rows, k]``; None if they are where they belong
+            already.
         is_step: whether this is one eviction of the rule from a window without gaps.
     """
 
@@ -280,12 +281,19 @@ class Rows(Memo):
                     slice(None) if len(slots) == 1 and self.real is None and real is None else slice(row, row + 1),
                     held.packed,
                     len(source),
-                    leaving.to(device),
-                    None if in_place else staying.to(device),
+                    leaving.to(device)[None],
+                    None if in_place else staying.to(device)[None],
                     len(leaving) == held.window and torch.equal(source, torch.arange(len(source), dtype=torch.int32)),
                 )
             )
         return made
+
+    def exact_before(self, after: Rows) -> list[Tensor]:
+        """:meth:`Slots.exact_before` of each row, or of all."""
+        batch = len(self.slots)
+        return [
+            s.exact_before(left) for s, left in zip(self.slots, after.slots * (batch // len(after.slots)), strict=True)
+        ]
 
     def crop(self, positions: int) -> Rows:
         """The rows after the newest ``positions`` positions are removed, with none reserved."""

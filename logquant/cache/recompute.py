@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..attention.call import AttentionCall
-from ..attention.view import KVView, View
+from ..attention.view import KVView, Layout, View
 from .layout import Rows
 from .storage import Storage
 
@@ -27,12 +27,14 @@ class Step(NamedTuple):
     Attributes:
         storage: what the layer held; its pages may hold more by now.
         rows: where the tokens were.
+        layout: which were where.
         key_map: the bit allocation of the keys.
         states: the keys and values that came.
     """
 
     storage: Storage
     rows: Rows
+    layout: Layout
     key_map: Tensor | None
     states: tuple[Tensor, Tensor]
 
@@ -54,7 +56,7 @@ class Step(NamedTuple):
             held.used_pages(self.rows),
             held.format,
             key_map=self.key_map,
-            rows=self.rows,
+            rows=self.layout,
             plain=self.rows.length == 0,
             units=held.units,
             severed=held.severed,

@@ -192,20 +192,25 @@ class Storage:
         """Another storage, with ``function`` applied to every tensor."""
         return self._with(function(self.window_k), function(self.window_v), function(self.pages))
 
-    def crop(self, before: Rows, after: Rows, key_map: Tensor | None) -> None:
-        """Hold the tokens of ``after``, a crop of ``before``: those that are packed and come back are dequantised."""
+    def crop(self, before: Rows, after: Rows, sources: list[Tensor], key_map: Tensor | None) -> None:
+        """Hold the tokens of ``after``, a crop of ``before``: those that are packed and come back are dequantised.
+
+        Args:
+            before, after: where tokens are, and where they will be.
+            sources: for each exact token of ``after`` the slot that holds it in ``before``, of each row or of all.
+            key_map: the bit allocation of the keys.
+        """
         page_tokens, batch = self.format.page_tokens, self.window_k.shape[0]
         device, dtype = self.window_k.device, self.window_k.dtype
-        rows = tuple(zip(before.slots, after.slots * (len(before.slots) // len(after.slots)), strict=True))
-        sources = [held.exact_before(left) for held, left in rows]
+        rows = before.slots * (len(sources) // len(before.slots))
         pages_left = after.packed // page_tokens
         store, windows = self.pages, (self.window_k, self.window_v)
         if 2 * pages_left < store.shape[2]:
             store = store[:, :, :pages_left].clone()
-        if any((source < held.packed).any() for (held, _), source in zip(rows, sources, strict=True)):
+        if any((source < held.packed).any() for held, source in zip(rows, sources, strict=True)):
             window_k, window_v = (w.clone() for w in self.window_with_room(before, after.exact))
-            for row, ((held, _), source) in enumerate(zip(rows, sources, strict=True)):
-                of = slice(0, batch) if before.alike else slice(row, row + 1)
+            for row, (held, source) in enumerate(zip(rows, sources, strict=True)):
+                of = slice(0, batch) if len(sources) == 1 else slice(row, row + 1)
                 returns = (source < held.packed).nonzero().squeeze(1)
                 pages, place = (source[returns] // page_tokens).unique(return_inverse=True)
                 place = (place * page_tokens + source[returns] % page_tokens).to(device)

@@ -39,12 +39,15 @@ class Uncommitted:
         states: keys and values of the new ones alone, ``[B, H, new, D]``.
         call: what has attended to them, or None. Without its mask: whoever made that may reuse its memory.
         real: what that said of the new positions: bool ``[B, new]``, which of them hold a token; None if all do.
+        given: what all exact tokens have been given since the rule was last applied, the new queries included
+            (:class:`logquant.cache.chosen.Chosen`); None if it is not known yet.
     """
 
     exact: Exact
     states: tuple[Tensor, Tensor]
     call: AttentionCall | None = None
     real: Tensor | None = None
+    given: Tensor | None = None
 
     @property
     def new(self) -> int:

@@ -24,7 +24,7 @@ class Leaving:
     Attributes:
         rows: the rows.
         keys: ``[rows, H, T, D]``: those of all exact and new tokens, in order, without padding.
-        tokens: int32 ``[N]``, which of those leave, in order.
+        tokens: ``[1 or rows, N]``, which of those leave, in order.
     """
 
     rows: slice

@@ -24,13 +24,21 @@ _AT_ONCE = 2048
 _DAMPING = 0.3
 
 
+def select(tokens: Tensor, index: Tensor) -> Tensor:
+    """Tokens of each row: ``[B, H, T, D]`` by ``index`` ``[1 or B, N]``, the same for all heads: ``[B, H, N, D]``."""
+    if len(index) == 1:
+        return tokens.index_select(2, index[0])
+    batch, heads, _, dim = tokens.shape
+    return tokens.gather(2, index.long()[:, None, :, None].expand(batch, heads, -1, dim))
+
+
 class Attention:
     """How the newest queries of some sequences attend to their tokens that leave.
 
     Args:
         queries: few, of these sequences; those of padding attend to all tokens alike.
         keys: ``[B, H, T, D]``, all that are still exact.
-        leaving: int32 ``[N]``, indices of keys.
+        leaving: ``[1 or B, N]``, indices of keys.
     """
 
     def __init__(self, queries: RecentQueries, keys: Tensor, leaving: Tensor) -> None:
@@ -57,10 +65,10 @@ class Attention:
 
     def __getitem__(self, tokens: slice) -> Tensor:
         """Of some of the tokens that leave: softmax weights, float32 ``[B, H, queries, n]``."""
-        leaving = self._leaving[tokens]
+        leaving = self._leaving[:, tokens]
         if self._weights is not None:
-            return self._weights.index_select(3, leaving)
-        return self._scores(self._keys.index_select(2, leaving)).sub_(self._lse).exp_()
+            return select(self._weights.transpose(2, 3), leaving).transpose(2, 3)
+        return self._scores(select(self._keys, leaving)).sub_(self._lse).exp_()
 
     def key_scores(self, page_tokens: int) -> Tensor:
         """What the keys of pages without columns would cost by channel: for ``columns.allocate``.
@@ -75,12 +83,12 @@ class Attention:
             float32 ``[B, H, D]``: over pages and queries, the sum of ``weight^2 * q_c^2 * var(k_c)``.
         """
         squares, total = self._query.square(), torch.zeros_like(self._query[:, :, 0])
-        for first in range(0, len(self._leaving), _AT_ONCE):
+        for first in range(0, self._leaving.shape[1], _AT_ONCE):
             tokens = slice(first, first + _AT_ONCE)
             # Where next to nothing attends to the tokens that leave, all of them count alike, and not as 0.
             weights = self[tokens].clamp_min(1e-15).square()
             weights = weights.unflatten(-1, (-1, page_tokens)).sum(-1)  # [B, H, queries, P]
-            keys = self._keys.index_select(2, self._leaving[tokens]).float().unflatten(2, (-1, page_tokens))
+            keys = select(self._keys, self._leaving[:, tokens]).float().unflatten(2, (-1, page_tokens))
             total += ((weights.mT @ squares) * keys.var(3, correction=0)).sum(2)
         return total
 

@@ -44,13 +44,13 @@ def attend(layer: LogQuantLayer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
 def map_of(layer: LogQuantLayer, q: Tensor, k: Tensor, leaving: Tensor) -> Tensor:
     """The column map that the last of ``q`` choose, ``k`` being the exact keys."""
     newest = RecentQueries.of(q[:, :, -MAP_QUERIES:], None, 0.125, 0.0)
-    return columns.allocate(feedback.Attention(newest, k, leaving).key_scores(64), layer.format)
+    return columns.allocate(feedback.Attention(newest, k, leaving[None]).key_scores(64), layer.format)
 
 
 def options_of(layer: LogQuantLayer, q: Tensor, k: Tensor, leaving: Tensor) -> dict[str, Tensor]:
     """What the quantiser is told when the last of ``q`` are the newest queries and ``k`` the exact keys."""
     newest = RecentQueries.of(q[:, :, -QUERIES:], None, 0.125, 0.0)
-    part = feedback.Attention(newest, k, leaving)[:]
+    part = feedback.Attention(newest, k, leaving[None])[:]
     return {"key_weights": feedback.key_weights(part, 64), "value_feedback": feedback.value_feedback(part, 64)}
 
 

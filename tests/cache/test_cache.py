@@ -16,7 +16,7 @@ from logquant.attention.handle import KVHandle
 from logquant.cache.sizes import head_nbytes
 from logquant.compat import as_argument
 from logquant.ops import reference
-from logquant.rule import RULES, split_positions
+from logquant.rule import COUNTED, split_positions
 from tests.helpers.layers import PLAIN, contents, feed, make_layer, random_tokens
 from tests.helpers.models import FAMILIES, family_config, generate, logits_of
 
@@ -25,7 +25,7 @@ IMPLEMENTATIONS = ["logquant", "sdpa", "eager"]
 
 # ------------------------------------------------------------------------------------------------------ the layer
 @pytest.mark.parametrize("window", [32, 64, 128])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", COUNTED)
 @pytest.mark.parametrize("tokens", [100, 385, 2000])
 def test_prefill_and_single_steps_give_the_same_state(window, rule, tokens):
     k, v = random_tokens(tokens)
@@ -136,7 +136,7 @@ def test_a_bad_update_changes_nothing(change, error, message):
         (dict(window=64, page_tokens=128), r"window must be a multiple of page_tokens \(128\), got 64"),
         (dict(page_tokens=16), "page_tokens must be 32, 64 or 128, got 16"),
         (dict(value_group=20), "value_group must be a positive multiple of 16, got 20"),
-        (dict(rule="newest"), "rule must be 'log' or 'recent', got 'newest'"),
+        (dict(rule="newest"), "rule must be 'attention' or 'log' or 'recent', got 'newest'"),
         (dict(sinks=-1), "sinks must be a whole number of tokens, 0 or more, got -1"),
     ],
 )

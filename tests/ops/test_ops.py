@@ -15,7 +15,7 @@ from logquant import LogQuantConfig, ops
 from logquant.cache.sizes import packed_tokens
 from logquant.format import BITS, DTYPES, PageFormat
 from logquant.ops import reference
-from logquant.rule import RULES, evicted_slots
+from logquant.rule import COUNTED, evicted_slots
 from tests.helpers import emulated
 from tests.helpers.backends import BACKENDS, CPU_SETS, EMULATED, on
 from tests.helpers.memo import by_content
@@ -138,7 +138,7 @@ def evicted(k: Tensor, v: Tensor, pages: Tensor, fmt: PageFormat, **step: Any) -
     fmt=formats(),
     dtype=dtypes,
     seed=seeds,
-    rule=st.sampled_from(RULES),
+    rule=st.sampled_from(COUNTED),
     sinks=st.integers(0, 5),
     pages_per_window=st.integers(1, 2),
 )

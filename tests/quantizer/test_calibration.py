@@ -74,7 +74,7 @@ def test_scores_are_the_sum_of_what_points_of_texts_say(model, calibration):
     want: dict[int, torch.Tensor] = {}
     for text in texts:
         cache = filled(model, text[None, :LEAST_TOKENS], window=128)
-        leaving = torch.arange(4, 4 + 128, 2, dtype=torch.int32)
+        leaving = torch.arange(4, 4 + 128, 2, dtype=torch.int32)[None]
         for i, layer in enumerate(cache.layers):
             assert layer.rows.packed == 0 and layer.held.advice.queries.query.shape[2] == MAP_QUERIES
             attention = Attention(layer.held.advice.queries, layer.held.storage.window_k[:, :, :LEAST_TOKENS], leaving)

@@ -17,7 +17,7 @@ SEARCHED = PageFormat(64, key_param_bits=8, value_param_bits=8)
 
 
 def attention_of(queries: Tensor, keys: Tensor, leaving: Tensor) -> feedback.Attention:
-    return feedback.Attention(RecentQueries.of(queries, None, 0.25, 0.0), keys, leaving)
+    return feedback.Attention(RecentQueries.of(queries, None, 0.25, 0.0), keys, leaving[None])
 
 
 def test_attention_is_that_of_a_softmax_over_all_keys():
@@ -41,7 +41,7 @@ def test_key_scores_are_what_errors_of_keys_change():
     want = torch.einsum("bhqp,bhqd,bhpd->bhd", weights, squares, variance)
     torch.testing.assert_close(attention.key_scores(64), want)
     hidden = RecentQueries.of(q, torch.tensor([[False, True, True]]), 0.25, 0.0)
-    some = feedback.Attention(hidden, k, leaving).key_scores(64)
+    some = feedback.Attention(hidden, k, leaving[None]).key_scores(64)
     torch.testing.assert_close(some, attention_of(q[:, :, 1:], k, leaving).key_scores(64))
 
 

@@ -1,0 +1,279 @@
+"""Which tokens a layer holds where, by the rule ``attention``: those that little attends to leave the window first.
+
+Under the rules ``log`` and ``recent`` the number of tokens says which of them are packed. Here it says only how many:
+which ones each layer and sequence chooses for itself, whenever tokens leave, from what the newest queries have given
+to each exact token since the last time. So the positions of its tokens, and what they were given, are part of what a
+layer holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..attention.weights import given
+from ..config import LogQuantConfig
+from .layout import Move, Rows
+from .uncommitted import Uncommitted
+
+# So many of the newest queries of a prompt say what they attend to: as many as come between two evictions, by default.
+HEARD = 64
+
+
+class ChosenRows:
+    """Rows of which a layer has chosen what is where: a :class:`logquant.attention.view.Layout`."""
+
+    def __init__(self, rows: Rows, chosen: Chosen) -> None:
+        self._rows, self._chosen = rows, chosen
+        self.length = rows.length
+        self.alike = rows.alike
+        self.lengths, self.real_positions = rows.lengths, rows.real_positions
+
+    def positions(self, device: torch.device, new: int = 0) -> Tensor:
+        """As :meth:`logquant.cache.layout.Rows.positions`, of each row of the batch."""
+        return self._chosen.positions(self._rows, new).to(device)
+
+
+class Chosen(NamedTuple):
+    """The choice that one layer has made. It never changes: another one follows it.
+
+    Attributes:
+        config: W, the sinks and the size of a page.
+        packed: positions of the packed tokens, page after page, int16 or int32 ``[B, n]``; -1 beyond a row's own.
+        exact: positions of the exact tokens as of ``since``, int32 ``[B, m]``; -1 beyond a row's own. Those that came
+            later follow one another.
+        since: where tokens were when they last moved.
+        given: float32 ``[B, H, k]``: to each of the first k exact tokens, what the newest queries have given it since
+            a token of its row last left (:func:`logquant.attention.weights.given`).
+    """
+
+    config: LogQuantConfig
+    packed: Tensor
+    exact: Tensor
+    since: Rows
+    given: Tensor
+
+    @staticmethod
+    def nothing(config: LogQuantConfig, rows: Rows, keys: Tensor) -> Chosen:
+        """Before the first token; ``keys`` ``[B, H, n, D]`` say for how many rows and heads, and where."""
+        batch, heads = keys.shape[:2]
+        packed = keys.new_empty(batch, 0, dtype=torch.int16)
+        return Chosen(config, packed, packed.int(), rows, keys.new_empty(batch, heads, 0, dtype=torch.float32))
+
+    def positions(self, rows: Rows, new: int = 0) -> Tensor:
+        """The position of each slot's token, int32 ``[B, packed + exact + new]``; -1 where a slot is empty.
+
+        Args:
+            rows: where tokens are now; none have moved since :attr:`since`.
+            new: positions that come after those.
+        """
+        device, since = self.exact.device, self.since
+        later = torch.arange(since.length, rows.length + new, dtype=torch.int32, device=device)
+        packed = self.packed[:, : rows.packed].int()
+        if since.alike and rows.alike:
+            return torch.cat([packed, self.exact, later.expand(len(packed), -1)], 1)
+        exact = F.pad(self.exact, (0, rows.exact + new - self.exact.shape[1]), value=-1)
+        slots = since.exact_counts(device).expand(len(exact))[:, None] + torch.arange(len(later), device=device)
+        return torch.cat([packed, exact.scatter(1, slots, later.expand_as(slots))], 1)
+
+    # ------------------------------------------------------------------------------------------------ tokens leave
+    def hear(self, uncommitted: Uncommitted, keys: Tensor, rows: Rows, real: Tensor | None, scale: float) -> Chosen:
+        """With what new positions have given to the exact tokens and to each other.
+
+        Args:
+            uncommitted: the new positions.
+            keys: ``[B, H, N, D]`` of all exact tokens and new positions.
+            rows: where tokens are that came before.
+            real: bool ``[B, new]`` on the CPU, which of the new positions hold a token; None if all do.
+            scale: of scores.
+        """
+        if uncommitted.given is not None:
+            return self._replace(given=uncommitted.given)
+        sums = F.pad(self.given, (0, keys.shape[2] - self.given.shape[2]))
+        if (call := uncommitted.call) is not None:
+            query = call.query[:, :, -HEARD:]
+            visible = None if real is None and rows.alike else self._visible(query.shape[2], keys, rows, real)
+            sums += given(query, keys, scale, call.softcap, visible)
+        return self._replace(given=sums)
+
+    def _visible(self, queries: int, keys: Tensor, rows: Rows, real: Tensor | None) -> Tensor:
+        """Which slots each of the newest queries sees, bool ``[B, queries, N]``; one of padding sees none."""
+        batch, _, slots, _ = keys.shape
+        held = rows.exact_counts(keys.device).expand(batch)[:, None]
+        place = torch.arange(slots, device=keys.device) - held  # among the new positions; negative before those
+        new = slots - rows.exact
+        came = torch.ones(batch, new, dtype=torch.bool, device=keys.device) if real is None else real.to(keys.device)
+        holds = F.pad(came, (0, 1)).gather(1, torch.where(place < new, place.clamp_min(0), new)) | (place < 0)
+        asks = torch.arange(new - queries, new, device=keys.device)
+        return holds[:, None] & (place[:, None] <= asks[:, None]) & came[:, -queries:, None]
+
+    def moves(self, before: Rows, after: Rows, new: int, real: Tensor | None, values: Tensor) -> list[Move]:
+        """How tokens move when ``new`` positions have come: the tokens that leave are those given least.
+
+        Args:
+            before, after: where they were, and how many are where afterwards.
+            new: positions that have come.
+            real: bool ``[B, new]`` on the CPU, which of them hold a token; None if all do.
+            values: ``[B, H, N, Dv]`` of all exact tokens and new positions.
+        """
+        batch, device = len(values), values.device
+        weight = None if after.packed_counts == before.packed_counts else importance(self.given, values)
+        if real is None and before.alike and after.alike:
+            parts = [(slice(None), before.slots[0], after.slots[0], torch.arange(new, dtype=torch.int32))]
+        else:
+            each = zip(*(rows.slots * (batch // len(rows.slots)) for rows in (before, after)), strict=True)
+            holds = torch.ones(batch, new, dtype=torch.bool) if real is None else real
+            came = (row.nonzero().squeeze(1).int() for row in holds)
+            parts = [(slice(i, i + 1), *both, at) for i, (both, at) in enumerate(zip(each, came, strict=True))]
+        made = []
+        for of, held, left, at in parts:
+            source = torch.cat([torch.arange(held.exact, dtype=torch.int32), held.exact + at])
+            in_order = torch.equal(source, torch.arange(len(source), dtype=torch.int32))
+            source, count = source.to(device)[None], left.packed - held.packed
+            leaving, staying = source[:, :0], None if in_order else source
+            if count:
+                assert weight is not None
+                own = weight[of].gather(1, source.long().expand(weight[of].shape[0], -1))
+                decided = held.exact + len(at) - (left.tokens - left.decided)
+                leaving, staying = self._least(own, count, decided)
+                leaving, staying = (source[0].index_select(0, x.flatten()).view_as(x) for x in (leaving, staying))
+            made.append(Move(of, held.packed, source.shape[1], leaving, staying, is_step=False))
+        return made
+
+    def _least(self, weight: Tensor, count: int, decided: int) -> tuple[Tensor, Tensor]:
+        """Which of the tokens leave and stay, where the first ``decided`` may: int64 ``[R, count]`` and the others.
+
+        The sinks and the newest W of those stay. The ``count`` of least weight leave, of equal ones the oldest; cut
+        into pages by position, and within a page by falling weight, for the first to be quantised errs least.
+        """
+        sinks, newest, tokens = self.config.sinks, decided - self.config.window, weight.shape[1]
+        order = weight[:, sinks:newest].argsort(dim=1, stable=True) + sinks
+        leaving, middle = order[:, :count].sort(1).values, order[:, count:].sort(1).values
+        pages = leaving.unflatten(1, (-1, self.config.page_size))
+        own = weight.gather(1, leaving).view_as(pages)
+        leaving = pages.gather(2, own.argsort(dim=2, descending=True, stable=True)).flatten(1)
+        slots = torch.arange(tokens, device=weight.device).expand(len(weight), -1)
+        return leaving, torch.cat([slots[:, :sinks], middle, slots[:, newest:]], 1)
+
+    def moved(self, moves: list[Move], before: Rows, after: Rows, new: int) -> Chosen:
+        """After these moves, which :meth:`moves` made from the same."""
+        positions, given = self.positions(before, new)[:, before.packed :], self.given
+        batch, heads = given.shape[:2]
+        packed = positions.new_full((batch, after.packed), -1)
+        packed[:, : before.packed] = self.packed[:, : before.packed]
+        exact = positions.new_full((batch, after.exact), -1)
+        left = given.new_zeros(batch, heads, after.exact)
+        for m in moves:
+            at, count = positions[m.rows], m.leaving.shape[1]
+            staying = torch.arange(m.tokens, device=at.device)[None] if m.staying is None else m.staying.long()
+            staying = staying.expand(len(at), -1)
+            packed[m.rows, m.packed : m.packed + count] = at.gather(1, m.leaving.long().expand(len(at), -1))
+            exact[m.rows, : staying.shape[1]] = at.gather(1, staying)
+            if not count:
+                left[m.rows, :, : staying.shape[1]] = given[m.rows].gather(2, staying[:, None].expand(-1, heads, -1))
+        if all(m.leaving.shape[1] for m in moves):
+            left = left[:, :, :0]
+        return self._replace(packed=_small(packed, after.length), exact=exact, since=after, given=left)
+
+    # ----------------------------------------------------------------------------------------- tokens are taken back
+    def exact_before(self, before: Rows, after: Rows) -> list[Tensor]:
+        """For each exact token of each row of ``after``, a crop of ``before``, the slot that holds it here, int64.
+
+        The pages that ``after`` keeps hold no token that is cropped: they were made before those came.
+        """
+        positions = self.positions(before).cpu()
+        found = []
+        batch = len(positions)
+        for row, held, left in zip(
+            positions, *(rows.slots * (batch // len(rows.slots)) for rows in (before, after)), strict=True
+        ):
+            own = torch.cat([row[: held.packed], row[before.packed : before.packed + held.exact]])
+            slots = torch.arange(left.packed, len(own))
+            slots = slots[own[left.packed :] < after.length]
+            found.append(slots[own[slots].argsort()])
+        return found
+
+    def cropped(self, before: Rows, after: Rows, sources: list[Tensor]) -> Chosen:
+        """After a crop; tokens that come back from pages were given nothing. ``sources``: see :meth:`exact_before`."""
+        device, slots = self.exact.device, before.slots * (len(sources) // len(before.slots))
+        table = self.positions(before)
+        exact = table.new_full((len(table), after.exact), -1)
+        given = self.given.new_zeros(*self.given.shape[:2], after.exact)
+        for row, (source, held) in enumerate(zip(sources, slots, strict=True)):
+            at = torch.where(source < held.packed, source, source - held.packed + before.packed).to(device)
+            exact[row, : len(source)] = table[row].index_select(0, at)
+            window = (source - held.packed).to(device)
+            known = ((window >= 0) & (window < self.given.shape[2])).to(device)
+            if self.given.shape[2]:
+                own = self.given[row].index_select(1, window.clamp(0, self.given.shape[2] - 1))
+                given[row, :, : len(source)] = own * known
+        return self._replace(packed=self.packed[:, : after.packed], exact=exact, since=after, given=given)
+
+    # --------------------------------------------------------------------------------------------------- its tensors
+    def map(self, function: Callable[[Tensor], Tensor], before: Rows, after: Rows) -> Chosen:
+        """With ``function`` applied to what has a row for each sequence; rows are those before and afterwards."""
+        exact = self.positions(before)[:, before.packed :]
+        tensors = self.packed[:, : before.packed], exact.contiguous(), self.given
+        packed, exact, given = (function(t) for t in tensors)
+        return Chosen(self.config, packed, exact, after, given)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return self.packed.nbytes + self.exact.nbytes + self.given.nbytes
+
+    def state(self, rows: Rows) -> dict[str, Tensor]:
+        """What a file needs, by name, where tokens are in ``rows`` now."""
+        exact = self.positions(rows)[:, rows.packed :]
+        return {"chosen.packed": self.packed[:, : rows.packed], "chosen.exact": exact, "chosen.given": self.given}
+
+    def restored(self, tensors: Mapping[str, Tensor], rows: Rows) -> Chosen:
+        """With what :meth:`state` gave, completed to ``rows``.
+
+        Raises:
+            ValueError: tensors that are missing or do not fit the rows.
+        """
+        packed, exact, given = (tensors.get(f"chosen.{name}") for name in ("packed", "exact", "given"))
+        batch, heads = self.given.shape[:2]
+        fits = (
+            packed is not None
+            and exact is not None
+            and given is not None
+            and packed.dtype in (torch.int16, torch.int32)
+            and packed.shape == (batch, rows.packed)
+            and exact.dtype == torch.int32
+            and exact.shape == (batch, rows.exact)
+            and given.dtype == torch.float32
+            and given.shape[:2] == (batch, heads)
+            and given.shape[2] <= rows.exact
+        )
+        if not fits:
+            got = ", ".join(f"{name} {list(t.shape)}" for name, t in tensors.items() if name.startswith("chosen."))
+            raise ValueError(
+                f"{got or 'no chosen tokens'} do not fit {batch} rows of {rows.packed} packed and {rows.exact} exact"
+            )
+        return Chosen(self.config, packed, exact, rows, given)  # type: ignore[arg-type]
+
+
+def importance(given: Tensor, values: Tensor) -> Tensor:
+    """What the loss of an exact token would cost attention's outputs: ``mean over heads of sqrt(given * |v|^2)``.
+
+    Args:
+        given: ``[B, H, N]``, the sum of squared attention weights.
+        values: ``[B, H, N, Dv]``.
+
+    Returns:
+        float32 ``[B, N]``.
+    """
+    lengths = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
+    weight: Tensor = (given.sqrt() * lengths).mean(1)
+    return weight
+
+
+def _small(positions: Tensor, length: int) -> Tensor:
+    """Positions below ``length`` in the smallest type that holds them."""
+    return positions.to(torch.int16 if length <= torch.iinfo(torch.int16).max else torch.int32)
