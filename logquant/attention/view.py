@@ -213,7 +213,7 @@ class KVView(View):
             both = []
             for parts in zip(packed, (self.keys, self.values), strict=True):
                 slots = torch.cat(parts, 2)
-                if self.rows.alike:
+                if len(slot_of) == 1:
                     both.append(slots.index_select(2, slot_of[0]))
                     continue
                 # One more slot, of zeros, stands for padding.

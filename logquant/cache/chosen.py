@@ -95,21 +95,12 @@ class Chosen(NamedTuple):
             return self._replace(given=uncommitted.given)
         sums = F.pad(self.given, (0, keys.shape[2] - self.given.shape[2]))
         if (call := uncommitted.call) is not None:
-            query = call.query[:, :, -HEARD:]
-            visible = None if real is None and rows.alike else self._visible(query.shape[2], keys, rows, real)
-            sums += given(query, keys, scale, call.softcap, visible)
+            if real is None and rows.alike:
+                sums += given(call.query[:, :, -HEARD:], keys, scale, call.softcap)
+            else:
+                query, visible = _newest(call.query, keys, rows, real)
+                sums += given(query, keys, scale, call.softcap, visible)
         return self._replace(given=sums)
-
-    def _visible(self, queries: int, keys: Tensor, rows: Rows, real: Tensor | None) -> Tensor:
-        """Which slots each of the newest queries sees, bool ``[B, queries, N]``; one of padding sees none."""
-        batch, _, slots, _ = keys.shape
-        held = rows.exact_counts(keys.device).expand(batch)[:, None]
-        place = torch.arange(slots, device=keys.device) - held  # among the new positions; negative before those
-        new = slots - rows.exact
-        came = torch.ones(batch, new, dtype=torch.bool, device=keys.device) if real is None else real.to(keys.device)
-        holds = F.pad(came, (0, 1)).gather(1, torch.where(place < new, place.clamp_min(0), new)) | (place < 0)
-        asks = torch.arange(new - queries, new, device=keys.device)
-        return holds[:, None] & (place[:, None] <= asks[:, None]) & came[:, -queries:, None]
 
     def moves(self, before: Rows, after: Rows, new: int, real: Tensor | None, values: Tensor) -> list[Move]:
         """How tokens move when ``new`` positions have come: the tokens that leave are those given least.
@@ -257,6 +248,31 @@ class Chosen(NamedTuple):
                 f"{got or 'no chosen tokens'} do not fit {batch} rows of {rows.packed} packed and {rows.exact} exact"
             )
         return Chosen(self.config, packed, exact, rows, given)  # type: ignore[arg-type]
+
+
+def _newest(query: Tensor, keys: Tensor, rows: Rows, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The newest queries of each row, and which slots each of them sees.
+
+    Args:
+        query: ``[B, Hq, n, D]`` of the newest n positions, those of padding among them.
+        keys: ``[B, H, N, D]`` of all exact tokens and new positions.
+        rows: where tokens are that came before.
+        real: bool ``[B, new]``, which of the new positions hold a token; None if all do.
+
+    Returns:
+        Queries ``[B, Hq, L, D]`` and bool ``[B, L, N]``; a query of padding sees nothing.
+    """
+    batch, slots, asking, device = len(keys), keys.shape[2], query.shape[2], keys.device
+    new = slots - rows.exact
+    came = torch.ones(batch, new, dtype=torch.bool, device=device) if real is None else real.to(device)
+    place = torch.arange(asking, device=device)
+    order = torch.where(came[:, -asking:], place, place - asking).argsort(1)[:, -HEARD:]
+    query = query.gather(2, order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+    asks = order + (new - asking)
+    # Of each slot the place among the new positions; negative before those.
+    at = torch.arange(slots, device=device) - rows.exact_counts(device).expand(batch)[:, None]
+    holds = (at < 0) | (at < new) & came.gather(1, at.clamp(0, new - 1))
+    return query, holds[:, None] & (at[:, None] <= asks[..., None]) & came.gather(1, asks)[..., None]
 
 
 def importance(given: Tensor, values: Tensor) -> Tensor:

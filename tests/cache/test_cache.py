@@ -38,7 +38,7 @@ def test_prefill_and_single_steps_give_the_same_state(window, rule, tokens):
     expected = reference.quantize(k, v, fmt, index=packed[None]), k[:, :, exact.long()], v[:, :, exact.long()]
     for layer in (whole, single, mixed):
         layer.commit()
-        assert layer.rows.positions(k.device)[0].tolist() == packed.tolist() + exact.tolist()
+        assert layer.held.layout.positions(k.device)[0].tolist() == packed.tolist() + exact.tolist()
         for got, want in zip(contents(layer), expected, strict=True):
             assert torch.equal(got, want)
 
@@ -271,8 +271,8 @@ def test_multi_turn_continues_the_cache(llama, ids):
     fresh = LogQuantCache(llama.config, window=32)
     logits_of(llama, fresh, turn, [turn.shape[1]], "sdpa")
     for layer, want in zip(cache.layers, fresh.layers, strict=True):
-        positions = layer.rows.positions(ids.device)[0][: want.rows.packed]
-        assert torch.equal(positions, want.rows.positions(ids.device)[0][: want.rows.packed])
+        positions = layer.held.layout.positions(ids.device)[0][: want.rows.packed]
+        assert torch.equal(positions, want.held.layout.positions(ids.device)[0][: want.rows.packed])
 
 
 def test_batch_operations_move_whole_rows():

@@ -195,7 +195,7 @@ class CachePrograms(RuleBasedStateMachine):
             if not layer.is_initialized:
                 assert self.columns == 0
                 continue
-            table, held = layer.rows.positions(torch.device("cpu")), layer.rows
+            table, held = layer.held.layout.positions(torch.device("cpu")), layer.rows
             slots = held.slots * (self.batch // len(held.slots))
             dense = torch.stack(layer.dense(), 1)[:, :, 0]
             for own, got, row, x in zip(slots, table.expand(self.batch, -1), rows, dense, strict=True):

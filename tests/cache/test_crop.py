@@ -29,7 +29,7 @@ def test_crop_of_exact_tokens_leaves_no_trace(removed):
         layer.crop(-removed)
     feed(straight, k, v, [400, 200])
     straight.commit()
-    assert layer.rows.positions(k.device)[0].tolist() == straight.rows.positions(k.device)[0].tolist()
+    assert layer.held.layout.positions(k.device)[0].tolist() == straight.held.layout.positions(k.device)[0].tolist()
     for got, want in zip(contents(layer), contents(straight), strict=True):
         assert torch.equal(got, want)
 
@@ -67,10 +67,10 @@ def test_crop_leaves_what_a_fresh_run_has(left):
         return
     fresh.update(k[:, :, :left], v[:, :, :left])
     fresh.commit()
-    assert torch.equal(layer.rows.positions(k.device), fresh.rows.positions(k.device))
+    assert torch.equal(layer.held.layout.positions(k.device), fresh.held.layout.positions(k.device))
     (pages, *windows), (want_pages, *want_windows) = contents(layer), contents(fresh)
     assert torch.equal(pages, want_pages)
-    exact = fresh.rows.positions(k.device)[0, fresh.rows.packed :].long()
+    exact = fresh.held.layout.positions(k.device)[0, fresh.rows.packed :].long()
     kept = torch.tensor([p in never_packed for p in exact.tolist()])
     assert kept.all() if left == 990 else not kept.all()
     for window, want, packed in zip(windows, want_windows, dequantised, strict=True):

@@ -20,7 +20,11 @@ from tests.helpers.masks import causal_mask, pad_mask
 from tests.helpers.models import tiny_model
 
 TOKENS, HEADS, GROUP, DIM = 480, 1, 2, 64
-SETTINGS = [pytest.param({}, id="default"), pytest.param(PLAIN, id="paper")]
+SETTINGS = [
+    pytest.param({"rule": "log"}, id="log"),
+    pytest.param({"rule": "attention"}, id="attention"),
+    pytest.param(PLAIN, id="paper"),
+]
 
 
 def attend(layer: LogQuantLayer, start: int, states: tuple[Tensor, ...], padding: Tensor | None) -> Tensor:
@@ -33,7 +37,7 @@ def attend(layer: LogQuantLayer, start: int, states: tuple[Tensor, ...], padding
 def assert_same(layer: LogQuantLayer, other: LogQuantLayer) -> None:
     """Bit for bit."""
     layer.commit(), other.commit()
-    assert torch.equal(layer.rows.positions(layer.device), other.rows.positions(layer.device))
+    assert torch.equal(layer.held.layout.positions(layer.device), other.held.layout.positions(layer.device))
     for row in range(layer.batch_size):
         assert all(torch.equal(a, b) for a, b in zip(row_contents(layer, row), row_contents(other, row), strict=True))
     if layer.held.advice.key_map is not None and layer.rows.packed:

@@ -40,7 +40,7 @@ class FailingAllocation(TorchDispatchMode):
 
 def state(layer: LogQuantLayer) -> list[Tensor]:
     layer.commit()
-    rows = layer.rows.positions(torch.device("cpu")).clone()
+    rows = layer.held.layout.positions(torch.device("cpu")).clone()
     return [rows] + [t.clone() for i in range(layer.batch_size) for t in row_contents(layer, i)]
 
 

@@ -11,6 +11,7 @@ from logquant import LogQuantCache
 from logquant.attention.call import AttentionCall
 from logquant.cache.layer import LogQuantLayer
 from logquant.compat import as_argument
+from logquant.rule import RULES
 from tests.helpers.layers import feed, make_layer, random_tokens, row_contents
 from tests.helpers.masks import causal_mask, pad_mask
 from tests.helpers.models import tiny_model
@@ -25,7 +26,7 @@ def step(layer: LogQuantLayer, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("rule", ["log", "recent"])
+@pytest.mark.parametrize("rule", RULES)
 def test_a_padded_row_holds_what_it_holds_alone(side, rule):
     """Bit for bit: pages, window, and the number of tokens that the rule saw; through a prompt, steps and a turn."""
     new = [max(LENGTHS), 1, 1, *[1] * 70, 90, 1, 1]

@@ -39,7 +39,9 @@ def filled(model, ids, **options) -> LogQuantCache:
     return cache
 
 
-@pytest.mark.parametrize("options", [{}, {"bits": 4, "rule": "recent", "window": 32}, {"key_bits": 8}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"bits": 4, "rule": "recent", "window": 32}, {"key_bits": 8}, {"rule": "attention"}], ids=str
+)
 def test_a_loaded_cache_is_the_saved_one(model, ids, tmp_path, options):
     cache = filled(model, ids, **options)
     cache.save(tmp_path / "cache", model)
@@ -47,7 +49,7 @@ def test_a_loaded_cache_is_the_saved_one(model, ids, tmp_path, options):
     assert loaded.quantization == cache.quantization
     mask = torch.cat([pad_mask([300, 211], "left"), torch.ones(2, 100, dtype=torch.long)], 1)
     for layer, want in zip(loaded.layers, cache.layers, strict=True):
-        assert torch.equal(layer.rows.positions(ids.device), want.rows.positions(ids.device))
+        assert torch.equal(layer.held.layout.positions(ids.device), want.held.layout.positions(ids.device))
         assert all(torch.equal(a, b) for a, b in zip(layer.dense(), want.dense(), strict=True))
     outputs = [generate(model, ids, c, attention_mask=mask) for c in (cache, loaded)]
     assert torch.equal(*outputs)

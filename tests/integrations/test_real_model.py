@@ -60,7 +60,10 @@ def test_two_bits_answer_from_the_packed_part_of_the_prompt(smollm2, smollm2_tok
     cache = LogQuantCache(smollm2.config)
     answer = smollm2_tokenizer.decode(greedy(smollm2, ids, cache, 8)[0])
     where = smollm2_tokenizer(text[: text.index("Whiskers")], return_tensors="pt", add_special_tokens=False)
-    assert where.input_ids.shape[1] not in cache.layers[0].rows.positions(ids.device)[0][cache.layers[0].rows.packed :]
+    assert (
+        where.input_ids.shape[1]
+        not in cache.layers[0].held.layout.positions(ids.device)[0][cache.layers[0].rows.packed :]
+    )
     assert "Whiskers" in answer
 
 
@@ -169,7 +172,9 @@ def test_crop_and_continue_equals_a_fresh_run(smollm2, prompt, bits, count):
         smollm2(prompt[:, :310], **as_argument(fresh), logits_to_keep=1)
     for layer, want in zip(cache.layers, fresh.layers, strict=True):
         rows = layer.rows
-        assert torch.equal(rows.positions(prompt.device), want.rows.positions(prompt.device)) and rows.packed == 128
+        assert (
+            torch.equal(rows.positions(prompt.device), want.held.layout.positions(prompt.device)) and rows.packed == 128
+        )
         pages, want_pages = (layer_contents(x)[0] for x in (layer, want))
         # The prompts' lengths differ, and so may the last bit of what the model computes.
         assert (pages == want_pages).float().mean() > 0.97
