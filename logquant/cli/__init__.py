@@ -1,26 +1,71 @@
-"""The command line: every file is a command, but for ``shared`` (what they share) and ``render`` (pages of results).
+"""The command line: every file is a command, but for ``shared``, ``tables`` and ``interrupt`` (what they share) and
+``render`` (pages of results).
 
-What takes long to import is imported within commands, so that ``--help`` and ``info`` are quick.
+What takes long to import is imported within commands, so that ``--help`` and what is said of a typo are quick.
 """
 
 from __future__ import annotations
 
+from typing import Annotated, Any
+
 try:
     import rich  # noqa: F401
     import typer
+    from typer.core import TyperGroup
 except ImportError as error:
     raise SystemExit(f"the command line needs more packages ({error}): pip install 'logquant[cli]'") from error
 
+from .._version import __version__
 from . import bench_attend, bench_generate, bench_memory, calibrate, eval, generate, info, plan, report
 
 __all__ = ["app", "main"]
 
+
+class _Commands(TyperGroup):
+    """Commands that say in a line that memory has run out."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            typer.echo(f"Error: not enough memory: {str(error).partition('. ')[0]}", err=True)
+            raise typer.Exit(1) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch has a class of its own for GPUs only."""
+    named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
+    return named or any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
+
+
+# Errors in one line, not framed and broken: `rich_markup_mode` would do that.
 app = typer.Typer(
+    cls=_Commands,
     help="A 2-bit KV cache for large language models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"logquant {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say which version this is.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """A 2-bit KV cache for large language models."""
+
+
 app.command("generate")(generate.command)
 app.command("info")(info.command)
 app.command("plan")(plan.command)
@@ -28,7 +73,7 @@ app.command("calibrate")(calibrate.command)
 app.command("eval")(eval.command)
 app.command("report")(report.command)
 
-bench = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
+bench = typer.Typer(help="Measure speed and memory.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench")
 bench.command("attend")(bench_attend.command)
 bench.command("generate")(bench_generate.command)

@@ -1,25 +1,31 @@
-"""What several commands share: options, checks of arguments, progress, tables and files of results."""
+"""What several commands share: options, checks of arguments, progress and files of results.
+
+Nothing here imports torch before it is needed: what is wrong on the command line is said at once.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-from .. import machine
+from ..texts import read_text
 
 if TYPE_CHECKING:
+    import torch
+
     from ..methods.registry import CacheSpec
 
 GIB = 1 << 30
@@ -35,57 +41,166 @@ class Dtype(str, Enum):
 
     @property
     def torch(self) -> torch.dtype:
-        return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[self.value]
+        import torch
 
+        dtype: torch.dtype = getattr(torch, self.value)
+        return dtype
+
+
+def writable(file: Path | None) -> Path | None:
+    """A callback of options that name a file to write: one that cannot be written is refused before the work."""
+    if file is None:
+        return None
+    folder = file.absolute().parent
+    try:
+        if file.is_dir():
+            raise typer.BadParameter(f"{file} is a folder, a file is needed")
+        if file.is_file():
+            with file.open("ab"):
+                pass
+        elif not file.exists():
+            if not folder.is_dir():
+                raise typer.BadParameter(f"there is no folder {folder} to write {file.name} to")
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    except OSError as error:
+        raise typer.BadParameter(f"{file} cannot be written: {error.strerror}") from None
+    return file
+
+
+def finite(value: float | None) -> float | None:
+    """A callback of options that are numbers: Python reads ``nan`` and ``inf``, too."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"a number is needed, got {value}")
+    return value
+
+
+METHODS = (
+    *("logquant", "paper", "recent", "partial", "kivi", "oscar", "turboquant"),
+    *("quanto", "hqq", "streaming", "h2o", "full"),
+)
+"""Names of caches; the same as ``logquant.methods.method_names()``, which takes long to import."""
 
 CACHE_HELP = (
-    "logquant, paper, recent, full, or another method: partial, kivi, oscar, turboquant, quanto, hqq, streaming, h2o; "
-    "settings follow a colon, as in logquant:bits=4,window=128 or logquant:calibration=FILE."
+    f"{', '.join(METHODS)}; settings follow a colon, as in logquant:bits=4,window=128 or logquant:calibration=FILE."
 )
 Caches = Annotated[str, typer.Option(help=f"Separated by commas: {CACHE_HELP}")]
 Model = Annotated[
-    str | None, typer.Option("--model", help="Directory or hub id; by default the packaged SmolLM2-135M-Instruct.")
+    str | None,
+    typer.Option("--model", help="Directory, GGUF file or hub id; by default the packaged SmolLM2-135M-Instruct."),
 ]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.", callback=writable)]
 
 
 # -------------------------------------------------------------------------------------------------------- arguments
-@contextmanager
+def bad(option: str, message: object) -> typer.BadParameter:
+    """A bad value of an option, in one line."""
+    return typer.BadParameter(" ".join(str(message).split()), param_hint=option)
+
+
+@contextlib.contextmanager
 def errors_of(option: str) -> Iterator[None]:
     """Report a bad value of ``option`` as such, without a traceback."""
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        raise typer.BadParameter(str(error), param_hint=option) from error
+        raise bad(option, error) from error
 
 
 def number_list(option: str, text: str) -> list[int]:
     """Positive numbers, separated by commas."""
-    with errors_of(option):
+    try:
         numbers = [int(part) for part in text.split(",")]
-        if min(numbers) < 1:
-            raise ValueError(f"numbers must be at least 1, got {text!r}")
-        return numbers
+    except ValueError:
+        raise bad(option, f"whole numbers separated by commas are needed, got {text!r}") from None
+    if min(numbers) < 1:
+        raise bad(option, f"numbers must be at least 1, got {text!r}")
+    return numbers
+
+
+def texts(option: str, files: Sequence[Path]) -> list[str]:
+    """What is in files of text, so that one that cannot be read is named before the work."""
+    with errors_of(option):
+        return [read_text(file) for file in files]
+
+
+def not_among(option: str, output: Path | None, inputs: Sequence[Path]) -> None:
+    """Refuse to write over what is read."""
+    if output is not None and output.exists() and any(os.path.samefile(output, file) for file in inputs):
+        raise bad(option, f"{output} is what is read")
 
 
 def cache_list(option: str, text: str) -> list[CacheSpec]:
     """Caches by name, separated by commas."""
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        name, _, _ = part.partition(":")
+        if name not in METHODS and "=" not in name:
+            raise bad(option, f"cache must be one of {', '.join(METHODS)}, got {name!r}")
     from ..methods.registry import parse_caches  # slow to import, so not for --help
 
     with errors_of(option):
         return parse_caches(text)
 
 
+def one_cache(option: str, text: str) -> CacheSpec:
+    """A single cache by name."""
+    specs = cache_list(option, text)
+    if len(specs) > 1:
+        raise bad(option, f"one cache is needed, got {text!r}")
+    return specs[0]
+
+
+def check_fits(option: str, specs: Sequence[CacheSpec], config: Any) -> None:
+    """Refuse caches that do not fit a model, or need what is not installed, before the work."""
+    for spec in specs:
+        with errors_of(option):
+            try:
+                spec.make(config)
+            except (ValueError, ImportError) as error:
+                raise ValueError(f"cache {spec.name!r}: {error}") from error
+
+
+def check_model(model: str | None) -> None:
+    """Refuse a ``--model`` that is not there, before all else."""
+    from ..models import check
+
+    with errors_of("--model"):
+        check(model)
+
+
+@contextlib.contextmanager
+def errors_of_model(model: str | None) -> Iterator[None]:
+    """Report whatever goes wrong while a model is loaded as an error of ``--model``."""
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError | OSError | ImportError) else f"{type(error).__name__}: "
+        name = "the default model" if model is None else model
+        raise bad("--model", f"{name} cannot be loaded: {kind}{error}") from error
+
+
 def load_model(model: str | None, dtype: Dtype) -> tuple[Any, Any]:
     """The model that ``--model`` names, and its tokenizer."""
-    with errors_of("--model"):
-        from .. import models  # slow to import, so not for --help
+    check_model(model)
+    with spinner(f"loading {model or 'the model'}"), errors_of_model(model):
+        from .. import models
 
         return models.load(model, dtype=dtype.torch)
 
 
-# ---------------------------------------------------------------------------------------------------------- results
-@contextmanager
+# --------------------------------------------------------------------------------------------------------- progress
+@contextlib.contextmanager
+def spinner(description: str) -> Iterator[None]:
+    """Something that moves on stderr, if that is a terminal, while what takes unknown time is done."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(description):
+        yield
+
+
+@contextlib.contextmanager
 def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
     """A bar on stderr, so that stdout holds the result alone. Gives what advances it, by 1 or by a number."""
     with Progress(console=Console(stderr=True), transient=True) as bar:
@@ -97,23 +212,17 @@ def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
         yield advance
 
 
+# ---------------------------------------------------------------------------------------------------------- results
 def megabytes(nbytes: float) -> str:
     return f"{nbytes / 1e6:,.1f} MB"
-
-
-def result_table(*columns: str, title: str | None = None, caption: str | None = None, no_wrap: bool = True) -> Table:
-    """A table with names in the first column, to the left, and numbers in the others, to the right."""
-    table = Table(*columns, title=title, caption=caption)
-    for column in table.columns:
-        column.no_wrap, column.justify = no_wrap, "right"
-    table.columns[0].justify = "left"
-    return table
 
 
 def write_json(file: Path | None, kind: str, arguments: dict[str, Any], **result: Any) -> None:
     """Write a result with what produced it: the command, its arguments and the machine."""
     if file is None:
         return
+    from .. import machine
+
     with errors_of("--json"):
         command = shlex.join(["logquant", *sys.argv[1:]])
         content = {"kind": kind, "command": command, "arguments": arguments, "machine": machine.describe(), **result}
