@@ -127,12 +127,8 @@ def _plain_errors(model: str | None) -> Iterator[None]:
     except OSError as error:
         if model is None or Path(model).exists():
             raise
-        raise OSError(f"there is no directory {model}, and the hub does not give {model!r}: {_first(error)}") from error
-
-
-def _first(error: Exception) -> str:
-    """The first sentence of a message."""
-    return re.split(r"[.,:]?\s*\n|\. ", str(error).strip())[0]
+        reason = str(error).strip().partition("\n")[0]
+        raise OSError(f"{model} is no directory here, and the hub does not give it: {reason}") from error
 
 
 def load_config(model: str | None = None) -> Any:
@@ -168,12 +164,13 @@ def load(model: str | None = None, dtype: torch.dtype | None = None) -> tuple[An
     """
     source = _source(model)
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from . import attention  # noqa: F401  registers "logquant"
 
     dtype = dtype or torch.float32
     with _quiet(), _plain_errors(model):
+        AutoConfig.from_pretrained(**source)  # so that what is wrong with it is said first
         tokenizer = AutoTokenizer.from_pretrained(**source)
         loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, attn_implementation="logquant")
     return loaded.eval(), tokenizer

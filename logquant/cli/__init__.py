@@ -17,6 +17,7 @@ except ImportError as error:
 
 from .._version import __version__
 from . import bench_attend, bench_generate, bench_memory, calibrate, eval, generate, info, plan, report
+from .shared import first_sentence, is_out_of_memory
 
 __all__ = ["app", "main"]
 
@@ -28,16 +29,10 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
-            typer.echo(f"Error: not enough memory: {str(error).partition('. ')[0]}", err=True)
+            typer.echo(f"Error: not enough memory: {first_sentence(error)}", err=True)
             raise typer.Exit(1) from error
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """torch has a class of its own for GPUs only."""
-    named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
-    return named or any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
 
 
 # Errors in one line, not framed and broken: `rich_markup_mode` would do that.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .interrupt import interruptible
-from .shared import Dtype, Json, bad, errors_of, megabytes, number_list, one_cache, progress, write_json
+from .shared import Dtype, Json, bad, errors_of, megabytes, number_list, one_cache, progress, with_settings, write_json
 from .tables import ResultTable
 
 if TYPE_CHECKING:
@@ -28,11 +28,15 @@ def command(
     dim: Annotated[int, typer.Option(help="Channels of a head.")] = 128,
     context: Annotated[str, typer.Option(help="Cached tokens; several separated by commas.")] = "2048,8192,32768",
     batch: Annotated[str, typer.Option(help="Sequences; several numbers separated by commas.")] = "1",
-    bits: Annotated[int, typer.Option(help="Bits of a quantised element.")] = 2,
+    bits: Annotated[
+        int | None, typer.Option(help="Bits of a quantised element: 2, 4 or 8; by default the cache's.")
+    ] = None,
     cache: Annotated[
         str, typer.Option(help="Whose pages: logquant, recent or paper; settings follow a colon.")
     ] = "logquant",
-    window: Annotated[int, typer.Option(help="W: between 2W and 3W tokens stay exact.")] = 64,
+    window: Annotated[
+        int | None, typer.Option(help="W: between 2W and 3W tokens stay exact; by default the cache's.")
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of queries and exact tokens.")] = Dtype.bfloat16,
     rounds: Annotated[int, typer.Option(min=3, help="Timed calls of each contender.")] = 20,
     device: Annotated[Device, typer.Option(help="Where attention runs.")] = Device.cpu,
@@ -54,9 +58,8 @@ def command(
         raise bad("--device", machine.cuda()["cuda_device"])
     with errors_of("--heads, --kv-heads, --dim"):
         shapes = [Shape(tokens, heads, kv_heads, dim, size) for size in batches for tokens in contexts]
-    with errors_of("--bits, --window"):
-        quantization = spec.replace(bits=bits, window=window).quantization
-        assert quantization is not None
+    quantization = with_settings("--cache", spec, bits=bits, window=window).quantization
+    assert quantization is not None
     with errors_of("--dim"):
         quantization.page_format(dim)
     results = []

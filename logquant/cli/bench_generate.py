@@ -71,7 +71,7 @@ def command(
     if full_attention and peaks:
         raise bad("--full-attention", "not given with --peaks")
     check_model(model)
-    specs = cache_list("--caches", caches)
+    specs = cache_list("--caches", caches, known_bytes=memory_budget is not None)
     from ..bench.generate import bench_budget, bench_generate
     from ..bench.timing import WARMUP
     from ..methods.full import Full
@@ -79,7 +79,7 @@ def command(
 
     attention = {} if full_attention is None else {f"full, {full_attention}": full_attention}
     specs += [CacheSpec(name, Full()) for name in attention]
-    budget = _budget(memory_budget, context, steps + WARMUP, specs)
+    budget = _budget(memory_budget, context, steps + WARMUP)
     loaded, _ = load_model(model, dtype)
     check_fits("--caches", specs, loaded.config)
     with errors_of("--full-attention"):
@@ -121,7 +121,7 @@ def _add_peaks(rows: Rows, specs: dict[str, CacheSpec], model: str | None, dtype
             advance()
 
 
-def _budget(gib: float | None, context: int, decoded: int, specs: Sequence[CacheSpec]) -> int | None:
+def _budget(gib: float | None, context: int, decoded: int) -> int | None:
     """``--memory-budget`` in bytes, if the other arguments fit it."""
     if gib is None:
         return None
@@ -129,9 +129,6 @@ def _budget(gib: float | None, context: int, decoded: int, specs: Sequence[Cache
         raise bad("--memory-budget", f"more than 0 GiB are needed, got {gib:g}")
     if context <= decoded:
         raise bad("--context", f"needed: more tokens than are decoded, {decoded}, got {context}")
-    for spec in specs:
-        if spec.is_baseline:
-            raise bad("--caches", f"with --memory-budget: full and LogQuant caches alone, got {spec.name!r}")
     return int(gib * GIB)
 
 

@@ -16,7 +16,6 @@ from .shared import (
     cache_list,
     check_fits,
     check_model,
-    errors_of,
     errors_of_model,
     megabytes,
     progress,
@@ -48,7 +47,7 @@ def command(
         config = models.load_config(model)
     check_fits("--cache", specs, config)
     results = []
-    with interruptible() as interrupted, progress("prefill", len(specs)) as advance, errors_of("--model"):
+    with interruptible() as interrupted, progress("prefill", len(specs)) as advance, errors_of_model(model):
         for spec in specs:
             if interrupted():
                 break

@@ -36,8 +36,8 @@ def command(
     """Find out which key channels a model's queries look at, for its caches logquant:calibration=FILE."""
     arguments = dict(locals())
     texts("FILES", files)
-    for option, written in (("--output", output), ("--json", json_file)):
-        not_among(option, written, files)
+    not_among("--output", output, files)
+    not_among("--json", json_file, [*files, output])
     check_model(model)
     import torch
 

@@ -68,8 +68,11 @@ def command(
     wanted = _tasks(tasks)
     on_text = Task.kl in wanted or Task.greedy in wanted
     paths = [*(text or []), *(files or [])]
+    if on_text and not paths:
+        raise bad("FILES", "tasks kl and greedy need at least one file of text, got none")
     if on_text:
-        _check_texts(paths)
+        texts("--text", text or [])
+        texts("FILES", files or [])
     not_among("--json", json_file, paths)
     check_model(model)
     specs = cache_list("--caches", caches)
@@ -98,12 +101,6 @@ def _tasks(text: str) -> list[Task]:
         if name not in known:
             raise bad("--tasks", f"tasks must be of {', '.join(known)}, separated by commas; got {name!r}")
     return [task for task in Task if task.value in names]
-
-
-def _check_texts(paths: list[Path]) -> None:
-    if not paths:
-        raise bad("FILES", "tasks kl and greedy need at least one file of text, got none")
-    texts("FILES, --text", paths)
 
 
 @dataclass

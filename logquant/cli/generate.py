@@ -17,13 +17,13 @@ from .shared import (
     bad,
     check_fits,
     check_model,
-    errors_of,
     finite,
     load_model,
     megabytes,
     not_among,
     one_cache,
     texts,
+    with_settings,
     write_json,
 )
 
@@ -61,22 +61,14 @@ def command(
 ) -> None:
     """Stream the model's answer to a prompt, then say what it cost."""
     arguments = dict(locals())
-    fields = {
-        "bits": bits,
-        "key_bits": key_bits,
-        "value_bits": value_bits,
-        "window": window,
-        "page_tokens": page_tokens,
-    }
+    settings = {name: arguments[name] for name in ("bits", "key_bits", "value_bits", "window", "page_tokens")}
     if top_p is not None and temperature == 0:
         raise bad("--top-p", "needs sampling, which --temperature above 0 asks for")
     text = _prompt_text(prompt, prompt_file)
     if prompt_file is not None:
         not_among("--json", json_file, [prompt_file])
     check_model(model)
-    spec = one_cache("--cache", cache)
-    with errors_of("--cache, --bits, --key-bits, --value-bits, --window, --page-tokens"):
-        spec = spec.replace(**{name: value for name, value in fields.items() if value is not None})
+    spec = with_settings("--cache", one_cache("--cache", cache), **settings)
     import torch
 
     from ..compat import as_argument

@@ -14,6 +14,7 @@ from .shared import (
     Model,
     bad,
     cache_list,
+    check_fits,
     check_model,
     errors_of,
     errors_of_model,
@@ -38,15 +39,13 @@ def command(
     if budget < 1:
         raise bad("--memory", f"more than 0 GiB are needed, got {memory:g}")
     check_model(model)
-    specs = cache_list("--caches", caches)
-    for spec in specs:
-        if spec.is_baseline:
-            raise bad("--caches", f"only the bytes of full and LogQuant caches are known beforehand, got {spec.name!r}")
+    specs = cache_list("--caches", caches, known_bytes=True)
     from .. import models
     from ..plan import plan
 
     with errors_of_model(model):
         config = models.load_config(model)
+    check_fits("--caches", specs, config)
     with errors_of("--model"):
         plans = [plan(spec, config, budget=budget, tokens=context, itemsize=dtype.torch.itemsize) for spec in specs]
     table = ResultTable(

@@ -14,6 +14,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..texts import read_text
+
 Rows = list[dict[str, Any]]
 
 _PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
@@ -102,12 +104,12 @@ def render(files: Sequence[Path]) -> str:
 
 def _section(file: Path) -> Section:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_text(file))
         kind, results = content["kind"], content["results"]
         title, fill = _KINDS[kind]
         section = Section(title, content["command"], _in_words(content["machine"]))
         fill(section, results)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} must be results that logquant's --json has written, got {error!r}") from None
     return section
 

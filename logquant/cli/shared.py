@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
+import re
 import shlex
 import sys
 import tempfile
@@ -75,10 +75,9 @@ def finite(value: float | None) -> float | None:
     return value
 
 
-METHODS = (
-    *("logquant", "paper", "recent", "partial", "kivi", "oscar", "turboquant"),
-    *("quanto", "hqq", "streaming", "h2o", "full"),
-)
+_OWN = ("logquant", "paper", "recent")
+_OTHERS = ("partial", "kivi", "oscar", "turboquant", "quanto", "hqq", "streaming", "h2o")
+METHODS = (*_OWN, *_OTHERS, "full")
 """Names of caches; the same as ``logquant.methods.method_names()``, which takes long to import."""
 
 CACHE_HELP = (
@@ -96,6 +95,19 @@ Json = Annotated[Path | None, typer.Option("--json", help="Also write the result
 def bad(option: str, message: object) -> typer.BadParameter:
     """A bad value of an option, in one line."""
     return typer.BadParameter(" ".join(str(message).split()), param_hint=option)
+
+
+def first_sentence(error: Exception) -> str:
+    """Of the message of another package, which may be a page long; of torch's allocator, what matters in it."""
+    if asked := re.search(r"you tried to allocate (\d+) bytes", str(error)):
+        return f"{int(asked[1]) / 1e9:,.1f} GB were asked for at once"
+    return re.split(r"\.?\s*\n|\. ", str(error).strip())[0] or type(error).__name__
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Also torch's error, which has a class of its own for GPUs only."""
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError) or any(w in str(error) for w in words)
 
 
 @contextlib.contextmanager
@@ -125,17 +137,19 @@ def texts(option: str, files: Sequence[Path]) -> list[str]:
 
 
 def not_among(option: str, output: Path | None, inputs: Sequence[Path]) -> None:
-    """Refuse to write over what is read."""
-    if output is not None and output.exists() and any(os.path.samefile(output, file) for file in inputs):
-        raise bad(option, f"{output} is what is read")
+    """Refuse to write over what is read, or written by another option."""
+    if output is not None and output.resolve() in [file.resolve() for file in inputs]:
+        raise bad(option, f"{output} would be written over")
 
 
-def cache_list(option: str, text: str) -> list[CacheSpec]:
-    """Caches by name, separated by commas."""
-    for part in filter(None, (piece.strip() for piece in text.split(","))):
-        name, _, _ = part.partition(":")
-        if name not in METHODS and "=" not in name:
+def cache_list(option: str, text: str, *, known_bytes: bool = False) -> list[CacheSpec]:
+    """Caches by name, separated by commas; with ``known_bytes`` those alone whose bytes a configuration tells."""
+    names = [name for piece in text.split(",") if (name := piece.strip().partition(":")[0]) and "=" not in name]
+    for name in names:
+        if name not in METHODS:
             raise bad(option, f"cache must be one of {', '.join(METHODS)}, got {name!r}")
+        if known_bytes and name in _OTHERS:
+            raise bad(option, f"bytes are known beforehand of {', '.join(_OWN)} and full alone, got {name!r}")
     from ..methods.registry import parse_caches  # slow to import, so not for --help
 
     with errors_of(option):
@@ -148,6 +162,13 @@ def one_cache(option: str, text: str) -> CacheSpec:
     if len(specs) > 1:
         raise bad(option, f"one cache is needed, got {text!r}")
     return specs[0]
+
+
+def with_settings(option: str, spec: CacheSpec, **given: int | None) -> CacheSpec:
+    """The same cache with the settings that options of their own have given."""
+    fields = {name: value for name, value in given.items() if value is not None}
+    with errors_of(", ".join([option, *(f"--{name.replace('_', '-')}" for name in fields)])):
+        return spec.replace(**fields)
 
 
 def check_fits(option: str, specs: Sequence[CacheSpec], config: Any) -> None:
@@ -170,13 +191,14 @@ def check_model(model: str | None) -> None:
 
 @contextlib.contextmanager
 def errors_of_model(model: str | None) -> Iterator[None]:
-    """Report whatever goes wrong while a model is loaded as an error of ``--model``."""
+    """Report whatever goes wrong while a model is loaded, but for a lack of memory, as an error of ``--model``."""
     try:
         yield
     except Exception as error:
-        kind = "" if isinstance(error, ValueError | OSError | ImportError) else f"{type(error).__name__}: "
-        name = "the default model" if model is None else model
-        raise bad("--model", f"{name} cannot be loaded: {kind}{error}") from error
+        if is_out_of_memory(error):
+            raise
+        message, name = first_sentence(error), model or "the default model"
+        raise bad("--model", message if message.startswith(name) else f"{name} cannot be loaded: {message}") from error
 
 
 def load_model(model: str | None, dtype: Dtype) -> tuple[Any, Any]:
