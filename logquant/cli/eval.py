@@ -180,7 +180,7 @@ _MEASURES = {Task.kl: _kl, Task.greedy: _greedy, Task.passkey: _passkey}
 def _kl_table(rows: Rows) -> ResultTable:
     table = ResultTable(
         (
-            *("cache", "KL", "95 % of KL", "KL, 99th percentile", "99.9th", "KL > 1"),
+            *("cache", "KL", "95 % of KL", "KL, p99", "KL, p99.9", "KL > 1"),
             *("ppl", "top-1", "bits", "bytes/token", "bytes/text"),
         )
     )

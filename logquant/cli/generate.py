@@ -151,12 +151,18 @@ def _timed_streamer(tokenizer: Any) -> Any:
             super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
             self.times: list[float] = []
             self.tokens: list[int] = []
+            self.ended = False
 
         def put(self, value: torch.Tensor) -> None:
             if self.times:  # the first time it is the prompt, before the prefill
                 self.tokens += value.flatten().tolist()
             self.times.append(time.perf_counter())
             super().put(value)
+
+        def end(self) -> None:
+            if not self.ended:  # transformers calls it, too, unless it was interrupted
+                self.ended = True
+                super().end()
 
         def seconds(self) -> tuple[float, float]:
             """Of the prefill and of all tokens after the first."""

@@ -21,7 +21,7 @@ class ResultTable:
     """A table with names in the first column, to the left, and numbers in the others, to the right.
 
     Args:
-        columns: their names, which may wrap between words.
+        columns: their names, which wrap between words where room is short.
         title: what stands above, in a line.
         caption: what stands below.
         rows: the cells.
@@ -62,11 +62,12 @@ class ResultTable:
 
     def _blocks(self, width: int | None) -> Iterator[dict[int, int]]:
         """The columns of each block and their widths, by number; the names are in every block."""
+        widths = [max(len(column), self._needed(i)) for i, column in enumerate(self.columns)]
+        if width is None or _EDGE + sum(each + _GAP for each in widths) <= width:
+            yield dict(enumerate(widths))
+            return
         needed = [self._needed(i) for i in range(len(self.columns))]
         names, rest = needed[0], list(range(1, len(self.columns)))
-        if width is None:
-            yield dict(enumerate(needed))
-            return
         while rest:
             taken: list[int] = []
             room = width - _EDGE - _GAP - min(names, _LEAST_NAME)
