@@ -64,7 +64,7 @@ def test_eval_explains_bad_arguments(model_dir, args, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"caf\xe9", "must be text in UTF-8, got byte 0xe9 at 3"),
+        (b"na\xefve", "must be text in UTF-8, got byte 0xef at 2"),
         (b"", "must hold text, got none"),
         (b"abc", "must have at least 1,513 tokens, got 3"),
     ],

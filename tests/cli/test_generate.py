@@ -94,7 +94,7 @@ def test_generate_explains_bad_arguments(args, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"caf\xe9", "prompt.txt must be text in UTF-8, got byte 0xe9 at 3"),
+        (b"na\xefve", "prompt.txt must be text in UTF-8, got byte 0xef at 2"),
         (b"", "prompt.txt must hold text, got none"),
         (b" \n", "prompt.txt must hold text, got none"),
     ],

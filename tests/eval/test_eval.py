@@ -231,7 +231,7 @@ def test_texts_are_cut_to_one_length(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"caf\xe9", r"a\.txt must be text in UTF-8, got byte 0xe9 at 3"),
+        (b"na\xefve", r"a\.txt must be text in UTF-8, got byte 0xef at 2"),
         (b" \n", r"a\.txt must hold text, got none"),
         (None, r"a\.txt cannot be read: No such file or directory"),
     ],
