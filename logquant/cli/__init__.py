@@ -61,18 +61,19 @@ def _options(
     """A 2-bit KV cache for large language models."""
 
 
-app.command("generate")(generate.command)
-app.command("info")(info.command)
-app.command("plan")(plan.command)
-app.command("calibrate")(calibrate.command)
-app.command("eval")(eval.command)
-app.command("report")(report.command)
+# Of these, `--help` shows the line whole; of a command's own first line it would show the beginning.
+app.command("generate", short_help="Stream a model's answer, then say what it cost.")(generate.command)
+app.command("info", short_help="Say what is installed and what of it runs here.")(info.command)
+app.command("plan", short_help="Say how many sequences fit into memory.")(plan.command)
+app.command("calibrate", short_help="Find out which key channels a model looks at.")(calibrate.command)
+app.command("eval", short_help="Measure what caches cost in accuracy.")(eval.command)
+app.command("report", short_help="Write one HTML page of results.")(report.command)
 
-bench = typer.Typer(help="Measure speed and memory.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(bench, name="bench")
-bench.command("attend")(bench_attend.command)
-bench.command("generate")(bench_generate.command)
-bench.command("memory")(bench_memory.command)
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench, name="bench", help="Measure speed and memory.")
+bench.command("attend", short_help="Time one token's attention.")(bench_attend.command)
+bench.command("generate", short_help="Time whole decoding with each cache.")(bench_generate.command)
+bench.command("memory", short_help="Measure the memory of a prompt with each cache.")(bench_memory.command)
 
 
 def main() -> None:

@@ -150,7 +150,8 @@ def cache_list(option: str, text: str, *, known_bytes: bool = False) -> list[Cac
             raise bad(option, f"cache must be one of {', '.join(METHODS)}, got {name!r}")
         if known_bytes and name in _OTHERS:
             raise bad(option, f"bytes are known beforehand of {', '.join(_OWN)} and full alone, got {name!r}")
-    from ..methods.registry import parse_caches  # slow to import, so not for --help
+    with spinner("importing transformers"):
+        from ..methods.registry import parse_caches
 
     with errors_of(option):
         return parse_caches(text)
@@ -224,8 +225,9 @@ def spinner(description: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
-    """A bar on stderr, so that stdout holds the result alone. Gives what advances it, by 1 or by a number."""
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    """A bar on stderr, if that is a terminal. Gives what advances it, by 1 or by a number."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=total)
 
         def advance(done: int = 1) -> None:

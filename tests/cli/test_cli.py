@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 
 import pytest
 from rich.console import Console
@@ -30,6 +29,12 @@ def test_help_names_every_command():
     output = succeed("--help").output
     assert all(command in output for command in ("generate", "info", "eval", "bench"))
     assert all(command in succeed("bench", "--help").output for command in ("attend", "memory"))
+
+
+@pytest.mark.parametrize("group", [(), ("bench",)])
+def test_help_shows_whole_lines(group):
+    output = succeed(*group, "--help", columns=80).output
+    assert "..." not in output.partition("Commands:")[2] and "memory" in output
 
 
 def test_the_version_is_the_packages():
@@ -126,15 +131,18 @@ def refuse(**options):
     raise OSError(30, "Read-only file system")
 
 
-def test_a_spinner_moves_on_a_terminal_alone(monkeypatch, capsys):
-    with shared.spinner("loading it"):
-        pass
-    assert capsys.readouterr() == ("", "")
+def test_spinners_and_bars_move_on_a_terminal_alone(monkeypatch, capsys):
+    def show() -> tuple[str, str]:
+        with shared.spinner("loading it"):
+            pass
+        with shared.progress("measuring it", 2) as advance:
+            advance()
+        return capsys.readouterr()
+
+    assert show() == ("", "")
     monkeypatch.setattr(shared, "Console", lambda stderr: Console(stderr=stderr, force_terminal=True))
-    with shared.spinner("loading it"):
-        time.sleep(0.3)
-    out, err = capsys.readouterr()
-    assert out == "" and "loading it" in err
+    out, err = show()
+    assert out == "" and "loading it" in err and "measuring it" in err
 
 
 def test_an_interrupt_outside_of_the_main_thread_changes_nothing():

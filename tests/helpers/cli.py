@@ -14,8 +14,8 @@ def run(*args: object, columns: int = 200) -> Result:
     return _RUNNER.invoke(app, [str(arg) for arg in args], catch_exceptions=False, env={"COLUMNS": str(columns)})
 
 
-def succeed(*args: object) -> Result:
-    result = run(*args)
+def succeed(*args: object, columns: int = 200) -> Result:
+    result = run(*args, columns=columns)
     assert result.exit_code == 0, result.output
     return result
 
