@@ -51,17 +51,17 @@ def writable(file: Path | None) -> Path | None:
     """A callback of options that name a file to write: one that cannot be written is refused before the work."""
     if file is None:
         return None
-    folder = file.absolute().parent
+    directory = file.absolute().parent
     try:
         if file.is_dir():
-            raise typer.BadParameter(f"{file} is a folder, a file is needed")
+            raise typer.BadParameter(f"{file} is a directory, a file is needed")
         if file.is_file():
             with file.open("ab"):
                 pass
         elif not file.exists():
-            if not folder.is_dir():
-                raise typer.BadParameter(f"there is no folder {folder} to write {file.name} to")
-            with tempfile.TemporaryFile(dir=folder):
+            if not directory.is_dir():
+                raise typer.BadParameter(f"there is no directory {directory} to write {file.name} to")
+            with tempfile.TemporaryFile(dir=directory):
                 pass
     except OSError as error:
         raise typer.BadParameter(f"{file} cannot be written: {error.strerror}") from None

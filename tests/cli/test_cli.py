@@ -89,14 +89,14 @@ def test_a_result_that_cannot_be_written_is_refused_before_the_work(command, tmp
     monkeypatch.setattr(shared, "texts", lambda *args: pytest.fail("the work has begun"))
     monkeypatch.setattr(shared, "check_model", lambda *args: pytest.fail("the work has begun"))
     args = (*command.split(), *WRITING[command], "--json")
-    assert f"there is no folder {tmp_path / 'no'} to write x.json to" in refused(*args, tmp_path / "no" / "x.json")
-    assert f"{tmp_path} is a folder, a file is needed" in refused(*args, tmp_path)
+    assert f"there is no directory {tmp_path / 'no'} to write x.json to" in refused(*args, tmp_path / "no" / "x.json")
+    assert f"{tmp_path} is a directory, a file is needed" in refused(*args, tmp_path)
 
 
 @pytest.mark.parametrize(("command", "output"), [("calibrate", "x.safetensors"), ("report", "x.html")])
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(command, output, tmp_path):
     for option in ("-o", "--output"):
-        assert f"there is no folder {tmp_path / 'no'}" in refused(command, "a", option, tmp_path / "no" / output)
+        assert f"there is no directory {tmp_path / 'no'}" in refused(command, "a", option, tmp_path / "no" / output)
 
 
 def test_what_is_read_is_not_written_over(tmp_path):
