@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -80,7 +81,15 @@ class LogQuantCache(DynamicCache):
         if (calibration := calibration_of(self.quantization)) is not None:
             calibration.check(config, [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer])
         self.config = config
-        self._shared = Shared(Allocator(sum(type(layer) is DynamicLayer for layer in layers)))
+        own = sum(type(layer) is DynamicLayer for layer in layers)
+        if layers and not own:
+            warnings.warn(
+                "no layer of this model has full attention, which is all that a LogQuant cache quantises: it saves "
+                "nothing here over a DynamicCache",
+                UserWarning,
+                stacklevel=2,
+            )
+        self._shared = Shared(Allocator(own))
         # Not DynamicCache's own __init__, which would make other layers. It is the base because transformers asks for
         # it where a cache must be able to crop and select rows (EncoderDecoderCache).
         Cache.__init__(
