@@ -55,7 +55,7 @@ class LogQuantCache(DynamicCache):
     windows, linear attention) what transformers would have made::
 
         cache = LogQuantCache(model.config)
-        model.generate(**inputs, past_key_values=cache)
+        model.generate(**inputs, **logquant.as_argument(cache))
 
     Args:
         config: the model's configuration.
