@@ -18,7 +18,7 @@ _SCORES_AT_ONCE = 1 << 22
 
 
 def given(query: Tensor, keys: Tensor, scale: float, softcap: float, visible: Tensor | None = None) -> Tensor:
-    """What queries give to each token: the sum over them, and over the query heads of a KV head, of squared weights.
+    """What queries give to each token: the sum of their attention weights, over the query heads of a KV head.
 
     The weights are those of a softmax over these tokens alone.
 
@@ -53,7 +53,7 @@ def given(query: Tensor, keys: Tensor, scale: float, softcap: float, visible: Te
     # A query that sees nothing gives nothing.
     lse = lse.masked_fill(lse == -math.inf, 0.0)
     weights = ((scores(part) if known is None else known).sub_(lse).exp_() for part in parts)
-    return torch.cat([w.square_().sum((2, 3)) for w in weights], -1)
+    return torch.cat([w.sum((2, 3)) for w in weights], -1)
 
 
 def attention_weights(call: AttentionCall, keys: Tensor, new: int) -> Iterator[Tensor]:

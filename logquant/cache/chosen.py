@@ -276,17 +276,17 @@ def _newest(query: Tensor, keys: Tensor, rows: Rows, real: Tensor | None) -> tup
 
 
 def importance(given: Tensor, values: Tensor) -> Tensor:
-    """What the loss of an exact token would cost attention's outputs: ``mean over heads of sqrt(given * |v|^2)``.
+    """What exact tokens add to attention's outputs: the mean over heads of ``given * |v|``.
 
     Args:
-        given: ``[B, H, N]``, the sum of squared attention weights.
+        given: ``[B, H, N]``, the sum of attention weights.
         values: ``[B, H, N, Dv]``.
 
     Returns:
         float32 ``[B, N]``.
     """
     lengths = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
-    weight: Tensor = (given.sqrt() * lengths).mean(1)
+    weight: Tensor = (given * lengths).mean(1)
     return weight
 
 

@@ -9,6 +9,7 @@ from .. import ops
 from ..attention.view import Layout
 from ..quantizer.advice import Advice, Leaving
 from ..quantizer.feedback import Attention, select
+from ..quantizer.queries import MAP_QUERIES, QUERIES
 from ..rule import evicted_slots
 from .layout import Move, Rows
 from .sizes import window_capacity, window_slots
@@ -32,6 +33,7 @@ class Commit:
         before, after: the rows now and afterwards.
         layout: which of their tokens are where now.
         advice: what is known about the tokens.
+        given: ``[B, H, N]``, what they have been given by queries, where that is counted.
         padded: whether some of the new positions hold no token.
         allocator: of the stores of all layers.
     """
@@ -45,10 +47,11 @@ class Commit:
         after: Rows,
         layout: Layout,
         advice: Advice,
+        given: Tensor | None,
         padded: bool,
         allocator: Allocator,
     ) -> None:
-        self._storage = storage
+        self._storage, self._given = storage, given
         keys, values, in_window = exact.keys.detach(), exact.values.detach(), exact.in_window
         # One step of the rule on the window is done in place.
         self._steps = [m for m in moves if in_window and m.is_step]
@@ -58,7 +61,7 @@ class Commit:
         self._make_room(exact, before, after, allocator)
         # One move after the other: what a row's tokens are taken out into, for padding, exists for one row at a time.
         first = (m for m in moves if m.packed == 0 and m.leaving.shape[1])
-        self.advice = advice.allocate(_leaving(keys, m, padded) for m in first)
+        self.advice = advice.allocate(self._leaving(keys, m, padded) for m in first)
         self._step_options = [self._options(m, self._attention(keys, m, padded), slice(None)) for m in self._steps]
         for m in others:
             self._quantize(keys, values, m, self._attention(keys, m, padded))
@@ -110,7 +113,20 @@ class Commit:
         """How the recent queries attend to the tokens that leave, if that is known and some do."""
         if self.advice.queries is None or not move.leaving.shape[1]:
             return None
-        return self.advice.attention(_leaving(keys, move, padded))
+        # The first time, all that were kept to allocate bits.
+        queries = MAP_QUERIES if self._given is not None and move.packed == 0 else QUERIES
+        return self.advice.attention(self._leaving(keys, move, padded), queries)
+
+    def _leaving(self, keys: Tensor, move: Move, padded: bool) -> Leaving:
+        """Tokens that leave, among the keys of a move's tokens without padding, in order."""
+        given = None
+        if self._given is not None:
+            given = select(self._given[move.rows].unsqueeze(-1), move.leaving).squeeze(-1)
+        if not padded or move.staying is None:
+            return Leaving(move.rows, keys[move.rows, :, : move.tokens], move.leaving, given)
+        slots = torch.cat([move.leaving, move.staying], 1).sort(1).values
+        found = torch.searchsorted(slots, move.leaving).int()
+        return Leaving(move.rows, select(keys[move.rows], slots), found, given)
 
     def _options(self, move: Move, attention: Attention | None, tokens: slice) -> dict[str, Tensor]:
         return self.advice.options(move.rows, attention, tokens)
@@ -148,14 +164,6 @@ class Commit:
             count=config.window,
             **options,
         )
-
-
-def _leaving(keys: Tensor, move: Move, padded: bool) -> Leaving:
-    """Tokens that leave, among the keys of a move's tokens without padding, in order."""
-    if not padded or move.staying is None:
-        return Leaving(move.rows, keys[move.rows, :, : move.tokens], move.leaving)
-    slots = torch.cat([move.leaving, move.staying], 1).sort(1).values
-    return Leaving(move.rows, select(keys[move.rows], slots), torch.searchsorted(slots, move.leaving).int())
 
 
 def _staying(tokens: Tensor, move: Move) -> Tensor:

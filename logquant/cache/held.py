@@ -129,8 +129,8 @@ class Held:
             self.rows, self.advice, self.chosen = after, kept, chosen
             return False
         with own_arithmetic(tokens.keys.device, grad=tokens.in_graph):
-            padded = real is not None
-            commit = Commit(self.storage, tokens, moves, before, after, self.layout, heard, padded, allocator)
+            given, padded = chosen and chosen.given, real is not None
+            commit = Commit(self.storage, tokens, moves, before, after, self.layout, heard, given, padded, allocator)
             chosen = chosen and chosen.moved(moves, before, after, new)
             # What is written from here on cannot be undone.
             self._interrupted = True

@@ -25,11 +25,14 @@ class Leaving:
         rows: the rows.
         keys: ``[rows, H, T, D]``: those of all exact and new tokens, in order, without padding.
         tokens: ``[1 or rows, N]``, which of those leave, in order.
+        given: ``[rows, H, N]``, what the newest queries have given them, where that is counted
+            (:func:`logquant.attention.weights.given`).
     """
 
     rows: slice
     keys: Tensor
     tokens: Tensor
+    given: Tensor | None = None
 
 
 class Advice(NamedTuple):
@@ -115,7 +118,7 @@ class Advice(NamedTuple):
         if self.queries is None:
             return None
         recent = self.queries.keep(queries).together().map(lambda t: t[leaving.rows])
-        return Attention(recent, leaving.keys, leaving.tokens)
+        return Attention(recent, leaving.keys, leaving.tokens, leaving.given)
 
     def allocate(self, first: Iterable[Leaving]) -> Advice:
         """With the bits allocated of rows that get their first page, as their tokens and queries say."""
@@ -144,7 +147,8 @@ class Advice(NamedTuple):
             return options
         weights = attention[tokens]
         if self.fmt.key_param_bits == 8:
-            options["key_weights"] = key_weights(weights, self.fmt.page_tokens)
+            mean = weights.mean(2) if attention.given is None else attention.given[:, :, tokens]
+            options["key_weights"] = key_weights(mean, self.fmt.page_tokens)
         if self.fmt.value_param_bits == 8:
             options["value_feedback"] = value_feedback(weights, self.fmt.page_tokens)
         return options

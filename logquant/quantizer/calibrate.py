@@ -48,7 +48,7 @@ class _Observed(DynamicLayer):
             leaving = torch.arange(_FIRST, end - 2 * _RULE.window, _STEP, dtype=torch.int32, device=keys.device)
             leaving = leaving[: len(leaving) // _RULE.page_size * _RULE.page_size]
             queries = RecentQueries.of(query, None, call.scale, call.softcap)
-            scores = Attention(queries, keys[:, :, :end], leaving).key_scores(_RULE.page_size)[0].cpu()
+            scores = Attention(queries, keys[:, :, :end], leaving[None]).key_scores(_RULE.page_size)[0].cpu()
             self.scores = scores if self.scores is None else self.scores + scores
 
 

@@ -39,9 +39,11 @@ class Attention:
         queries: few, of these sequences; those of padding attend to all tokens alike.
         keys: ``[B, H, T, D]``, all that are still exact.
         leaving: ``[1 or B, N]``, indices of keys.
+        given: ``[B, H, N]``, what all queries of late, not these few alone, have given to those; None if not counted.
     """
 
-    def __init__(self, queries: RecentQueries, keys: Tensor, leaving: Tensor) -> None:
+    def __init__(self, queries: RecentQueries, keys: Tensor, leaving: Tensor, given: Tensor | None = None) -> None:
+        self.given = given
         query = queries.query.float()
         if queries.real is not None:
             query = query * queries.real[:, None, :, None]
@@ -97,13 +99,13 @@ def key_weights(attention: Tensor, page_tokens: int) -> Tensor:
     """Weights of the squared errors of keys: the mean attention each gets, 1 on average over a page, plus 1.
 
     Args:
-        attention: ``[B, H, queries, N]``, N a multiple of ``page_tokens``.
+        attention: ``[B, H, N]``, the mean over queries or their sum, N a multiple of ``page_tokens``.
         page_tokens: tokens of a page.
 
     Returns:
         float32 ``[B, H, N]``. All 1 where that is not finite.
     """
-    pages = attention.mean(2).unflatten(-1, (-1, page_tokens))
+    pages = attention.unflatten(-1, (-1, page_tokens))
     weights = (pages / pages.mean(-1, keepdim=True) + 1.0).nan_to_num(1.0, 1.0, 1.0).flatten(-2)
     # Rounded to three bits, so that the order in which a matrix product adds up does not show in the pages.
     mantissa, exponent = weights.frexp()

@@ -51,7 +51,7 @@ def options_of(layer: LogQuantLayer, q: Tensor, k: Tensor, leaving: Tensor) -> d
     """What the quantiser is told when the last of ``q`` are the newest queries and ``k`` the exact keys."""
     newest = RecentQueries.of(q[:, :, -QUERIES:], None, 0.125, 0.0)
     part = feedback.Attention(newest, k, leaving[None])[:]
-    return {"key_weights": feedback.key_weights(part, 64), "value_feedback": feedback.value_feedback(part, 64)}
+    return {"key_weights": feedback.key_weights(part.mean(2), 64), "value_feedback": feedback.value_feedback(part, 64)}
 
 
 def test_the_newest_queries_choose_columns_weights_and_feedback():
