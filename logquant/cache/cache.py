@@ -18,6 +18,7 @@ from ..files import fingerprint, read, write
 from ..quantizer.calibration import Calibration, calibration_of, with_calibration
 from .layer import LogQuantLayer
 from .layout import Rows, Slots
+from .left_behind import LeftBehind
 from .other_layers import put_together, take_apart
 from .shared import Shared
 from .sizes import tensors_in
@@ -80,6 +81,7 @@ class LogQuantCache(DynamicCache):
         if (calibration := calibration_of(self.quantization)) is not None:
             calibration.check(config, [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer])
         self.config = config
+        self.left_behind = LeftBehind(config)
         self._shared = Shared(Allocator(sum(type(layer) is DynamicLayer for layer in layers)))
         # Not DynamicCache's own __init__, which would make other layers. It is the base because transformers asks for
         # it where a cache must be able to crop and select rows (EncoderDecoderCache).
@@ -90,6 +92,24 @@ class LogQuantCache(DynamicCache):
                 for i, layer in enumerate(layers)
             ],
         )
+
+    def __bool__(self) -> bool:
+        """Whether it holds tokens: Phi-3 would throw an empty cache away before a long prompt, were it true."""
+        length = super().get_seq_length()
+        self.left_behind.asked_for_truth(length)
+        return length > 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions that the layer holds, those of padding included."""
+        length: int = super().get_seq_length(layer_idx)
+        self.left_behind.asked_for_length(length)
+        return length
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: ``generate`` is not to compile by itself (:mod:`logquant.attention.compiled`)."""
+        self.left_behind.kept()
+        return False
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, ...]]:
         """Keys and values of each layer, dequantised, and its sliding window, as those of a ``DynamicCache``."""
