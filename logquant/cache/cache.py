@@ -80,7 +80,7 @@ class LogQuantCache(DynamicCache):
         layers = DynamicCache(config=config).layers
         if (calibration := calibration_of(self.quantization)) is not None:
             calibration.check(config, [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer])
-        self.config = config
+        self.config, self._text_config = config, config.get_text_config(decoder=True)
         self.left_behind = LeftBehind(config)
         self._shared = Shared(Allocator(sum(type(layer) is DynamicLayer for layer in layers)))
         # Not DynamicCache's own __init__, which would make other layers. It is the base because transformers asks for
@@ -92,6 +92,20 @@ class LogQuantCache(DynamicCache):
                 for i, layer in enumerate(layers)
             ],
         )
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append tokens to a layer, and return what attention is to see (:meth:`LogQuantLayer.update`)."""
+        layer = self.layers[layer_idx]
+        if (
+            torch.compiler.is_compiling()
+            and isinstance(layer, LogQuantLayer)
+            and self._text_config._attn_implementation != "logquant"
+        ):
+            return layer.update_dense(key_states, value_states)
+        updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return updated
 
     def __bool__(self) -> bool:
         """Whether it holds tokens: Phi-3 would throw an empty cache away before a long prompt, were it true."""
