@@ -82,6 +82,7 @@ class LogQuantCache(DynamicCache):
             calibration.check(config, [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer])
         self.config, self._text_config = config, config.get_text_config(decoder=True)
         self.left_behind = LeftBehind(config)
+        self._given = False
         self._shared = Shared(Allocator(sum(type(layer) is DynamicLayer for layer in layers)))
         # Not DynamicCache's own __init__, which would make other layers. It is the base because transformers asks for
         # it where a cache must be able to crop and select rows (EncoderDecoderCache).
@@ -118,6 +119,20 @@ class LogQuantCache(DynamicCache):
         length: int = super().get_seq_length(layer_idx)
         self.left_behind.asked_for_length(length)
         return length
+
+    @property
+    def _is_user_defined(self) -> bool:
+        """What ``generate`` writes here where it begins with a given cache."""
+        return self._given
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, value: bool) -> None:
+        if self.config.is_encoder_decoder:
+            raise ValueError(
+                f"{self.config.model_type} has self-attention and cross-attention, and would mix them in a "
+                "LogQuantCache or throw it away: give EncoderDecoderCache(cache, DynamicCache(config=model.config))"
+            )
+        self._given = value
 
     @property
     def is_compileable(self) -> bool:

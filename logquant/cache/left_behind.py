@@ -43,8 +43,8 @@ class LeftBehind:
         self._asked_at = None
         warnings.warn(
             f"{self._model} leaves this LogQuantCache with {length} tokens and goes on with a DynamicCache in full "
-            f"precision: its text passes {self._switch} tokens, from where on it computes all keys anew. After "
-            "logquant.enable(model) they go into this cache",
+            f"precision, for its text passes {self._switch} tokens, from where on keys are other ones. After "
+            "logquant.enable(model) the cache is filled with those instead",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -129,25 +129,32 @@ class _Enabled:
         method: Callable[..., Any] = getattr(type(self.model), name).__get__(self.model) if before is None else before
         return method
 
-    def cache(self, *, cross_attention: bool) -> LogQuantCache | EncoderDecoderCache:
-        """A new cache of the model."""
+    def cache(self, inputs: dict[str, Any]) -> LogQuantCache | EncoderDecoderCache:
+        """A new cache for a model that is called with these inputs."""
         cache = LogQuantCache(self.model.config, self.settings)
-        if not cross_attention:
-            return cache
+        return self.in_two_parts(cache) if self._has_cross_attention(inputs) else cache
+
+    def in_two_parts(self, cache: LogQuantCache) -> EncoderDecoderCache:
+        """With another cache for cross-attention, whose keys and values never grow."""
         return EncoderDecoderCache(cache, DynamicCache(config=self.model.config.get_text_config(decoder=True)))
+
+    def _has_cross_attention(self, inputs: dict[str, Any]) -> bool:
+        return self.model.config.is_encoder_decoder or inputs.get("encoder_outputs") is not None
 
     # -------------------------------------------------------------------------------------------------- in their place
     def prepare_cache(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        given = from_arguments(model_kwargs) is not None
+        given = from_arguments(model_kwargs)
+        if isinstance(given, LogQuantCache) and self._has_cross_attention(model_kwargs):
+            # Whisper would throw away a cache that is not of two parts; others would mix them.
+            model_kwargs[CACHE] = self.in_two_parts(given)
         result = self._original("_prepare_cache_for_generation")(generation_config, model_kwargs, *args, **kwargs)
         made = model_kwargs.get(CACHE)
-        if given or generation_config.cache_implementation not in (None, "dynamic"):
+        if given is not None or generation_config.cache_implementation not in (None, "dynamic"):
             return result
         if isinstance(made, EncoderDecoderCache) and type(made.self_attention_cache) is DynamicCache:
             made.self_attention_cache = LogQuantCache(self.model.config, self.settings)
         elif type(made) is DynamicCache:
-            # Whisper's decoder alone would throw a cache away that is not of two parts.
-            made = model_kwargs[CACHE] = self.cache(cross_attention=model_kwargs.get("encoder_outputs") is not None)
+            made = model_kwargs[CACHE] = self.cache(model_kwargs)
         else:
             return result
         if generation_config.is_assistant:
@@ -203,8 +210,7 @@ class _Enabled:
         """Tell a LogQuant cache what comes, or give one to a forward pass that is to make a cache by itself."""
         cache, name = from_arguments(kwargs), "attention_mask"
         if cache is None and self._makes_a_cache(args, kwargs):
-            cross_attention = self.model.config.is_encoder_decoder or kwargs.get("encoder_outputs") is not None
-            cache = self.cache(cross_attention=cross_attention)
+            cache = self.cache(kwargs)
             kwargs = {key: value for key, value in kwargs.items() if key != "past_key_values"} | {CACHE: cache}
         if isinstance(cache, EncoderDecoderCache):
             name = "decoder_attention_mask"
