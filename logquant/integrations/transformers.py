@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from ..cache.cache import LogQuantCache
 from ..compat import CACHE, from_arguments
@@ -60,7 +60,8 @@ def disable(model: nn.Module) -> None:
 
 
 def _generating(module: nn.Module) -> Iterator[PreTrainedModel]:
-    return (m for m in module.modules() if isinstance(m, PreTrainedModel) and type(m).can_generate())
+    """The models in a module that have transformers' own ``generate``; SpeechT5, for one, has another."""
+    return (m for m in module.modules() if isinstance(m, PreTrainedModel) and isinstance(m, GenerationMixin))
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:

@@ -20,6 +20,8 @@ from transformers import (
     Phi4MultimodalForCausalLM,
     PhimoeConfig,
     PhimoeForCausalLM,
+    SpeechT5Config,
+    SpeechT5ForTextToSpeech,
     T5GemmaConfig,
     T5GemmaForConditionalGeneration,
     WhisperForCausalLM,
@@ -278,3 +280,12 @@ def test_gradient_checkpointing_uses_no_cache(ids):
     cache = LogQuantCache(model.config)
     model(ids, **as_argument(cache), use_cache=True)
     assert cache.get_seq_length() == 0
+
+
+def test_a_generate_of_its_own_is_refused():
+    sizes = {"hidden_size": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "speech_decoder_prenet_units": 32}
+    model = SpeechT5ForTextToSpeech(SpeechT5Config(**sizes, **heads, speech_decoder_postnet_units=32))
+    assert model.can_generate()
+    with pytest.raises(TypeError, match="that generates, got SpeechT5ForTextToSpeech"):
+        logquant.enable(model)
