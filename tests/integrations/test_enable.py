@@ -168,7 +168,7 @@ def test_the_arguments_of_generate_are_still_checked(ids):
     model = tiny_model()
     logquant.enable(model)
     with pytest.raises(ValueError, match="not used by the model"):
-        generated(model, ids, wordl=3)
+        generated(model, ids, unknown=3)
 
 
 # ------------------------------------------------------------------------------------------------- copies and files
