@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
+from ..attention import compiled
 from ..config import LogQuantConfig
 from ..files import fingerprint, read, write
 from ..quantizer.calibration import Calibration, calibration_of, with_calibration
@@ -99,12 +100,12 @@ class LogQuantCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         """Append tokens to a layer, and return what attention is to see (:meth:`LogQuantLayer.update`)."""
         layer = self.layers[layer_idx]
-        if (
-            torch.compiler.is_compiling()
-            and isinstance(layer, LogQuantLayer)
-            and self._text_config._attn_implementation != "logquant"
-        ):
-            return layer.update_dense(key_states, value_states)
+        compiling = torch.compiler.is_compiling()
+        plain = self._text_config._attn_implementation != "logquant"
+        if compiling and plain and isinstance(layer, LogQuantLayer) and layer.is_initialized:
+            length = layer.get_seq_length() + key_states.shape[2]
+            both: tuple[Tensor, Tensor] = compiled.read_layer(key_states, value_states, layer._layer_id, length)
+            return both
         updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return updated
 

@@ -109,15 +109,6 @@ class LogQuantLayer(CacheLayerMixin):
             return layer_id, layer_id
         return self._update(key_states, value_states)
 
-    def update_dense(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`update` in a model that is being compiled, for attention that wants plain tensors; returns those."""
-        if not self.is_initialized:
-            handled: tuple[Tensor, Tensor] = self._update_uncompiled(key_states, value_states)
-            return handled
-        length = self._length + key_states.shape[2]
-        both: tuple[Tensor, Tensor] = compiled.read_layer(key_states, value_states, self._layer_id, length)
-        return both
-
     @torch.compiler.disable
     def _update_uncompiled(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         return self._update(key_states, value_states)
