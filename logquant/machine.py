@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,23 @@ def last_level_cache_bytes(default: int = 64 << 20) -> int:
     return 1024 * max(sizes)
 
 
+def transformers_version() -> str | None:
+    """Of the transformers that is installed, which is not imported for that; None without."""
+    try:
+        return version("transformers")
+    except PackageNotFoundError:
+        return None
+
+
 def build() -> dict[str, Any]:
     """What was compiled, what of it runs here, and why not if it does not."""
     error = ops.extension_error()
-    facts: dict[str, Any] = {"logquant": __version__, "torch": torch.__version__, "extension_error": error}
+    facts: dict[str, Any] = {
+        "logquant": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers_version(),
+        "extension_error": error,
+    }
     if error is None:
         from . import _C
 

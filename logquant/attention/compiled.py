@@ -3,7 +3,8 @@
 The tracer sees two operators for each layer: one gives the new keys and values to the layer, one attends. What they do
 to the layer is Python and stays out of the graph, so nothing in the graph depends on how long the context is. The layer
 is named by a *layer id*, a small tensor on the CPU that the first operator hands to the second in place of keys and
-values, and not by a number, for then every new cache would be compiled anew.
+values, and not by a number, for then every new cache would be compiled anew. Attention implementations other than
+``"logquant"`` do not know layer ids: for them an operator gives the new tokens to the layer and dequantises all.
 
 For the same reason neither operator may be part of a CUDA graph, whose replays run no Python: their tag says so, and
 ``torch.compile(mode="reduce-overhead")`` captures what lies between them. The layer keeps copies of what it is given,
@@ -13,7 +14,9 @@ before that.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import warnings
 import weakref
 from typing import Any, Protocol
 
@@ -64,6 +67,37 @@ def update_layer(key_states: Tensor, value_states: Tensor, layer_id: Tensor) -> 
 @update_layer.register_fake
 def _(key_states: Tensor, value_states: Tensor, layer_id: Tensor) -> Tensor:
     return torch.empty_like(layer_id)
+
+
+@functools.cache
+def _warn_dense() -> None:
+    warnings.warn(
+        "torch.compile: the LogQuant cache is dequantised at every step, because the model's attention implementation "
+        'knows only plain tensors; model.set_attn_implementation("logquant") before compiling attends to it directly. '
+        "Padding is kept like tokens unless logquant.enable(model) or cache.set_padding() tells where it is",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+@torch.library.custom_op("logquant::read_layer", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def read_layer(key_states: Tensor, value_states: Tensor, layer_id: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Append tokens to a layer; the keys and values of all tokens, which are then ``length``, as plain tensors."""
+    layer = _layers[int(layer_id[0])]
+    keys, _ = layer.update(key_states.clone(), value_states.clone())
+    view: View = keys.kv_view  # type: ignore[attr-defined]
+    if not view.plain:
+        _warn_dense()
+    dense = [x.clone() for x in view.dense()]
+    view.observe(None)
+    return dense[0], dense[1]
+
+
+@read_layer.register_fake
+def _(key_states: Tensor, value_states: Tensor, layer_id: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    batch, heads, _, dim = key_states.shape
+    value_dim = value_states.shape[-1]
+    return key_states.new_empty(batch, heads, length, dim), value_states.new_empty(batch, heads, length, value_dim)
 
 
 @torch.library.custom_op("logquant::attend_layer", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))

@@ -143,6 +143,7 @@ def _repeated(func: Any, handle: KVHandle, *args: Any, **kwargs: Any) -> KVHandl
     return None
 
 
+@torch.compiler.disable
 def _call_dense(func: Any, args: Any, kwargs: Any) -> Any:
     """``func`` on the dequantised tensors that handles among its arguments stand for."""
     views = []
@@ -162,6 +163,7 @@ def _call_dense(func: Any, args: Any, kwargs: Any) -> Any:
     return out
 
 
+@torch.compiler.disable
 def _intercept_sdpa(
     query: Tensor,
     key: Tensor,

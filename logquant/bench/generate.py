@@ -1,13 +1,18 @@
 """``logquant bench generate``: tokens per second of whole decoding, cache by cache, and the bytes each cache holds.
 
 At one batch size for all caches, or at the largest that fits into a number of bytes, for each cache its own.
+
+A full cache is decoded in two forms. Without a mask transformers hands query heads to torch with ``enable_gqa``, which
+is slow on CPUs; with one, as padded batches have it, it hands those of a KV head over as its query tokens. Which is
+faster depends on machine, torch and transformers, and a comparison with the slower one alone would be worth little.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +26,7 @@ from ..compat import as_argument
 from ..methods.accounting import cache_nbytes, commit
 from ..methods.quanto import Quanto
 from ..methods.registry import CacheSpec
-from ..plan import head_shape, plan
+from ..plan import Plan, head_shape, plan
 from .timing import WARMUP, Timing, clock_of, time_interleaved
 
 
@@ -35,7 +40,8 @@ class GenerateResult:
         context: tokens of the prompt; within a budget those at the end.
         timing: of one step, that is of one token of each sequence.
         held: bytes of the cache's tensors after the last step.
-        speedup: tokens a second in parts of the full cache's, round by round; None without that one.
+        speedups: tokens a second in parts of the full cache's, round by round, by the name of its form, the faster one
+            first; empty without a full cache.
         predicted: bytes that they were to be at most (:func:`logquant.plan.plan`); None if not asked for.
     """
 
@@ -44,17 +50,53 @@ class GenerateResult:
     context: int
     timing: Timing
     held: int
-    speedup: Timing | None = None
+    speedups: dict[str, Timing] = field(default_factory=dict)
     predicted: int | None = None
 
     @property
     def tokens_per_second(self) -> float:
         return self.batch / self.timing.median
 
+    @property
+    def speedup(self) -> Timing | None:
+        """Over the faster form of the full cache."""
+        return next(iter(self.speedups.values()), None)
+
     def as_dict(self) -> dict[str, Any]:
-        speedup = None if self.speedup is None else self.speedup.as_dict()
-        times = {"tokens_per_second": self.tokens_per_second, "timing": self.timing.as_dict()}
-        return {**vars(self), **times, "speedup": speedup}
+        speedups = {name: speedup.as_dict() for name, speedup in self.speedups.items()}
+        return {
+            **vars(self),
+            "tokens_per_second": self.tokens_per_second,
+            "timing": self.timing.as_dict(),
+            "speedup": next(iter(speedups.values()), None),
+            "speedups": speedups,
+        }
+
+
+@dataclass
+class _Contender:
+    """What decodes one token of each sequence at a time.
+
+    Args:
+        cache: what it decodes into.
+        tokens: ``[B, 1]``, what it is given at every step.
+        attention: the implementation.
+        masked: whether there is a mask, which hides one token.
+        passing: whether its tokens are taken back after each step, for another contender has the same cache.
+    """
+
+    cache: Cache
+    tokens: Tensor
+    attention: str = "logquant"
+    masked: bool = False
+    passing: bool = False
+
+
+def forms_of(spec: CacheSpec, attention: Mapping[str, str] | None = None) -> dict[str, bool]:
+    """The names under which a cache is decoded, and whether there is a mask."""
+    if not spec.is_full or spec.name in (attention or {}):
+        return {spec.name: False}
+    return {f"{spec.name}, no mask": False, f"{spec.name}, masked": True}
 
 
 def prefilled(spec: CacheSpec, model: PreTrainedModel, prompt: Tensor, batch: int, exact: Cache | None = None) -> Cache:
@@ -135,12 +177,23 @@ def bench_generate(
         caches[spec.name] = prefilled(spec, model, prompt, batch, exact)
         on_progress()
     fewer = {spec.name: baseline_steps for spec in specs if spec.is_baseline} if baseline_steps else {}
-    last = dict.fromkeys(caches, prompt[:, -1:].expand(batch, -1))
+    tokens = prompt[:, -1:].expand(batch, -1)
     del exact
-    timings = _time_steps(model, caches, last, steps, on_progress, fewer, attention)
-    full = next((timings[s.name] for s in specs if s.is_full and s.name not in (attention or {})), None)
+    contenders: dict[str, _Contender] = {}
+    for spec in specs:
+        contenders |= _contenders(spec, caches[spec.name], tokens, attention)
+    timings = _time_steps(model, contenders, steps, on_progress, fewer)
+    fulls = {name: timings[name] for spec in specs for name in forms_of(spec, attention) if name != spec.name}
+    fulls = dict(sorted(fulls.items(), key=lambda item: item[1].median))
     return [
-        GenerateResult(name, batch, context, timing, cache_nbytes(caches[name]), full and timing.speedup_over(full))
+        GenerateResult(
+            name,
+            batch,
+            context,
+            timing,
+            cache_nbytes(contenders[name].cache),
+            {other: timing.speedup_over(full) for other, full in fulls.items()},
+        )
         for name, timing in timings.items()
     ]
 
@@ -170,17 +223,26 @@ def bench_budget(
     """
     model.set_attn_implementation("logquant")
     prompt = random_tokens(model, context - steps - WARMUP)
-    caches, plans = {}, {}
+    contenders: dict[str, _Contender] = {}
+    plans: dict[str, Plan] = {}
     for spec in specs:
         planned = plan(spec, model.config, budget=budget, tokens=context, itemsize=model.dtype.itemsize)
         if planned.batch < 1:
             raise ValueError(f"budget must be at least {planned.nbytes} bytes for cache {spec.name!r}, got {budget}")
-        plans[spec.name], caches[spec.name] = planned, prefilled(spec, model, prompt, planned.batch)
+        tokens = prompt[:, -1:].expand(planned.batch, -1)
+        contenders |= _contenders(spec, prefilled(spec, model, prompt, planned.batch), tokens, attention)
+        plans |= dict.fromkeys(forms_of(spec, attention), planned)
         on_progress()
-    last = {name: prompt[:, -1:].expand(planned.batch, -1) for name, planned in plans.items()}
-    timings = _time_steps(model, caches, last, steps, on_progress, attention=attention)
+    timings = _time_steps(model, contenders, steps, on_progress)
     return [
-        GenerateResult(name, p.batch, context, timings[name], cache_nbytes(caches[name]), predicted=p.batch * p.nbytes)
+        GenerateResult(
+            name,
+            p.batch,
+            context,
+            timings[name],
+            cache_nbytes(contenders[name].cache),
+            predicted=p.batch * p.nbytes,
+        )
         for name, p in plans.items()
     ]
 
@@ -191,40 +253,61 @@ def random_tokens(model: PreTrainedModel, tokens: int) -> Tensor:
     return torch.randint(model.config.vocab_size, (1, tokens), generator=generator).to(model.device)
 
 
+def _contenders(
+    spec: CacheSpec, cache: Cache, tokens: Tensor, attention: Mapping[str, str] | None
+) -> dict[str, _Contender]:
+    """By name, what decodes into a cache: one, or the two forms of a full one, which share it where they can."""
+    implementation = (attention or {}).get(spec.name, "logquant")
+    *others, last = forms_of(spec, attention).items()
+    # A sliding layer cannot take a token back.
+    shared = all(type(layer) is DynamicLayer for layer in cache.layers)
+    found = {}
+    for name, masked in others:
+        own = cache if shared else copy.deepcopy(cache)
+        found[name] = _Contender(own, tokens, implementation, masked, passing=shared)
+    return found | {last[0]: _Contender(cache, tokens, implementation, masked=last[1])}
+
+
 def _time_steps(
     model: PreTrainedModel,
-    caches: dict[str, Cache],
-    tokens: dict[str, Tensor],
+    contenders: dict[str, _Contender],
     steps: int,
     on_progress: Callable[[], None],
     fewer: dict[str, int] | None = None,
-    attention: Mapping[str, str] | None = None,
 ) -> dict[str, Timing]:
-    """Decode one token of each sequence with each cache in turn; the tokens are committed afterwards."""
-    implementations = dict.fromkeys(caches, "logquant") | dict(attention or {})
+    """Decode one token of each sequence with each contender in turn; the tokens are committed afterwards."""
     in_use = "logquant"
 
-    def step_with(name: str) -> Callable[[], Tensor]:
+    def step_with(contender: _Contender) -> Callable[[], Tensor]:
+        cache, tokens = contender.cache, contender.tokens
+        mask = None
+        if contender.masked:
+            last = cache.get_seq_length() + steps + WARMUP
+            mask = torch.ones(len(tokens), last, dtype=torch.long, device=tokens.device)
+            mask[0, 0] = 0  # or transformers would see that it hides nothing, and drop it
+
         def step() -> Tensor:
             nonlocal in_use
-            if in_use != implementations[name]:  # takes less than a millisecond
-                in_use = implementations[name]
+            if in_use != contender.attention:  # takes less than a millisecond
+                in_use = contender.attention
                 model.set_attn_implementation(in_use)
-            logits: Tensor = model(tokens[name], **as_argument(caches[name]), logits_to_keep=1).logits
+            seen = None if mask is None else mask[:, : cache.get_seq_length() + 1]
+            logits: Tensor = model(tokens, attention_mask=seen, **as_argument(cache), logits_to_keep=1).logits
             return logits.argmax(-1)
 
         return step
 
     try:
         timings = time_interleaved(
-            {name: step_with(name) for name in caches},
+            {name: step_with(contender) for name, contender in contenders.items()},
             steps,
             fewer=fewer,
+            after={name: partial(c.cache.crop, -1) for name, c in contenders.items() if c.passing},
             on_progress=on_progress,
             clock=clock_of(model.device.type),
         )
     finally:
         model.set_attn_implementation("logquant")
-    for cache in caches.values():
-        commit(cache)
+    for contender in contenders.values():
+        commit(contender.cache)
     return timings

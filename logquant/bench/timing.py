@@ -85,6 +85,7 @@ def time_interleaved(
     *,
     fewer: Mapping[str, int] | None = None,
     before_each: Callable[[], None] = lambda: None,
+    after: Mapping[str, Callable[[], None]] | None = None,
     on_progress: Callable[[], None] = lambda: None,
     clock: Callable[[Callable[[], object]], float] = cpu_seconds,
 ) -> dict[str, Timing]:
@@ -95,6 +96,7 @@ def time_interleaved(
         rounds: timed calls of each, after :data:`WARMUP` that are not.
         fewer: timed calls of slow ones, spread evenly over the rounds.
         before_each: called before every call, outside the timing.
+        after: by contender, called after each of its calls, outside the timing.
         on_progress: called after every round, warm-up included.
         clock: times one call, in seconds.
     """
@@ -107,6 +109,8 @@ def time_interleaved(
                 continue
             before_each()
             seconds = clock(call)
+            if after and name in after:
+                after[name]()
             if number >= 0:
                 samples[name].append(seconds)
                 numbers[name].append(number)

@@ -14,11 +14,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
+from ..attention import compiled
 from ..config import LogQuantConfig
 from ..files import fingerprint, read, write
 from ..quantizer.calibration import Calibration, calibration_of, with_calibration
 from .layer import LogQuantLayer
 from .layout import Rows, Slots
+from .left_behind import LeftBehind
 from .other_layers import put_together, take_apart
 from .shared import Shared
 from .sizes import tensors_in
@@ -80,7 +82,9 @@ class LogQuantCache(DynamicCache):
         layers = DynamicCache(config=config).layers
         if (calibration := calibration_of(self.quantization)) is not None:
             calibration.check(config, [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer])
-        self.config = config
+        self.config, self._text_config = config, config.get_text_config(decoder=True)
+        self.left_behind = LeftBehind(config)
+        self._given = False
         own = sum(type(layer) is DynamicLayer for layer in layers)
         if layers and not own:
             warnings.warn(
@@ -99,6 +103,52 @@ class LogQuantCache(DynamicCache):
                 for i, layer in enumerate(layers)
             ],
         )
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append tokens to a layer, and return what attention is to see (:meth:`LogQuantLayer.update`)."""
+        layer = self.layers[layer_idx]
+        compiling = torch.compiler.is_compiling()
+        plain = self._text_config._attn_implementation != "logquant"
+        if compiling and plain and isinstance(layer, LogQuantLayer) and layer.is_initialized:
+            length = layer.get_seq_length() + key_states.shape[2]
+            both: tuple[Tensor, Tensor] = compiled.read_layer(key_states, value_states, layer._layer_id, length)
+            return both
+        updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return updated
+
+    def __bool__(self) -> bool:
+        """True, but for an empty cache of a model like Phi-3, which would throw it away before a long prompt."""
+        length = super().get_seq_length()
+        self.left_behind.asked_for_truth(length)
+        return length > 0 or not self.left_behind.may_be
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions that the layer holds, those of padding included."""
+        length: int = super().get_seq_length(layer_idx)
+        self.left_behind.asked_for_length(length)
+        return length
+
+    @property
+    def _is_user_defined(self) -> bool:
+        """What ``generate`` writes here where it begins with a given cache."""
+        return self._given
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, value: bool) -> None:
+        if self.config.is_encoder_decoder:
+            raise ValueError(
+                f"{self.config.model_type} has self-attention and cross-attention, and would mix them in a "
+                "LogQuantCache or throw it away: give EncoderDecoderCache(cache, DynamicCache(config=model.config))"
+            )
+        self._given = value
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: ``generate`` is not to compile by itself (:mod:`logquant.attention.compiled`)."""
+        self.left_behind.kept()
+        return False
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, ...]]:
         """Keys and values of each layer, dequantised, and its sliding window, as those of a ``DynamicCache``."""

@@ -64,7 +64,8 @@ def command(
 ) -> None:
     """Decode with each cache in turn, a step at a time: tokens per second, their ratio to the full cache's, bytes held.
 
-    All sequences of a batch have the same prompt, which is run once.
+    All sequences of a batch have the same prompt, which is run once. A full cache is decoded with and without an
+    attention mask, for which transformers has two forms of attention; ratios are to the faster one first.
     """
     arguments = dict(locals())
     batches = number_list("--batch", batch)
@@ -72,7 +73,7 @@ def command(
         raise bad("--full-attention", "not given with --peaks")
     check_model(model)
     specs = cache_list("--caches", caches, known_bytes=memory_budget is not None)
-    from ..bench.generate import bench_budget, bench_generate
+    from ..bench.generate import bench_budget, bench_generate, forms_of
     from ..bench.timing import WARMUP
     from ..methods.full import Full
     from ..methods.registry import CacheSpec
@@ -102,7 +103,7 @@ def command(
     if peaks:
         del loaded
         tokens = context if budget is None else context - steps - WARMUP
-        _add_peaks(rows, {spec.name: spec for spec in specs}, model, dtype, tokens)
+        _add_peaks(rows, {name: spec for spec in specs for name in forms_of(spec)}, model, dtype, tokens)
     title = f"{'after' if budget is None else 'up to'} {context:,} tokens"
     if rows:
         _table(title, rows, results, peaks).show()
@@ -114,9 +115,13 @@ def _add_peaks(rows: Rows, specs: dict[str, CacheSpec], model: str | None, dtype
     """Measure the peak memory of each row's cache after a prompt of ``tokens`` tokens."""
     from ..bench.memory import bench_memory
 
+    known = {}
     with progress("peak memory", len(rows)) as advance:
         for row in rows:
-            peak = bench_memory(specs[row["cache"]], model, dtype.torch, tokens, row["batch"], steps=3)
+            spec, batch = specs[row["cache"]], row["batch"]
+            if (spec.name, batch) not in known:
+                known[spec.name, batch] = bench_memory(spec, model, dtype.torch, tokens, batch, steps=3)
+            peak = known[spec.name, batch]
             row |= {"peak_rise": peak.peak_rise, "live_peak_rise": peak.live_peak_rise}
             advance()
 
@@ -133,17 +138,19 @@ def _budget(gib: float | None, context: int, decoded: int) -> int | None:
 
 
 def _table(title: str, rows: Rows, results: Sequence[GenerateResult], peaks: bool) -> ResultTable:
-    columns = ["cache", "batch", "tokens/s", "step, ms", "of full", "quartiles", "held", *(["peak"] if peaks else [])]
+    ratios = ["of faster full", "quartiles", "of slower full"]
+    columns = ["cache", "batch", "tokens/s", "step, ms", *ratios, "held", *(["peak"] if peaks else [])]
     table = ResultTable(columns, title=title)
     for row, result in zip(rows, results, strict=True):
-        timing, speedup = result.timing, result.speedup
+        first, second = [*result.speedups.values(), None, None][:2]
         table.add_row(
             result.cache,
             str(result.batch),
             f"{result.tokens_per_second:.1f}",
-            f"{1e3 * timing.median:.1f}",
-            "-" if speedup is None else f"{speedup.median:.2f}x",
-            "-" if speedup is None else f"{speedup.low:.2f}-{speedup.high:.2f}",
+            f"{1e3 * result.timing.median:.1f}",
+            "-" if first is None else f"{first.median:.2f}x",
+            "-" if first is None else f"{first.low:.2f}-{first.high:.2f}",
+            "-" if second is None else f"{second.median:.2f}x",
             megabytes(result.held),
             *([megabytes(row["peak_rise"])] if peaks else []),
         )

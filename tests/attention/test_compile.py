@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -16,8 +17,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.split_module import split_module
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from logquant import LogQuantCache
+from logquant import LogQuantCache, LogQuantConfig
 from logquant.attention.call import AttentionCall
+from logquant.attention.compiled import _warn_dense
 from logquant.compat import as_argument
 from tests.helpers.masks import pad_mask
 from tests.helpers.models import family_config, tiny_model
@@ -102,6 +104,48 @@ def test_a_compiled_model_serves_other_caches_too(ids):
         got, _ = decode(compiled, first, ids[:, :110], 100)
         want, _ = decode(model, second, ids[:, :110], 100)
         assert (got - want).abs().max() < 1e-4 * want.abs().max()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_other_attention_gets_dequantised_tensors_in_one_graph(ids, implementation):
+    """With one warning, which says what would be faster; padding is hidden by the mask, as without a compiler."""
+    model = tiny_model()
+    model.set_attn_implementation(implementation)
+    mask = torch.cat([pad_mask([200, 150], "left"), torch.ones(2, 200, dtype=torch.long)], 1)
+    # Plain pages, which are the same whatever the attention tells of its queries.
+    cache = LogQuantCache(model.config, LogQuantConfig.paper(window=32))
+    cache.set_padding(mask)
+    _warn_dense.cache_clear()
+    with torch.no_grad():
+        model(ids[:, :200], attention_mask=mask[:, :200], **as_argument(cache))
+    twin = copy.deepcopy(cache)
+    program = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got, graphs = decode(program, cache, ids[:, :270], 200, mask)
+        want, _ = decode(model, twin, ids[:, :270], 200, mask)
+    assert (got - want).abs().max() < 1e-3 * want.abs().max()
+    assert not counters["graph_break"] and graphs[-1] == graphs[3] <= 3, graphs
+    told = [str(w.message) for w in caught if "torch.compile" in str(w.message)]
+    assert len(told) == 1 and 'set_attn_implementation("logquant")' in told[0]
+    assert [slots.packed for slots in cache.layers[0].rows.slots] == [
+        slots.packed for slots in twin.layers[0].rows.slots
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_prompt_too_may_be_compiled_with_other_attention(ids, implementation):
+    model = tiny_model(num_hidden_layers=1)
+    model.set_attn_implementation(implementation)
+    logits = []
+    for forward in (torch.compile(model, backend="eager", dynamic=True), model):
+        cache = LogQuantCache(model.config)
+        with torch.no_grad():
+            forward(ids[:, :50], **as_argument(cache))
+        logits.append(decode(forward, cache, ids[:, :54], 50)[0])
+        assert cache.get_seq_length() == 54
+    assert (logits[0] - logits[1]).abs().max() < 1e-4 * logits[1].abs().max()
 
 
 def test_a_mask_whose_memory_is_used_again_loses_no_token(ids):

@@ -7,12 +7,16 @@ import signal
 import sys
 
 import pytest
+import transformers
 from transformers.models.llama import modeling_llama
 
 from logquant import models
+from logquant.attention import forward
 from logquant.bench import generate
 from logquant.bench.timing import WARMUP
 from tests.helpers.cli import refused, run, succeed
+
+FULL = ["full, no mask", "full, masked"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,14 +27,14 @@ def test_bench_generate_times_every_cache(model_dir, json_file):
     output = succeed("bench", "generate", *args, *more, "--json", json_file).output
     results = json.loads(json_file.read_text())["results"]
     assert [(row["batch"], row["cache"]) for row in results] == [
-        (batch, cache) for batch in (1, 2) for cache in ("full", "logquant:window=32")
+        (batch, cache) for batch in (1, 2) for cache in (*FULL, "logquant:window=32")
     ]
     for row in results:
         assert row["tokens_per_second"] == row["batch"] / row["timing"]["median"] > 0
         assert len(row["timing"]["samples"]) == 3
         tokens = 300 + 3 + 2  # two steps are not timed
         full = row["batch"] * 4 * tokens * 2 * 32 * 4
-        assert row["held"] == full if row["cache"] == "full" else 0 < row["held"] < full
+        assert row["held"] == full if row["cache"] in FULL else 0 < row["held"] < full
     assert "tokens/s" in output and "logquant:window=32" in output
 
 
@@ -39,12 +43,35 @@ def test_bench_generate_compares_round_by_round(model_dir, json_file):
     caches = ["full", "logquant:window=32", "hqq:bits=4"]
     args = ("--model", model_dir, "--context", 200, "--batch", "2", "--steps", 6, "--baseline-steps", 3)
     succeed("bench", "generate", *args, "--caches", ",".join(caches), "--json", json_file)
-    rows = json.loads(json_file.read_text())["results"]
-    assert [(row["cache"], len(row["timing"]["samples"])) for row in rows] == list(zip(caches, (6, 6, 3), strict=True))
-    full, packed, hqq = (row["timing"]["samples"] for row in rows)
-    assert rows[0]["speedup"]["samples"] == [1.0] * 6
-    assert rows[1]["speedup"]["samples"] == [f / p for f, p in zip(full, packed, strict=True)]
-    assert rows[2]["speedup"]["samples"] == [f / h for f, h in zip(full[1::2], hqq, strict=True)]
+    content = json.loads(json_file.read_text())
+    assert content["machine"]["transformers"] == transformers.__version__
+    rows, names, counts = content["results"], [*FULL, *caches[1:]], (6, 6, 6, 3)
+    assert [(row["cache"], len(row["timing"]["samples"])) for row in rows] == list(zip(names, counts, strict=True))
+    times = {row["cache"]: row["timing"]["samples"] for row in rows}
+    faster, slower = sorted(FULL, key=lambda name: rows[FULL.index(name)]["timing"]["median"])
+    for row in rows:
+        assert list(row["speedups"]) == [faster, slower] and row["speedup"] == row["speedups"][faster]
+        for form in FULL:
+            own, full = row["timing"]["samples"], times[form][1::2] if row["cache"] == "hqq:bits=4" else times[form]
+            assert row["speedups"][form]["samples"] == [f / o for f, o in zip(full, own, strict=True)]
+
+
+def test_bench_generate_decodes_a_full_cache_with_and_without_a_mask(model_dir, json_file, monkeypatch):
+    """In turn, into one cache, and with a mask that is one: it reaches attention."""
+    seen = []
+    sdpa = forward.sdpa_attention_forward
+
+    def recorded(module, query, key, value, attention_mask, **kwargs):
+        if query.shape[2] == 1:
+            seen.append((key.shape[2], None if attention_mask is None else (~attention_mask).sum().item()))
+        return sdpa(module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setattr(forward, "sdpa_attention_forward", recorded)
+    args = ("bench", "generate", "--model", model_dir, "--context", 200, "--batch", "2", "--steps", 3)
+    succeed(*args, "--caches", "full")
+    layers = models.load(model_dir)[0].config.num_hidden_layers
+    steps = [pair for step in range(3 + WARMUP) for pair in ((201 + step, None), (201 + step, 1))]
+    assert seen == [pair for pair in steps for _ in range(layers)]
 
 
 def test_bench_generate_runs_another_attention_on_a_full_cache(model_dir, json_file, monkeypatch):
@@ -60,8 +87,9 @@ def test_bench_generate_runs_another_attention_on_a_full_cache(model_dir, json_f
     monkeypatch.setattr(modeling_llama, "eager_attention_forward", counted)
     succeed(*args, "--caches", "full,logquant", "--full-attention", "eager", "--json", json_file)
     rows = json.loads(json_file.read_text())["results"]
-    assert [row["cache"] for row in rows] == ["full", "logquant", "full, eager"]
-    assert rows[0]["held"] == rows[2]["held"] and rows[0]["speedup"]["samples"] == [1.0] * 3
+    assert [row["cache"] for row in rows] == [*FULL, "logquant", "full, eager"]
+    assert rows[0]["held"] == rows[1]["held"] == rows[3]["held"]
+    assert [1.0] * 3 in [row["speedup"]["samples"] for row in rows[:2]] and list(rows[3]["speedups"]) != ["full, eager"]
     assert len(calls) == (3 + WARMUP) * models.load(model_dir)[0].config.num_hidden_layers
     succeed(*args, "--caches", "logquant", "--full-attention", "eager", "--json", json_file)
     assert [row["speedup"] for row in json.loads(json_file.read_text())["results"]] == [None, None]
@@ -75,20 +103,23 @@ def test_bench_generate_runs_another_attention_on_a_full_cache(model_dir, json_f
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read in /proc")
 def test_bench_generate_measures_peaks(model_dir, json_file):
-    args = ("--model", model_dir, "--context", 200, "--batch", "2", "--steps", 3, "--caches", "logquant", "--peaks")
-    assert "peak" in succeed("bench", "generate", *args, "--json", json_file).output
+    args = ("--model", model_dir, "--context", 200, "--batch", "2", "--steps", 3, "--peaks")
+    assert "peak" in succeed("bench", "generate", *args, "--caches", "logquant", "--json", json_file).output
     (row,) = json.loads(json_file.read_text())["results"]
-    assert row["peak_rise"] > 0 and row["live_peak_rise"] > 0 and row["speedup"] is None
+    assert row["peak_rise"] > 0 and row["live_peak_rise"] > 0 and row["speedup"] is None and row["speedups"] == {}
+    succeed("bench", "generate", *args, "--caches", "full", "--json", json_file)
+    rows = json.loads(json_file.read_text())["results"]
+    assert len(rows) == 2 and rows[0]["peak_rise"] == rows[1]["peak_rise"] > 0, "measured once, for there is one cache"
 
 
 def test_bench_generate_fills_a_budget(model_dir, json_file):
     args = ("--model", model_dir, "--context", 700, "--memory-budget", 0.004, "--steps", 3, "--caches", "full,logquant")
     succeed("bench", "generate", *args, "--json", json_file)
-    full, packed = json.loads(json_file.read_text())["results"]
-    assert full["batch"] == 0.004 * 2**30 // (4 * 700 * 2 * 32 * 2) < packed["batch"]
-    for row in (full, packed):
+    full, masked, packed = json.loads(json_file.read_text())["results"]
+    assert full["batch"] == masked["batch"] == 0.004 * 2**30 // (4 * 700 * 2 * 32 * 2) < packed["batch"]
+    for row in (full, masked, packed):
         assert row["predicted"] * 0.9 < row["held"] <= row["predicted"] <= 0.004 * 2**30
-    assert full["held"] == full["predicted"]
+    assert full["held"] == masked["held"] == full["predicted"]
     assert "budget must be at least" in refused("bench", "generate", *args[:4], "--memory-budget", 0.0001, "--steps", 3)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 
 from logquant import __version__, machine
 from tests.helpers.cli import succeed
@@ -12,6 +13,7 @@ def test_info_tells_what_is_in_use(json_file):
     output = succeed("info", "--json", json_file).output
     facts = json.loads(json_file.read_text())["machine"]
     assert facts["logquant"] == __version__ and facts["extension_error"] is None
+    assert facts["transformers"] == version("transformers")
     assert facts["instruction_set"] in facts["instruction_sets_available"]
     assert facts["instruction_set"] in output and "in use" in output
 

@@ -8,7 +8,17 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 from logquant.compat import as_argument
 
@@ -116,6 +126,38 @@ def family_config(family: str) -> PreTrainedConfig:
         "eos_token_id": 2,
     }
     return AutoConfig.for_model(family, **base | FAMILIES[family])
+
+
+def whisper(encoder_layers: int = 1) -> tuple[WhisperForConditionalGeneration, dict[str, Tensor]]:
+    """And its inputs."""
+    config = WhisperConfig(
+        vocab_size=256,
+        d_model=64,
+        encoder_layers=encoder_layers,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        num_mel_bins=8,
+        max_source_positions=50,
+        max_target_positions=400,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
+    torch.manual_seed(0)
+    model = WhisperForConditionalGeneration(config).eval()
+    return model, {"input_features": torch.randn(2, 8, 100, generator=torch.Generator().manual_seed(0))}
+
+
+def t5() -> tuple[T5ForConditionalGeneration, dict[str, Tensor]]:
+    """And its inputs."""
+    config = T5Config(vocab_size=256, d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(config).eval()
+    return model, {"input_ids": torch.randint(3, 255, (2, 40), generator=torch.Generator().manual_seed(0))}
 
 
 def logits_of(

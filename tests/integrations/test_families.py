@@ -20,10 +20,6 @@ from transformers import (
     Gemma3nTextConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    T5Config,
-    T5ForConditionalGeneration,
-    WhisperConfig,
-    WhisperForConditionalGeneration,
 )
 
 import logquant
@@ -31,7 +27,7 @@ from logquant import LogQuantCache, LogQuantConfig
 from logquant.attention.handle import KVHandle
 from logquant.cache.layer import LogQuantLayer
 from logquant.compat import as_argument
-from tests.helpers.models import family_config, logits_of
+from tests.helpers.models import family_config, logits_of, t5, whisper
 
 
 @pytest.fixture
@@ -69,36 +65,6 @@ def test_falcon_whose_one_key_head_sdpa_broadcasts(ids):
 
 
 # -------------------------------------------------------------------------------------------------- encoder-decoders
-def whisper() -> tuple[WhisperForConditionalGeneration, dict[str, Tensor]]:
-    config = WhisperConfig(
-        vocab_size=256,
-        d_model=64,
-        encoder_layers=1,
-        decoder_layers=2,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        num_mel_bins=8,
-        max_source_positions=50,
-        max_target_positions=400,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=1,
-    )
-    torch.manual_seed(0)
-    model = WhisperForConditionalGeneration(config).eval()
-    return model, {"input_features": torch.randn(2, 8, 100, generator=torch.Generator().manual_seed(0))}
-
-
-def t5() -> tuple[T5ForConditionalGeneration, dict[str, Tensor]]:
-    config = T5Config(vocab_size=256, d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
-    torch.manual_seed(0)
-    model = T5ForConditionalGeneration(config).eval()
-    return model, {"input_ids": torch.randint(3, 255, (2, 40), generator=torch.Generator().manual_seed(0))}
-
-
 @pytest.mark.parametrize("make", [whisper, t5])
 def test_encoder_decoders_keep_their_own_tokens_in_it(make, ids):
     """The cross-attention's keys and values never grow, and stay in a DynamicCache."""
