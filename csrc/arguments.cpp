@@ -246,7 +246,8 @@ AttendCall attend_call(const Tensor& q_in, const Tensor& pages_in, const Tensor&
                        const Fields& fields, double scale, double softcap, const OptionalTensor& key_map,
                        const OptionalTensor& positions_in, const OptionalTensor& mask,
                        const OptionalTensor& query_positions_in, const OptionalTensor& sinks_in,
-                       const OptionalTensor& page_table_in, const OptionalTensor& lengths_in) {
+                       const OptionalTensor& page_table_in, const OptionalTensor& lengths_in,
+                       const OptionalTensor& attention_in) {
   const PageFormat format = checked_format(fields);
   check_same_device(q_in, "q", {{"pages", &pages_in}, {"window_k", &window_k_in}, {"window_v", &window_v_in}},
                     {{"key_map", &key_map},
@@ -255,7 +256,8 @@ AttendCall attend_call(const Tensor& q_in, const Tensor& pages_in, const Tensor&
                      {"query_positions", &query_positions_in},
                      {"sinks", &sinks_in},
                      {"page_table", &page_table_in},
-                     {"lengths", &lengths_in}});
+                     {"lengths", &lengths_in},
+                     {"attention", &attention_in}});
   check_tokens(q_in, "q", format.head_dim);
   check_tokens(window_k_in, "window_k", format.head_dim);
   check_tokens(window_v_in, "window_v", format.value_dim);
@@ -359,6 +361,24 @@ AttendCall attend_call(const Tensor& q_in, const Tensor& pages_in, const Tensor&
   call.pages = with_contiguous_last_dim(pages_in);
   call.window_k = with_contiguous_last_dim(window_k_in);
   call.window_v = with_contiguous_last_dim(window_v_in);
+  if (attention_in) {
+    const int64_t slots_before = attention_in->dim() == 3 ? attention_in->size(2) : 0;
+    check_shape(*attention_in, "attention", ScalarType::Float, {batch, kv_heads, slots_before});
+    LOGQUANT_CHECK(slots_before <= window_tokens, "attention must have at most window_k's ", window_tokens,
+                   " slots, got ", slots_before);
+    call.attention = with_contiguous_last_dim(*attention_in);
+    args.attention = {static_cast<const float*>(call.attention->const_data_ptr()), call.attention->stride(0),
+                      call.attention->stride(1)};
+    args.attention_slots = slots_before;
+  }
+  if (!call.attention) {
+    call.attention_out = torch::stable::new_empty(call.q, {0}, ScalarType::Float);
+  } else if (query_heads * queries == 0) {  // nobody to give anything: no kernel runs
+    call.attention_out = torch::stable::pad(*call.attention, {0, window_tokens - args.attention_slots});
+  } else {
+    call.attention_out = torch::stable::new_empty(call.q, {batch, kv_heads, window_tokens}, ScalarType::Float);
+    if (window_tokens > 0) args.attention_out = static_cast<float*>(call.attention_out.data_ptr());
+  }
   call.out = torch::stable::new_empty(call.q, {batch, query_heads, queries, format.value_dim});
   call.lse = torch::stable::new_empty(call.q, {batch, query_heads, queries}, ScalarType::Float);
   args.q = tokens_view<Tokens>(call.q);

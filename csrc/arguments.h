@@ -37,8 +37,8 @@ struct EvictCall {
 };
 struct AttendCall {
   AttendArgs args;
-  Tensor q, pages, window_k, window_v, out, lse;
-  OptionalTensor key_map, positions, mask, query_positions, sinks, page_table, lengths;
+  Tensor q, pages, window_k, window_v, out, lse, attention_out;
+  OptionalTensor key_map, positions, mask, query_positions, sinks, page_table, lengths, attention;
 };
 
 QuantizeCall quantize_call(const Tensor& k, const Tensor& v, const Fields& format, const OptionalTensor& index,
@@ -54,6 +54,7 @@ AttendCall attend_call(const Tensor& q, const Tensor& pages, const Tensor& windo
                        const Fields& format, double scale, double softcap, const OptionalTensor& key_map,
                        const OptionalTensor& positions, const OptionalTensor& mask,
                        const OptionalTensor& query_positions, const OptionalTensor& sinks,
-                       const OptionalTensor& page_table, const OptionalTensor& lengths);
+                       const OptionalTensor& page_table, const OptionalTensor& lengths,
+                       const OptionalTensor& attention);
 
 }  // namespace logquant

@@ -122,6 +122,12 @@ struct AttendArgs {
   void* out = nullptr;   // [batch, query head, query, value_dim], contiguous, dtype of q
   float* lse = nullptr;  // [batch, query head, query], contiguous
 
+  // What window slots have been given (reference/attend.py): before, [batch, KV head, attention_slots] with contiguous
+  // slots, and now, [batch, KV head, window_tokens], contiguous; nullptr where nobody asks.
+  PerHead<float> attention;
+  int64_t attention_slots = 0;
+  float* attention_out = nullptr;
+
   int64_t page_blocks = 0;  // with a page table: what its entries must stay below
 
   // Whether anything may hide a slot from a row.

@@ -44,15 +44,16 @@ void evict(Tensor window_k, Tensor window_v, Tensor pages, const Fields& format,
   if (window_k.numel() > 0) cpu::kernels().evict(call.args, parallel_for);
 }
 
-std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& pages, const Tensor& window_k, const Tensor& window_v,
-                                  const Fields& format, double scale, double softcap, const OptionalTensor& key_map,
-                                  const OptionalTensor& positions, const OptionalTensor& mask,
-                                  const OptionalTensor& query_positions, const OptionalTensor& sinks,
-                                  const OptionalTensor& page_table, const OptionalTensor& lengths) {
+std::tuple<Tensor, Tensor, Tensor> attend(const Tensor& q, const Tensor& pages, const Tensor& window_k,
+                                          const Tensor& window_v, const Fields& format, double scale, double softcap,
+                                          const OptionalTensor& key_map, const OptionalTensor& positions,
+                                          const OptionalTensor& mask, const OptionalTensor& query_positions,
+                                          const OptionalTensor& sinks, const OptionalTensor& page_table,
+                                          const OptionalTensor& lengths, const OptionalTensor& attention) {
   const AttendCall call = attend_call(q, pages, window_k, window_v, format, scale, softcap, key_map, positions, mask,
-                                      query_positions, sinks, page_table, lengths);
+                                      query_positions, sinks, page_table, lengths, attention);
   if (call.lse.numel() > 0) cpu::kernels().attend(call.args, parallel_for);
-  return {call.out, call.lse};
+  return {call.out, call.lse, call.attention_out};
 }
 
 }  // namespace
@@ -69,8 +70,8 @@ STABLE_TORCH_LIBRARY(logquant, m) {
   m.def(
       "attend(Tensor q, Tensor pages, Tensor window_k, Tensor window_v, int[] format, float scale, "
       "float softcap=0.0, Tensor? key_map=None, Tensor? positions=None, Tensor? mask=None, "
-      "Tensor? query_positions=None, Tensor? sinks=None, Tensor? page_table=None, Tensor? lengths=None) "
-      "-> (Tensor, Tensor)");
+      "Tensor? query_positions=None, Tensor? sinks=None, Tensor? page_table=None, Tensor? lengths=None, "
+      "Tensor? attention=None) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(logquant, CPU, m) {

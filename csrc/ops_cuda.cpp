@@ -77,21 +77,22 @@ void evict(Tensor window_k, Tensor window_v, Tensor pages, const Fields& format,
   if (window_k.numel() > 0) check_launch(cuda::evict(call.args, launch.stream()), "evict_");
 }
 
-std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& pages, const Tensor& window_k, const Tensor& window_v,
-                                  const Fields& format, double scale, double softcap, const OptionalTensor& key_map,
-                                  const OptionalTensor& positions, const OptionalTensor& mask,
-                                  const OptionalTensor& query_positions, const OptionalTensor& sinks,
-                                  const OptionalTensor& page_table, const OptionalTensor& lengths) {
+std::tuple<Tensor, Tensor, Tensor> attend(const Tensor& q, const Tensor& pages, const Tensor& window_k,
+                                          const Tensor& window_v, const Fields& format, double scale, double softcap,
+                                          const OptionalTensor& key_map, const OptionalTensor& positions,
+                                          const OptionalTensor& mask, const OptionalTensor& query_positions,
+                                          const OptionalTensor& sinks, const OptionalTensor& page_table,
+                                          const OptionalTensor& lengths, const OptionalTensor& attention) {
   const Launch launch(q);
   const AttendCall call = attend_call(q, pages, window_k, window_v, format, scale, softcap, key_map, positions, mask,
-                                      query_positions, sinks, page_table, lengths);
-  if (call.lse.numel() == 0) return {call.out, call.lse};
+                                      query_positions, sinks, page_table, lengths, attention);
+  if (call.lse.numel() == 0) return {call.out, call.lse, call.attention_out};
   cuda::AttendArgs args{call.args};
   const int64_t floats = cuda::plan(args, multiprocessors(q.get_device_index()));
   const Tensor workspace = torch::stable::new_empty(call.q, {floats}, ScalarType::Float);
   cuda::use_workspace(args, static_cast<float*>(workspace.data_ptr()));
   check_launch(cuda::attend(args, launch.stream()), "attend");
-  return {call.out, call.lse};
+  return {call.out, call.lse, call.attention_out};
 }
 
 }  // namespace

@@ -13,11 +13,13 @@
 //   keys.h        scores of a page            values.h  sums of a page        dot_codes.h  the dot products of both
 //   pages.h       the walk over pages         window.h  the exact tokens      prefetcher.h the next page
 //   masks.h       what hides slots            softmax.h online softmax        partials.h   what splits leave, merged
+//   attention.h   how much of it the window's slots get
 //   tiled_dot.h, tiled_pages.h                dot_codes.h and pages.h on matrix tiles
 //
 // Memory traffic: each page and window token is read once per row block, nothing is written but the split's partial
-// result (value_dim + 2 floats a row).
+// result (value_dim + 2 floats a row) and, where it is asked what window slots are given, their scores (a float a row).
 
+#include "attend/attention.h"
 #include "attend/pages.h"
 #include "attend/partials.h"
 #include "attend/queries.h"
@@ -72,11 +74,7 @@ void attend_rows(const AttendArgs& args, const AttendPlan& plan, const TaskRows&
   memory.scores.clear(NR);
   memory.acc.clear(f, NR);
 
-  int64_t pages = args.page_count, window_tokens = args.window_tokens;
-  if (args.lengths != nullptr) {
-    pages = args.lengths[rows.batch * args.lengths_batch_stride];
-    window_tokens = args.lengths[rows.batch * args.lengths_batch_stride + 1];
-  }
+  const int64_t pages = used_pages(args, rows.batch), window_tokens = used_window_tokens(args, rows.batch);
   const int64_t first = split * plan.units_per_split, last = smaller(plan.units, first + plan.units_per_split);
   const int64_t page_end = smaller(last, pages);
   if (SpecializedSizes::are_of(f)) {
@@ -89,7 +87,8 @@ void attend_rows(const AttendArgs& args, const AttendPlan& plan, const TaskRows&
   const int64_t window_first = larger(first - args.page_count, 0) * AttendPlan::kWindowBlock;
   const int64_t window_end = smaller((last - args.page_count) * AttendPlan::kWindowBlock, window_tokens);
   with_dtype(args.window_k.dtype, [&](auto dtype) {
-    add_window<NR, dtype>(args, rows, window_first, window_end, memory.queries, memory.scores, memory.acc);
+    add_window<NR, dtype>(args, rows, window_first, window_end, memory.queries, memory.scores, memory.acc,
+                          WindowScores(plan, head, rows.first_row));
   });
   store_partials(args, plan, rows, head, split, memory.acc);
 }
@@ -115,6 +114,11 @@ void attend_split(const AttendArgs& args, const AttendPlan& plan, int64_t task) 
   }
 }
 
-void attend_merge(const AttendArgs& args, const AttendPlan& plan, int64_t head) { merge_partials(args, plan, head); }
+void attend_merge(const AttendArgs& args, const AttendPlan& plan, int64_t head) {
+  merge_partials(args, plan, head);
+  if (plan.window_scores != nullptr) {
+    add_attention(args, plan, head, used_window_tokens(args, head / args.kv_heads));
+  }
+}
 
 }  // namespace logquant::cpu::LOGQUANT_ISA

@@ -57,9 +57,11 @@ AttendPlan::AttendPlan(const AttendArgs& args) {
   constexpr int64_t kTasks = 128, kMinUnits = 8;
   rows = static_cast<int>(args.group * args.queries);
   row_blocks = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
-  units = args.page_count + (args.window_tokens + kWindowBlock - 1) / kWindowBlock;
+  const int64_t window_units = (args.window_tokens + kWindowBlock - 1) / kWindowBlock;
+  units = args.page_count + window_units;
   units_per_split = std::max(kMinUnits, units * args.batch * args.kv_heads * row_blocks / kTasks);
   splits = std::max<int64_t>(1, (units + units_per_split - 1) / units_per_split);
+  if (args.attention_out != nullptr) window_stride = window_units * kWindowBlock;
 }
 
 namespace {
@@ -85,7 +87,9 @@ void attend(const AttendArgs& args, const ParallelFor& parallel_for) {
   const int64_t heads = args.batch * args.kv_heads, tasks_per_head = plan.tasks_per_head();
   // Not the tasks' own scratch: this thread runs tasks, too.
   thread_local Scratch partials;
-  plan.partials = static_cast<float*>(partials.at_least(sizeof(float) * plan.partial_count(args)));
+  const int64_t floats = plan.partial_count(args) + plan.window_score_count(args);
+  plan.partials = static_cast<float*>(partials.at_least(sizeof(float) * floats));
+  if (plan.window_stride > 0) plan.window_scores = plan.partials + plan.partial_count(args);
   // The last task of a head merges it: no second start of all threads, and the same order of additions always.
   const auto left = std::make_unique<std::atomic<int64_t>[]>(heads);
   for (int64_t h = 0; h < heads; ++h) left[h].store(tasks_per_head, std::memory_order_relaxed);

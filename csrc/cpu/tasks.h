@@ -41,7 +41,9 @@ struct AttendPlan {
   int rows = 0;        // group * queries; row r is query r % queries of query head r / queries of the group
   int row_blocks = 0;  // of nearly equal size
   int64_t units = 0, units_per_split = 0, splits = 0;
-  float* partials = nullptr;  // [batch * KV head][split][row][value_dim + 2]: sums, maximum, denominator
+  float* partials = nullptr;       // [batch * KV head][split][row][value_dim + 2]: sums, maximum, denominator
+  int64_t window_stride = 0;       // window tokens, to a multiple of kWindowBlock; 0 if nobody asks what they are given
+  float* window_scores = nullptr;  // [batch * KV head][row][window_stride]: in base 2
 
   explicit AttendPlan(const AttendArgs& args);
 
@@ -50,6 +52,7 @@ struct AttendPlan {
   int64_t partial_count(const AttendArgs& args) const {
     return args.batch * args.kv_heads * splits * rows * partial_size(args);
   }
+  int64_t window_score_count(const AttendArgs& args) const { return args.batch * args.kv_heads * rows * window_stride; }
 };
 
 #define LOGQUANT_DECLARE_ATTEND(isa)                                               \

@@ -1,5 +1,10 @@
 // attend: the choice of kernel, the cut into splits, and the combination of their partial results.
+//
+// What the window's slots are given (reference/attend.py) is p^2, p being a row's softmax over the window alone. The
+// kernels that take the window keep its scores, and its own log-sum-exp follows from the sums of its splits; prefill,
+// whose splits are of pages and window alike, has the window done again by them.
 
+#include <algorithm>
 #include <climits>
 
 #include "attend.cuh"
@@ -9,14 +14,56 @@ namespace {
 
 constexpr int kCombineThreads = 128;
 
+// The log-sum-exp, in units of log2, of a row's scores of the window alone; any number where it sees nothing of it.
+LOGQUANT_DEVICE float window_lse(const AttendArgs& a, int batch, int kv_head, int row) {
+  float top = -INFINITY, total = 0.0f;
+  const auto sums = [&](int split) {
+    return a.partial_sums + 2 * partial_index(a, batch, kv_head, a.page_splits + split, row);
+  };
+  for (int s = 0; s < a.window_splits; ++s) top = fmaxf(top, sums(s)[0]);
+  for (int s = 0; s < a.window_splits; ++s) total += sums(s)[1] * ptx::exp2(sums(s)[0] - top);
+  return total == 0.0f ? 0.0f : top + log2f(total);
+}
+
+// What the window's slots from first_slot on, one a thread, have been given: rows are added in their order.
+LOGQUANT_DEVICE void add_attention(const AttendArgs& a, int batch, int kv_head, int first_slot) {
+  LOGQUANT_DYNAMIC_SHARED(shared);
+  float* const lse = reinterpret_cast<float*>(shared);  // of the rows at hand, one a thread
+  const int self = threadIdx.x, slot = first_slot + self, used = used_window_tokens(a, batch);
+  const int rows = static_cast<int>(a.group * a.queries);
+  float sum = 0.0f;
+  for (int first = 0; first < rows; first += kCombineThreads) {
+    if (first + self < rows) lse[self] = window_lse(a, batch, kv_head, first + self);
+    __syncthreads();
+    const float* const scores = a.window_scores + window_score_index(a, batch, kv_head, first) + slot;
+    for (int r = 0; r < min(kCombineThreads, rows - first) && slot < used; ++r) {
+      const float score = scores[r * a.window_tokens];
+      const float share = score == -INFINITY ? 0.0f : ptx::exp2(score - lse[r]);
+      sum = fmaf(share, share, sum);
+    }
+    __syncthreads();
+  }
+  if (slot >= a.window_tokens) return;
+  const float before = slot < a.attention_slots ? a.attention.of(batch, kv_head)[slot] : 0.0f;
+  a.attention_out[(int64_t{batch} * a.kv_heads + kv_head) * a.window_tokens + slot] = before + sum;
+}
+
 // One softmax out of the splits' parts. A block is one row of one KV head; its threads are channels. Splits are added
-// in their order, so that the same input gives the same bits. Memory: 4 Dv + 8 bytes a split. Budget: 48 registers.
+// in their order, so that the same input gives the same bits. Blocks after those of rows are 128 slots of the window
+// each, if anybody asks what they are given. Memory: 4 Dv + 8 bytes a split; 4 bytes a row and slot. Budget: 48
+// registers.
 template <class T>
-__global__ void __launch_bounds__(kCombineThreads) attend_combine(__grid_constant__ const AttendArgs a) {
+__global__ void __launch_bounds__(kCombineThreads)
+    attend_combine(__grid_constant__ const AttendArgs a, int first_block) {
   const int heads = static_cast<int>(a.kv_heads), batch = blockIdx.y / heads, kv_head = blockIdx.y % heads;
+  const int index = first_block + blockIdx.x, rows = static_cast<int>(a.group * a.queries);
+  if (index >= rows) {
+    add_attention(a, batch, kv_head, (index - rows) * kCombineThreads);
+    return;
+  }
   const int splits = a.page_splits + a.window_splits, dim = a.format.value_dim;
-  const Row row = row_of(a, batch, kv_head, blockIdx.x);
-  const auto at = [&](int split) { return partial_index(a, batch, kv_head, split, blockIdx.x); };
+  const Row row = row_of(a, batch, kv_head, index);
+  const auto at = [&](int split) { return partial_index(a, batch, kv_head, split, index); };
 
   const float sink = a.sinks != nullptr ? a.sinks[row.head] * kLog2e : -INFINITY;
   float top = sink;
@@ -44,6 +91,27 @@ int64_t partials(const AttendArgs& a) {
   return a.batch * a.kv_heads * row_count(a) * (a.page_splits + a.window_splits);
 }
 
+int64_t partial_floats(const AttendArgs& a) { return partials(a) * (a.format.value_dim + 2); }
+int64_t attention_blocks(const AttendArgs& a) {
+  return a.attention_out == nullptr ? 0 : ceil_div(a.window_tokens, kCombineThreads);
+}
+int64_t kept_scores(const AttendArgs& a) {
+  return a.attention_out == nullptr ? 0 : a.batch * a.kv_heads * row_count(a) * a.window_tokens;
+}
+
+void use_partials(AttendArgs& args, float* memory) {
+  args.partial_out = memory;
+  args.partial_sums = memory + partials(args) * args.format.value_dim;
+}
+
+// For the kernels of few rows: they know what the window's slots are given, and prefill does not.
+AttendArgs window_alone(AttendArgs args) {
+  args.page_splits = 0;
+  args.window_splits = 1;
+  use_partials(args, args.partial_out);
+  return args;
+}
+
 // Up to 16 rows share each page that is read; the tensor-core kernels of a format read it again for the next 16.
 bool is_prefill(const AttendArgs& a) {
   return prefill_handles(a) && row_count(a) > (find_tensor_kernel(a) != nullptr ? 64 : 8);
@@ -66,7 +134,10 @@ int64_t plan(AttendArgs& args, int multiprocessors) {
         ceil_div(2 * int64_t{multiprocessors}, heads * ceil_div(row_count(args), prefill_rows(args)));
     args.page_splits = static_cast<int>(clamp(wanted, 1, clamp(prefill_tiles(args) / 4, 1, INT_MAX)));
     args.window_splits = 0;
-    return args.page_splits == 1 ? 0 : partials(args) * (args.format.value_dim + 2);
+    const int64_t floats = args.page_splits == 1 ? 0 : partial_floats(args);
+    // The window's parts come first, and are no longer needed when those of prefill are written.
+    return kept_scores(args) +
+           (args.attention_out == nullptr ? floats : std::max(floats, partial_floats(window_alone(args))));
   }
   // Three blocks fit on a multiprocessor. At batch 1 there are few heads, and many splits fill the GPU; at batch 128
   // one split a head does. A split has at least two pages for each of its four warps, or 64 tokens of the window.
@@ -74,27 +145,48 @@ int64_t plan(AttendArgs& args, int multiprocessors) {
   args.page_splits = args.page_count == 0 ? 0 : static_cast<int>(clamp(wanted, 1, ceil_div(args.page_count, 8)));
   args.window_splits =
       args.window_tokens == 0 ? 0 : static_cast<int>(clamp(wanted, 1, ceil_div(args.window_tokens, 64)));
-  return partials(args) * (args.format.value_dim + 2);
+  return kept_scores(args) + partial_floats(args);
 }
 
 void use_workspace(AttendArgs& args, float* workspace) {
-  args.partial_out = workspace;
-  args.partial_sums = workspace + partials(args) * args.format.value_dim;
+  if (args.attention_out != nullptr) args.window_scores = workspace;
+  use_partials(args, workspace + kept_scores(args));
 }
 
-cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
-  if (is_prefill(args)) {
-    const cudaError_t error = attend_prefill(args, stream);
-    if (error != cudaSuccess || args.page_splits == 1) return error;
-  } else if (args.page_splits + args.window_splits > 0) {
-    const TensorKernel* const kernel = find_tensor_kernel(args);
-    const cudaError_t error = kernel ? kernel->launch(args, stream) : attend_general(args, stream);
+namespace {
+
+cudaError_t attend_few_rows(const AttendArgs& args, cudaStream_t stream) {
+  if (args.page_splits + args.window_splits == 0) return cudaSuccess;
+  const TensorKernel* const kernel = find_tensor_kernel(args);
+  return kernel ? kernel->launch(args, stream) : attend_general(args, stream);
+}
+
+cudaError_t combine(const AttendArgs& args, int64_t first_block, int64_t blocks, cudaStream_t stream) {
+  if (blocks == 0) return cudaSuccess;
+  return with_element(args.q.dtype, [&](auto element) {
+    return ptx::launch(&attend_combine<decltype(element)>, dim3(blocks, args.batch * args.kv_heads), kCombineThreads,
+                       kCombineThreads * sizeof(float), stream, args, static_cast<int>(first_block));
+  });
+}
+
+cudaError_t attend_many_rows(const AttendArgs& args, cudaStream_t stream) {
+  if (attention_blocks(args) > 0) {
+    const AttendArgs window = window_alone(args);
+    if (const cudaError_t error = attend_few_rows(window, stream); error != cudaSuccess) return error;
+    const cudaError_t error = combine(window, row_count(args), attention_blocks(args), stream);
     if (error != cudaSuccess) return error;
   }
-  return with_element(args.q.dtype, [&](auto element) {
-    return ptx::launch(&attend_combine<decltype(element)>, dim3(row_count(args), args.batch * args.kv_heads),
-                       kCombineThreads, 0, stream, args);
-  });
+  const cudaError_t error = attend_prefill(args, stream);
+  if (error != cudaSuccess || args.page_splits == 1) return error;
+  return combine(args, 0, row_count(args), stream);
+}
+
+}  // namespace
+
+cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
+  if (is_prefill(args)) return attend_many_rows(args, stream);
+  const cudaError_t error = attend_few_rows(args, stream);
+  return error != cudaSuccess ? error : combine(args, 0, row_count(args) + attention_blocks(args), stream);
 }
 
 }  // namespace logquant::cuda

@@ -118,6 +118,11 @@ LOGQUANT_DEVICE void write_partial_sums(const AttendArgs& a, int64_t partial, fl
   a.partial_sums[2 * partial + 1] = sum;
 }
 
+// Where a row's scores of the window are kept, of the first token on.
+LOGQUANT_DEVICE int64_t window_score_index(const AttendArgs& a, int64_t batch, int64_t kv_head, int64_t row) {
+  return ((batch * a.kv_heads + kv_head) * (a.group * a.queries) + row) * a.window_tokens;
+}
+
 // What a block works on, where the grid is (splits, batch * KV heads, tiles of `rows` query rows).
 struct BlockRows {
   LOGQUANT_DEVICE BlockRows(const AttendArgs& a, int rows)
@@ -130,6 +135,9 @@ struct BlockRows {
   LOGQUANT_DEVICE const uint32_t* page(const AttendArgs& a, int page) const { return page_at(a, batch, kv_head, page); }
   LOGQUANT_DEVICE int64_t partial_index(const AttendArgs& a, int split, int row) const {
     return cuda::partial_index(a, batch, kv_head, split, row);
+  }
+  LOGQUANT_DEVICE void keep_window_score(const AttendArgs& a, int row, int token, float score) const {
+    a.window_scores[window_score_index(a, batch, kv_head, row) + token] = score;
   }
   LOGQUANT_DEVICE const int16_t* key_map(const AttendArgs& a) const {
     return a.key_map.data + batch * a.key_map.batch_stride + kv_head * a.key_map.head_stride;

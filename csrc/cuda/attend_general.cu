@@ -151,6 +151,13 @@ class GeneralAttention {
       }
     }
     softmax(score, static_cast<int>(a.page_count) * f.page_tokens + first, count);
+    if (a.window_scores != nullptr && self < count) {
+#pragma unroll
+      for (int r = 0; r < rows; ++r) {
+        const int row = block.first_row + r;
+        if (row < block.row_total) block.keep_window_score(a, row, first + self, score[r]);
+      }
+    }
     for (int c = self; c < f.value_dim; c += kThreads) {
       float acc[rows];
       begin(acc, c);

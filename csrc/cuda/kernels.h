@@ -16,14 +16,16 @@ struct AttendArgs : logquant::AttendArgs {
   int page_splits = 0, window_splits = 0;
   float* partial_out = nullptr;   // [batch, kv head, split, row, value_dim]
   float* partial_sums = nullptr;  // [batch, kv head, split, row, 2]: reference exponent, sum
+  // Where somebody asks what the window's slots are given: their scores in units of log2.
+  float* window_scores = nullptr;  // [batch, kv head, row, window token]
 };
 
 cudaError_t quantize(const QuantizeArgs& args, cudaStream_t stream);
 cudaError_t dequantize(const DequantizeArgs& args, cudaStream_t stream);
 cudaError_t evict(const EvictArgs& args, cudaStream_t stream);
 
-// Chooses the splits for a device with that many multiprocessors; returns how many floats of workspace attend() needs,
-// partial_out first, then partial_sums.
+// Chooses the splits for a device with that many multiprocessors; returns how many floats of workspace attend() needs:
+// window_scores, partial_out, partial_sums.
 int64_t plan(AttendArgs& args, int multiprocessors);
 void use_workspace(AttendArgs& args, float* workspace);
 cudaError_t attend(const AttendArgs& args, cudaStream_t stream);

@@ -147,6 +147,9 @@ cuda::AttendArgs attend_args(Reader& in) {
   a.sinks = in.pointer<const float>();
   a.out = in.pointer<void>();
   a.lse = in.pointer<float>();
+  in.per_head(a.attention);
+  a.attention_slots = in.number();
+  a.attention_out = in.pointer<float>();
   return a;
 }
 

@@ -238,14 +238,21 @@ void run(const Case& c) {
     attend.scale = 1.0f / std::sqrt(static_cast<float>(f.head_dim));
     attend.out = out.data();
     attend.lse = lse.data();
+    // What the window's slots are given, beside what half of them have been given before.
+    std::vector<float> before(static_cast<size_t>(rows * window), 0.5f), given(before.size());
+    attend.attention = {before.data(), kHeads * window, window};
+    attend.attention_slots = window / 2;
+    attend.attention_out = given.data();
     set->attend(attend, on_threads);
 
     const auto* const packed_k = reinterpret_cast<const float*>(dense_k.data.data());
     const auto* const packed_v = reinterpret_cast<const float*>(dense_v.data.data());
+    std::vector<double> expected_given(given.size());
     for (int64_t row = 0; row < rows * kGroup * kQueries; ++row) {
       const int64_t head = row / (kGroup * kQueries);
       std::vector<double> sum(static_cast<size_t>(f.value_dim));
-      double denominator = 0;
+      std::vector<double> window_weights;
+      double denominator = 0, window_denominator = 0;
       for (int64_t t = 0; t < packed + window; ++t) {
         const bool in_pages = t < packed;
         const int64_t token = in_pages ? head * packed + t : head * window + t - packed;
@@ -255,9 +262,13 @@ void run(const Case& c) {
         for (int i = 0; i < f.head_dim; ++i) score += static_cast<double>(q[row * f.head_dim + i]) * key[i];
         const double weight = std::exp(score * attend.scale);
         denominator += weight;
+        if (!in_pages) window_denominator += window_weights.emplace_back(weight);
         for (int i = 0; i < f.value_dim; ++i) sum[i] += weight * value[i];
       }
       check(std::abs(lse[row] - std::log(denominator)) < 1e-3, "wrong log-sum-exp", set->name, f);
+      for (int64_t t = 0; t < window; ++t) {
+        expected_given[head * window + t] += std::pow(window_weights[t] / window_denominator, 2);
+      }
       for (int i = 0; i < f.value_dim; ++i) {
         const int64_t at = row * f.value_dim + i;
         const double expected = sum[i] / denominator, rounding = pairs ? std::abs(expected) / 256 : 0;
@@ -266,6 +277,10 @@ void run(const Case& c) {
         const float got = pairs ? std::bit_cast<float>(static_cast<uint32_t>(half) << 16) : out[at];
         check(std::abs(got - expected) < 1e-3 + rounding, "wrong output", set->name, f);
       }
+    }
+    for (size_t i = 0; i < given.size(); ++i) {
+      const bool had = static_cast<int64_t>(i) % window < window / 2;
+      check(std::abs(given[i] - expected_given[i] - (had ? 0.5 : 0.0)) < 1e-4, "wrong attention given", set->name, f);
     }
   }
   add_to_checksum(first.pages);
@@ -362,9 +377,10 @@ void compare_tiles(const cpu::Kernels& amx, const cpu::Kernels& avx512, unsigned
   }
   const int64_t rows = kBatch * kHeads * queries;
   const auto attended = [&](const cpu::Kernels& set) {
-    std::vector<float> out(static_cast<size_t>(rows * (f.value_dim + 1)));
+    std::vector<float> out(static_cast<size_t>(rows * (f.value_dim + 1) + kBatch * kHeads * window));
     attend.out = out.data();
     attend.lse = out.data() + rows * f.value_dim;
+    attend.attention_out = attend.lse + rows;
     set.attend(attend, on_threads);
     return out;
   };

@@ -22,6 +22,7 @@ __all__ = [
     "evict_",
     "extension_error",
     "has_cuda_kernels",
+    "observed_attend",
     "quantize",
     "register",
     "use_backend",
@@ -161,5 +162,48 @@ def attend(
         ValueError: tensors on different devices.
         RuntimeError: a wrong shape, dtype or index.
     """
-    options = key_map, positions, mask, query_positions, sinks, page_table, lengths
+    options = key_map, positions, mask, query_positions, sinks, page_table, lengths, None
+    out, lse, _ = dispatch(reference.attend, (q, pages, window_k, window_v), (fmt, scale, softcap), options)
+    return out, lse
+
+
+def observed_attend(
+    q: Tensor,
+    pages: Tensor,
+    window_k: Tensor,
+    window_v: Tensor,
+    fmt: PageFormat,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    key_map: Tensor | None = None,
+    positions: Tensor | None = None,
+    mask: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    sinks: Tensor | None = None,
+    page_table: Tensor | None = None,
+    lengths: Tensor | None = None,
+    attention: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`attend`, which also adds up how much attention each exact token gets.
+
+    A query gives a slot of the window p^2, where p is the softmax of its scores over the window's slots alone: pages
+    and sinks do not count, and what it does not see gets nothing. Summed over the query heads of a KV head and over
+    the queries. Meant for few queries: kernels keep 4 bytes for each query head, query and window slot until the end.
+
+    Args:
+        q, pages, window_k, window_v, fmt, scale, softcap, key_map, positions, mask, query_positions, sinks, page_table,
+            lengths: as for :func:`attend`.
+        attention: float32 ``[B, H, M]``, M <= N: what each of the first M window slots has been given before; left as
+            it is.
+
+    Returns:
+        The output and the log-sum-exp, the same bits as of :func:`attend`, and what each window slot has been given
+        now, float32 ``[B, H, N]``: slots from M on had nothing before.
+
+    Raises:
+        ValueError: tensors on different devices.
+        RuntimeError: a wrong shape, dtype or index.
+    """
+    options = key_map, positions, mask, query_positions, sinks, page_table, lengths, attention
     return dispatch(reference.attend, (q, pages, window_k, window_v), (fmt, scale, softcap), options)

@@ -85,18 +85,37 @@ def _fake_evict_(*_: Any, **__: Any) -> None:
 
 def attend(
     q: Tensor, pages: Tensor, window_k: Tensor, window_v: Tensor, fmt: PageFormat, *args: Any, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
-    out_and_lse: tuple[Tensor, Tensor] = torch.ops.logquant.attend.default(
+) -> tuple[Tensor, Tensor, Tensor]:
+    results: tuple[Tensor, Tensor, Tensor] = torch.ops.logquant.attend.default(
         q, pages, window_k, window_v, fmt.fields(), *args, **kwargs
     )
-    return out_and_lse
+    return results
 
 
 def _fake_attend(
-    q: Tensor, pages: Tensor, window_k: Tensor, window_v: Tensor, fields: list[int], *_: Any, **__: Any
-) -> tuple[Tensor, Tensor]:
+    q: Tensor,
+    pages: Tensor,
+    window_k: Tensor,
+    window_v: Tensor,
+    fields: list[int],
+    scale: float,
+    softcap: float = 0.0,
+    key_map: Tensor | None = None,
+    positions: Tensor | None = None,
+    mask: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    sinks: Tensor | None = None,
+    page_table: Tensor | None = None,
+    lengths: Tensor | None = None,
+    attention: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     value_dim = PageFormat.from_fields(fields).value_dim
-    return q.new_empty((*q.shape[:3], value_dim)), q.new_empty(q.shape[:3], dtype=torch.float32)
+    given = (0,) if attention is None else window_k.shape[:3]
+    return (
+        q.new_empty((*q.shape[:3], value_dim)),
+        q.new_empty(q.shape[:3], dtype=torch.float32),
+        q.new_empty(given, dtype=torch.float32),
+    )
 
 
 _FAKES: dict[str, Callable[..., Any]] = {

@@ -237,13 +237,14 @@ def _attend_arguments(*args: object, **kwargs: object) -> SimpleNamespace:
     call.apply_defaults()
     a = SimpleNamespace(**call.arguments)
     a.q, a.pages, a.window_k, a.window_v = map(_dense, (a.q, a.pages, a.window_k, a.window_v))
+    a.attention = None if a.attention is None else _dense(a.attention)
     for name in ("positions", "query_positions", "sinks", "page_table", "lengths"):
         if (x := getattr(a, name)) is not None:
             setattr(a, name, x.contiguous())
     return a
 
 
-def _attend_numbers(a: SimpleNamespace, out: Tensor, lse: Tensor) -> list[int]:
+def _attend_numbers(a: SimpleNamespace, out: Tensor, lse: Tensor, given: Tensor) -> list[int]:
     kv_heads = a.window_k.shape[1]
     page_count, page_view = a.pages.shape[2], _pages(a.pages)
     if a.page_table is not None:
@@ -261,25 +262,28 @@ def _attend_numbers(a: SimpleNamespace, out: Tensor, lse: Tensor) -> list[int]:
         numbers += [0] * 6
     else:
         numbers += [mask.data_ptr(), *(_broadcast(mask, dim) for dim in range(3)), mask.stride(3), mask.shape[3]]
-    return [*numbers, 0 if a.sinks is None else a.sinks.data_ptr(), out.data_ptr(), lse.data_ptr()]
+    numbers += [0 if a.sinks is None else a.sinks.data_ptr(), out.data_ptr(), lse.data_ptr()]
+    slots = 0 if a.attention is None else a.attention.shape[2]
+    return [*numbers, *_per_head(a.attention), slots, given.data_ptr() if given.numel() else 0]
 
 
-def attend(*args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+def attend(*args: object, **kwargs: object) -> tuple[Tensor, Tensor, Tensor]:
     a = _attend_arguments(*args, **kwargs)
     out = torch.full((*a.q.shape[:3], a.fmt.value_dim), torch.nan, dtype=a.q.dtype)
     lse = torch.full(a.q.shape[:3], torch.nan)
-    numbers = _attend_numbers(a, out, lse)
+    given = torch.full((0,) if a.attention is None else a.window_k.shape[:3], torch.nan)
+    numbers = _attend_numbers(a, out, lse, given)
     if lse.numel():
         size = library().emulated_attend_workspace((ctypes.c_int64 * len(numbers))(*numbers))
         workspace = torch.full((size,), torch.nan)
         _call("attend", [*numbers, workspace.data_ptr()])
-    return out, lse
+    return out, lse, given
 
 
 def attend_path(*args: object, **kwargs: object) -> str:
     """The kernel that :func:`attend` takes for these arguments: ``"tensor"``, ``"general"`` or ``"prefill"``."""
     a = _attend_arguments(*args, **kwargs)
-    numbers = _attend_numbers(a, a.q, a.q)
+    numbers = _attend_numbers(a, a.q, a.q, a.q)
     return library().emulated_attend_path((ctypes.c_int64 * len(numbers))(*numbers)).decode()
 
 

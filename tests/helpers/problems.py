@@ -81,24 +81,27 @@ class Problem:
         self.scale = fmt.head_dim**-0.5
         self.slots = packed + exact
 
-    def call(self, function: Any, q: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    def call(self, function: Any, q: Tensor, **options: Any) -> Any:
         return function(
             q, self.pages, self.window_k, self.window_v, self.fmt, scale=self.scale, key_map=self.key_map, **options
         )
 
     def run(self, backend: str, **options: Any) -> tuple[Tensor, Tensor]:
         with on(backend):
-            return self.call(ops.attend, self.q, **options)
+            results: tuple[Tensor, Tensor] = self.call(ops.attend, self.q, **options)
+        return results
 
     def truth(self, **options: Any) -> tuple[Tensor, Tensor]:
-        return self.call(attend, self.q.double(), **options)
+        out, lse, _ = self.call(attend, self.q.double(), **options)
+        return out, lse
 
     def low_precision(self, **options: Any) -> tuple[Tensor, Tensor]:
         """How far off eager attention over the dequantised cache is, in bfloat16 (float16 for float16 models).
 
         Standard deviations: of each output ``[B, Hq, L, Dv]``, and of all log-sum-exps.
         """
-        return self.call(low_precision, self.q, **options)
+        deviations: tuple[Tensor, Tensor] = self.call(low_precision, self.q, **options)
+        return deviations
 
     def check(self, backend: str, **options: Any) -> None:
         out, lse = self.run(backend, **options)

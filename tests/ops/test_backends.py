@@ -37,6 +37,13 @@ def test_opcheck(name):
     torch.library.opcheck(getattr(torch.ops.logquant, name).default, opcheck_arguments()[name])
 
 
+@pytest.mark.parametrize("slots", [0, 100, 192])
+def test_opcheck_with_attention(slots):
+    arguments = opcheck_arguments()["attend"]
+    attention = torch.rand(2, 2, slots)
+    torch.library.opcheck(torch.ops.logquant.attend.default, arguments, {"attention": attention})
+
+
 def test_compiles_without_graph_breaks():
     fmt = PageFormat(64)
     problem = Problem(fmt, packed=128, exact=64, seed=3)
@@ -68,7 +75,8 @@ def test_a_device_without_kernels_gets_the_reference_with_one_warning():
     assert len(caught) == 1
     pages = reference.quantize(problem.window_k, problem.window_v, fmt)
     restored = reference.dequantize(pages, fmt, dtype=torch.float16)
-    for got, want in zip(results, (pages, *restored, *problem.run("reference")), strict=True):
+    attended = problem.call(reference.attend, problem.q)
+    for got, want in zip(results, (pages, *restored, *attended), strict=True):
         assert got.dtype == want.dtype and torch.equal(got, want)
 
 
@@ -132,10 +140,15 @@ def test_signatures_are_those_of_the_schema_in_its_order(name):
     typed, plain = (list(inspect.signature(getattr(x, name)).parameters.values()) for x in (ops, reference))
     schema = getattr(torch.ops.logquant, name).default._schema
     names = [{"format": "fmt"}.get(argument.name, argument.name) for argument in schema.arguments]
-    assert [x.name for x in typed] == [x.name for x in plain] == names
-    assert [(x.default, x.annotation) for x in typed] == [(x.default, x.annotation) for x in plain]
+    assert [x.name for x in plain] == names
     optional = [argument.default_value for argument in schema.arguments if argument.has_default_value()]
     assert optional == [x.default for x in plain if x.default is not x.empty and x.name != "dtype"]
+    if name == "attend":  # two functions: without attention, and with it
+        observed = list(inspect.signature(ops.observed_attend).parameters.values())
+        assert observed[:-1] == typed
+        assert (observed[-1].name, observed[-1].annotation) == ("attention", "Tensor")
+        assert plain.pop().annotation == "Tensor | None"
+    assert [(x.name, x.default, x.annotation) for x in typed] == [(x.name, x.default, x.annotation) for x in plain]
 
 
 def test_the_cuda_backend_moves_tensors_and_brings_results_back():
@@ -143,7 +156,7 @@ def test_the_cuda_backend_moves_tensors_and_brings_results_back():
     device = OnDevice("cpu")
     fmt = PageFormat(64)
     problem = Problem(fmt, packed=128, exact=192, seed=3)
-    for got, want in zip(problem.call(device.attend, problem.q), problem.run("reference"), strict=True):
+    for got, want in zip(problem.call(device.attend, problem.q)[:2], problem.run("reference"), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
     pages = device.quantize(problem.window_k, problem.window_v, fmt)
     assert torch.equal(pages, reference.quantize(problem.window_k, problem.window_v, fmt))

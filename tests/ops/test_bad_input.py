@@ -193,6 +193,27 @@ def test_attend(changes, message):
 
 
 @pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        (torch.ones(2, 2), r"attention must have shape \[2, 2, 0\], got \[2, 2\]"),
+        (torch.ones(1, 2, 10), r"attention must have shape \[2, 2, 10\], got \[1, 2, 10\]"),
+        (torch.ones(2, 4, 10), r"attention must have shape \[2, 2, 10\], got \[2, 4, 10\]"),  # query heads
+        (torch.ones(2, 2, 10).double(), "attention must be Float, got Double"),
+        (torch.ones(2, 2, 11), "attention must have at most window_k's 10 slots, got 11"),
+    ],
+)
+def test_attention(attention, message):
+    window = tokens(10)
+    arguments: dict[str, Any] = dict(q=tokens(1, heads=4), pages=pages(2), window_k=window, window_v=window)
+    check_error(lambda: ops.observed_attend(**arguments, fmt=FMT, scale=0.125, attention=attention), message)
+    message = "attention must be on cpu like the first argument, got meta"
+    elsewhere = attention.to("meta")
+    check_error(
+        lambda: ops.observed_attend(**arguments, fmt=FMT, scale=0.125, attention=elsewhere), message, ValueError
+    )
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ([], "format must have 10 fields, got 0"),

@@ -338,6 +338,14 @@ def test_attend_softcap_and_sinks(backend, dtype):
 
 
 @backends
+def test_a_softcap_does_not_show_what_is_past_the_last_token(backend):
+    """Kernels work on whole vectors: a score of -inf, capped, would count."""
+    for exact in (1, 17, 70):
+        problem = Problem(PageFormat(64), packed=0, exact=exact, group=4)
+        problem.check(backend, softcap=0.5)
+
+
+@backends
 def test_attend_page_table_and_lengths(backend):
     fmt = PageFormat(64)
     whole = Problem(fmt, packed=6 * 64, exact=50, batch=2, heads=2, group=2, queries=3)
@@ -398,7 +406,7 @@ def test_attend_non_finite_tokens(backend, where, dtype):
         out, lse = ops.attend(q, pages, k[:, :, 128:], v[:, :, 128:], fmt, scale=0.125, mask=seen)
     assert out[:, :, 0].isfinite().all() and lse[:, :, 0].isfinite().all()
     assert out[:, :, 1].isnan().any(-1).all()
-    want, _ = reference.attend(q, pages, k[:, :, 128:], v[:, :, 128:], fmt, scale=0.125, mask=seen)
+    want, *_ = reference.attend(q, pages, k[:, :, 128:], v[:, :, 128:], fmt, scale=0.125, mask=seen)
     assert torch.equal(out.isnan(), want.isnan())
     tolerance = 1e-3 if dtype == torch.float32 else 1e-2
     assert torch.allclose(out[:, :, 0], want[:, :, 0], rtol=tolerance, atol=tolerance)

@@ -20,6 +20,14 @@ constexpr int kAccumulators = kLanes == 16 ? 16 : 8;
 LOGQUANT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 LOGQUANT_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Pages and window tokens of a batch row that are in use.
+LOGQUANT_INLINE int64_t used_pages(const AttendArgs& args, int64_t batch) {
+  return args.lengths == nullptr ? args.page_count : args.lengths[batch * args.lengths_batch_stride];
+}
+LOGQUANT_INLINE int64_t used_window_tokens(const AttendArgs& args, int64_t batch) {
+  return args.lengths == nullptr ? args.window_tokens : args.lengths[batch * args.lengths_batch_stride + 1];
+}
+
 struct TaskRows {
   int64_t batch, kv_head;
   int first_row, rows;

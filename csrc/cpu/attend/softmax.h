@@ -70,10 +70,11 @@ __attribute__((noinline)) void raise_maximum(PageFormat f, int r, float maximum,
   acc.maximum[r] = maximum;
 }
 
-// Scores of `tokens` slots (a multiple of kLanes; slots that do not count hold -infinity) become weights.
-template <int NR>
+// Scores of `tokens` slots (a multiple of kLanes; slots that do not count hold -infinity) become weights. Each score,
+// as it is seen, is given to keep(r, t, x).
+template <int NR, class Keep>
 LOGQUANT_INLINE void softmax(const AttendArgs& args, int tokens, bool biased, const Scores& scores,
-                             const Accumulator& acc) {
+                             const Accumulator& acc, Keep&& keep) {
   for (int r = 0; r < NR; ++r) {
     float* const row = scores.weights + r * kUnitTokens;
     const float* const bias = scores.bias + r * kUnitTokens;
@@ -95,6 +96,7 @@ LOGQUANT_INLINE void softmax(const AttendArgs& args, int tokens, bool biased, co
     F32 sum = load(acc.denominators + r * kLanes);
     for (int t = 0; t < tokens; t += kLanes) {
       const F32 x = load(row + t);
+      keep(r, t, x);
       F32 weight = exp2(x - maximum);
       if (biased) weight = select(x == splat(-kInfinity), splat(0.0f), weight);
       sum += weight;
@@ -102,6 +104,12 @@ LOGQUANT_INLINE void softmax(const AttendArgs& args, int tokens, bool biased, co
     }
     store(acc.denominators + r * kLanes, sum);
   }
+}
+
+template <int NR>
+LOGQUANT_INLINE void softmax(const AttendArgs& args, int tokens, bool biased, const Scores& scores,
+                             const Accumulator& acc) {
+  softmax<NR>(args, tokens, biased, scores, acc, [](int, int, F32) __attribute__((always_inline)) {});
 }
 
 }  // namespace

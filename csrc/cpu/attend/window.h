@@ -5,6 +5,7 @@
 // for all rows, straight from the window.
 #pragma once
 
+#include "attention.h"
 #include "dot_codes.h"
 #include "masks.h"
 #include "queries.h"
@@ -109,10 +110,11 @@ __attribute__((noinline)) void hide(float* x, int rows, int first, int end) {
   }
 }
 
-// Adds the window's tokens first .. end - 1. By value and not inlined, as add_pages.
+// Adds the window's tokens first .. end - 1, whose scores are kept if anybody asks what they are given. By value and
+// not inlined, as add_pages.
 template <int NR, Dtype dtype>
 __attribute__((noinline)) void add_window(const AttendArgs& args, TaskRows rows, int64_t first, int64_t end,
-                                          Queries queries, Scores scores, Accumulator acc) {
+                                          Queries queries, Scores scores, Accumulator acc, WindowScores kept) {
   const PageFormat f = args.format;
   const bool has_bias = args.has_bias();
   const auto head = [&](const Tokens& x) __attribute__((always_inline)) {
@@ -136,9 +138,12 @@ __attribute__((noinline)) void add_window(const AttendArgs& args, TaskRows rows,
     }
     if (tokens < padded) hide(scores.weights, NR, tokens, padded);
     const int64_t first_slot = args.page_count * f.page_tokens + start;
-    const bool biased = has_bias && load_bias(args, rows, first_slot, tokens, scores.bias);
+    const bool shows_padding = args.softcap > 0.0f && tokens < padded;  // what hides it would become -softcap
+    const bool biased = (has_bias && load_bias(args, rows, first_slot, tokens, scores.bias)) || shows_padding;
     if (biased) hide(scores.bias, NR, tokens, padded);
-    softmax<NR>(args, padded, biased, scores, acc);
+    softmax<NR>(args, padded, biased, scores, acc, [&](int r, int t, F32 x) __attribute__((always_inline)) {
+      if (kept.data != nullptr && r < rows.rows) store(kept.row(r) + start + t, x);
+    });
     const char* const block = values + start * value_stride * element_bytes(dtype);
     if (biased) {
       add_window_values<NR, dtype, true>(f, block, value_stride, tokens, scores.weights, acc.sums);

@@ -3,8 +3,9 @@
 // Layout: tokens are operand A of S, as in pages; straight from global memory, a lane takes 8 of every 32 channels,
 // then 4 of the last 16, the same order of k for q and keys. For O, movmatrix.trans turns values into operand A.
 // Parallelisation: a team 16 tokens at a time. Of a pair, each warp does its eight rows alone.
-// Memory traffic: the window once. q once a warp where it is kept in registers; where it would take too many, it is
-// read again (from L1) for each 16 tokens, and keys and values come in parts.
+// Memory traffic: the window once; where somebody asks what its slots are given, 4 bytes a token and row. q once a warp
+// where it is kept in registers; where it would take too many, it is read again (from L1) for each 16 tokens, and keys
+// and values come in parts.
 #pragma once
 
 #include "mask.cuh"
@@ -50,6 +51,7 @@ struct WindowAttention {
 #pragma unroll
       for (int u = 0; u < K::kScoreTiles; ++u) {
         mask(thread, scores[u], u, base, tokens);
+        if (a.window_scores != nullptr) keep(thread, scores[u], u, base, tokens);
 #pragma unroll
         for (int h = 0; h < 2; ++h) seen[u][h] = seen_operand<T>(scores[u][2 * h], scores[u][2 * h + 1]);
         weigh(softmax, p[u], scores[u], u, totals[u]);
@@ -143,6 +145,18 @@ struct WindowAttention {
         s[i] = seen_score(a, thread.block.row(a, row), first_slot + token, s[i]);
       }
       if (token >= tokens) s[i] = -INFINITY;
+    }
+  }
+
+  // For what the window's slots are given (attend.cu).
+  static LOGQUANT_DEVICE void keep(const Thread& thread, const float (&s)[4], int u, int base, int tokens) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int token = base + thread.g + 8 * (i / 2);
+      const int row = thread.first_score_row() + 8 * u + 2 * thread.t + i % 2;
+      if (token < tokens && row < thread.block.row_total) {
+        thread.block.keep_window_score(thread.args, row, token, s[i]);
+      }
     }
   }
 

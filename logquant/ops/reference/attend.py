@@ -64,7 +64,8 @@ def attend(
     sinks: Tensor | None = None,
     page_table: Tensor | None = None,
     lengths: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    attention: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Decode attention over packed and exact tokens: one softmax over both (LogQuant section 4).
 
     A *slot* is a place of a token: first the pages' tokens (``page * G + t``), then the window's. Attention does not
@@ -88,13 +89,16 @@ def attend(
         sinks: float ``[Hq]``, a logit a head that only adds to the softmax's denominator (gpt-oss).
         page_table: int32 ``[B, P]``, the block of each page.
         lengths: int32 ``[1 or B, 2]``: pages and window tokens in use; all without it.
+        attention: float32 ``[B, H, M]``, M <= N: what each of the first M window slots has been given before this call.
 
     Computed in float32 (float64 if ``q`` is). A slot that a query does not see has no influence on it, not even if it
     holds a NaN.
 
     Returns:
-        The output ``[B, Hq, L, Dv]`` in q's dtype, 0 for a query that sees nothing, and the log-sum-exp of its scores
-        (natural logarithm, sinks included), float32 ``[B, Hq, L]``.
+        The output ``[B, Hq, L, Dv]`` in q's dtype, 0 for a query that sees nothing; the log-sum-exp of its scores
+        (natural logarithm, sinks included), float32 ``[B, Hq, L]``; and, with ``attention``, what each window slot has
+        been given after this call, float32 ``[B, H, N]``: without it, ``[0]``. A query gives a slot p^2, where p is the
+        softmax of its scores over the slots of the window alone: without pages and sinks.
     """
     batch, _, queries, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -130,4 +134,19 @@ def attend(
     if not finite.all():
         grouped_seen = seen.unflatten(1, (keys.shape[1], -1)).to(wide)
         out[torch.einsum("bhglt,bhtd->bhgld", grouped_seen, (~finite).to(wide)) > 0] = torch.nan
-    return out.flatten(1, 2).to(q.dtype), lse
+    given = scores.new_empty(0, dtype=torch.float32)
+    if attention is not None:
+        given = attention_given(scores[..., packed_k.shape[2] :], attention)
+    return out.flatten(1, 2).to(q.dtype), lse, given
+
+
+def attention_given(scores: Tensor, before: Tensor) -> Tensor:
+    """``before`` ``[B, H, M]`` and what queries with ``scores`` ``[B, Hq, L, N]`` give each of N slots: ``[B, H, N]``.
+
+    Float32; the squares of their softmax, summed over the query heads of each KV head and over the queries.
+    """
+    lse = scores.logsumexp(-1, keepdim=True)
+    shares = (scores - lse).exp().masked_fill(scores == -torch.inf, 0.0).square()
+    given: Tensor = shares.unflatten(1, (before.shape[1], -1)).sum((2, 3))
+    given[..., : before.shape[2]] += before
+    return given.float()
