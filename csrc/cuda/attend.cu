@@ -1,6 +1,6 @@
 // attend: the choice of kernel, the cut into splits, and the combination of their partial results.
 //
-// What the window's slots are given (reference/attend.py) is p^2, p being a row's softmax over the window alone. The
+// What the window's slots are given (reference/attend.py) is a row's softmax over the window alone. The
 // kernels that take the window keep its scores, and its own log-sum-exp follows from the sums of its splits; prefill,
 // whose splits are of pages and window alike, has the window done again by them.
 
@@ -38,8 +38,7 @@ LOGQUANT_DEVICE void add_attention(const AttendArgs& a, int batch, int kv_head, 
     const float* const scores = a.window_scores + window_score_index(a, batch, kv_head, first) + slot;
     for (int r = 0; r < min(kCombineThreads, rows - first) && slot < used; ++r) {
       const float score = scores[r * a.window_tokens];
-      const float share = score == -INFINITY ? 0.0f : ptx::exp2(score - lse[r]);
-      sum = fmaf(share, share, sum);
+      sum += score == -INFINITY ? 0.0f : ptx::exp2(score - lse[r]);
     }
     __syncthreads();
   }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +106,10 @@ class KVView(View):
         plain: whether all tokens are new and see each other as they are.
         units: those that pages and exact tokens are in.
         severed: whether packed tokens came with a gradient, which is lost.
+        given: float32 ``[B, H, k]``, what queries have given to the first k exact tokens; None if nobody asks.
+
+    Attributes:
+        told: ``given`` ``[B, H, N]`` once this view has been attended to by the operator that counts it; else None.
     """
 
     layer: PackedLayer
@@ -124,10 +128,13 @@ class KVView(View):
         plain: bool,
         units: Units = AS_THEY_ARE,
         severed: bool = False,
+        given: Tensor | None = None,
     ) -> None:
         super().__init__(layer, keys, values, new)
         self.pages, self.fmt, self.key_map, self.rows = pages, fmt, key_map, rows
         self.plain, self.units, self.severed = plain, units, severed
+        self.given = given
+        self.told: Tensor | None = None
         self.version = layer.version
         self._dense: tuple[Tensor, Tensor] | None = None
 
@@ -178,12 +185,7 @@ class KVView(View):
             first = self.length - queries
             query_positions = torch.arange(first, self.length, dtype=torch.int32, device=q.device)[None]
         by_position = mask is not None or causal or not self.rows.alike
-        out, _ = ops.attend(
-            q.to(self.keys.dtype),
-            self.pages,
-            self.keys,
-            self.values,
-            self.fmt,
+        options: dict[str, Any] = dict(
             scale=scale * 2.0**self.units.key,
             softcap=softcap,
             key_map=self.key_map,
@@ -193,6 +195,11 @@ class KVView(View):
             sinks=None if sinks is None else sinks.float(),
             lengths=self.rows.lengths(q.device, self.fmt.page_tokens, self.keys.shape[2]),
         )
+        tensors = q.to(self.keys.dtype), self.pages, self.keys, self.values
+        if self.given is None:
+            out, _ = ops.attend(*tensors, self.fmt, **options)
+        else:
+            out, _, self.told = ops.observed_attend(*tensors, self.fmt, **options, attention=self.given)
         return scaled(out, self.units.value).to(q.dtype)
 
     def _is_fused(self, queries: int) -> bool:

@@ -8,6 +8,8 @@ layer holds.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -18,6 +20,7 @@ from torch import Tensor
 from ..attention.weights import given
 from ..config import LogQuantConfig
 from .layout import Move, Rows
+from .sizes import position_dtype
 from .uncommitted import Uncommitted
 
 # So many of the newest queries of a prompt say what they attend to: as many as come between two evictions, by default.
@@ -47,6 +50,7 @@ class Chosen(NamedTuple):
         exact: positions of the exact tokens as of ``since``, int32 ``[B, m]``; -1 beyond a row's own. Those that came
             later follow one another.
         since: where tokens were when they last moved.
+        heard: whether anything has told what it attends to, since tokens last left.
         given: float32 ``[B, H, k]``: to each of the first k exact tokens, what the newest queries have given it since
             a token of its row last left (:func:`logquant.attention.weights.given`).
     """
@@ -55,6 +59,7 @@ class Chosen(NamedTuple):
     packed: Tensor
     exact: Tensor
     since: Rows
+    heard: bool
     given: Tensor
 
     @staticmethod
@@ -62,7 +67,8 @@ class Chosen(NamedTuple):
         """Before the first token; ``keys`` ``[B, H, n, D]`` say for how many rows and heads, and where."""
         batch, heads = keys.shape[:2]
         packed = keys.new_empty(batch, 0, dtype=torch.int16)
-        return Chosen(config, packed, packed.int(), rows, keys.new_empty(batch, heads, 0, dtype=torch.float32))
+        given = keys.new_empty(batch, heads, 0, dtype=torch.float32)
+        return Chosen(config, packed, packed.int(), rows, False, given)
 
     def positions(self, rows: Rows, new: int = 0) -> Tensor:
         """The position of each slot's token, int32 ``[B, packed + exact + new]``; -1 where a slot is empty.
@@ -92,7 +98,7 @@ class Chosen(NamedTuple):
             scale: of scores.
         """
         if uncommitted.given is not None:
-            return self._replace(given=uncommitted.given)
+            return self._replace(heard=True, given=uncommitted.given)
         sums = F.pad(self.given, (0, keys.shape[2] - self.given.shape[2]))
         if (call := uncommitted.call) is not None:
             if real is None and rows.alike:
@@ -100,7 +106,7 @@ class Chosen(NamedTuple):
             else:
                 query, visible = _newest(call.query, keys, rows, real)
                 sums += given(query, keys, scale, call.softcap, visible)
-        return self._replace(given=sums)
+        return self._replace(heard=self.heard or call is not None, given=sums)
 
     def moves(self, before: Rows, after: Rows, new: int, real: Tensor | None, values: Tensor) -> list[Move]:
         """How tokens move when ``new`` positions have come: the tokens that leave are those given least.
@@ -112,7 +118,11 @@ class Chosen(NamedTuple):
             values: ``[B, H, N, Dv]`` of all exact tokens and new positions.
         """
         batch, device = len(values), values.device
-        weight = None if after.packed_counts == before.packed_counts else importance(self.given, values)
+        weight = None
+        if after.packed_counts != before.packed_counts:
+            weight = importance(self.given, values)
+            if not self.heard:
+                _warn_unheard()
         if real is None and before.alike and after.alike:
             parts = [(slice(None), before.slots[0], after.slots[0], torch.arange(new, dtype=torch.int32))]
         else:
@@ -168,7 +178,9 @@ class Chosen(NamedTuple):
                 left[m.rows, :, : staying.shape[1]] = given[m.rows].gather(2, staying[:, None].expand(-1, heads, -1))
         if all(m.leaving.shape[1] for m in moves):
             left = left[:, :, :0]
-        return self._replace(packed=_small(packed, after.length), exact=exact, since=after, given=left)
+        return self._replace(
+            packed=packed.to(position_dtype(after.length)), exact=exact, since=after, heard=False, given=left
+        )
 
     # ----------------------------------------------------------------------------------------- tokens are taken back
     def exact_before(self, before: Rows, after: Rows) -> list[Tensor]:
@@ -210,7 +222,7 @@ class Chosen(NamedTuple):
         exact = self.positions(before)[:, before.packed :]
         tensors = self.packed[:, : before.packed], exact.contiguous(), self.given
         packed, exact, given = (function(t) for t in tensors)
-        return Chosen(self.config, packed, exact, after, given)
+        return Chosen(self.config, packed, exact, after, self.heard, given)
 
     @property
     def nbytes(self) -> int:
@@ -247,7 +259,17 @@ class Chosen(NamedTuple):
             raise ValueError(
                 f"{got or 'no chosen tokens'} do not fit {batch} rows of {rows.packed} packed and {rows.exact} exact"
             )
-        return Chosen(self.config, packed, exact, rows, given)  # type: ignore[arg-type]
+        return Chosen(self.config, packed, exact, rows, bool(given.any()), given)  # type: ignore[arg-type,union-attr]
+
+
+@functools.cache
+def _warn_unheard() -> None:
+    warnings.warn(
+        'the model\'s attention implementation does not tell what it attends to, so the rule "attention" keeps the '
+        'newest tokens exact, as the rule "recent" does; model.set_attn_implementation("logquant") (or "sdpa") tells',
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _newest(query: Tensor, keys: Tensor, rows: Rows, real: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -288,8 +310,3 @@ def importance(given: Tensor, values: Tensor) -> Tensor:
     lengths = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
     weight: Tensor = (given * lengths).mean(1)
     return weight
-
-
-def _small(positions: Tensor, length: int) -> Tensor:
-    """Positions below ``length`` in the smallest type that holds them."""
-    return positions.to(torch.int16 if length <= torch.iinfo(torch.int16).max else torch.int32)

@@ -149,6 +149,7 @@ class LayerContents(CacheLayerMixin):
             plain=self.rows.length == 0 and not (self.speculation is not None and self.speculation.tokens),
             units=storage.units if self.rows.length else AS_THEY_ARE,
             severed=storage.severed,
+            given=self.held.chosen and self.held.chosen.given,
         )
 
     def _real_positions(self, uncommitted: Uncommitted) -> Tensor | None:

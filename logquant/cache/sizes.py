@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..config import LogQuantConfig
@@ -67,6 +68,30 @@ def head_nbytes(
     kept = MAP_QUERIES if config.allocates_bits(fmt) and not packed else QUERIES if fmt.mse_searched else 0
     queries = min(tokens, kept) * query_heads * fmt.head_dim * itemsize
     return key_map + queries + stored * fmt.nbytes + window * (fmt.head_dim + fmt.value_dim) * itemsize
+
+
+def choice_nbytes(config: LogQuantConfig, tokens: int, kv_heads: int, *, decoding: bool = False) -> int:
+    """Bytes of what the rule ``attention`` keeps for one sequence in one layer after a prompt of ``tokens`` tokens.
+
+    Those are the positions of its tokens, and what the exact ones have been given (:mod:`logquant.cache.chosen`).
+
+    Args:
+        config: what is kept exact and how the rest is stored.
+        tokens: tokens seen.
+        kv_heads: KV heads of the layer.
+        decoding: as for :func:`head_nbytes`.
+    """
+    if config.rule != "attention":
+        return 0
+    packed = packed_tokens(config, tokens)
+    exact = window_capacity(config) if decoding and packed else tokens - packed
+    counted = exact if decoding or not packed else 0
+    return packed * position_dtype(tokens).itemsize + 4 * exact + 4 * kv_heads * counted
+
+
+def position_dtype(length: int) -> torch.dtype:
+    """The smallest type that holds positions below ``length``."""
+    return torch.int16 if length <= torch.iinfo(torch.int16).max else torch.int32
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
