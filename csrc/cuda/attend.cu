@@ -35,7 +35,7 @@ LOGQUANT_DEVICE void add_attention(const AttendArgs& a, int batch, int kv_head, 
   for (int first = 0; first < rows; first += kCombineThreads) {
     if (first + self < rows) lse[self] = window_lse(a, batch, kv_head, first + self);
     __syncthreads();
-    const float* const scores = a.window_scores + window_score_index(a, batch, kv_head, first) + slot;
+    const float* const scores = window_scores_of(a, batch, kv_head, first) + slot;
     for (int r = 0; r < min(kCombineThreads, rows - first) && slot < used; ++r) {
       const float score = scores[r * a.window_tokens];
       const float share = score == -INFINITY ? 0.0f : ptx::exp2(score - lse[r]);

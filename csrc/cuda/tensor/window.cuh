@@ -155,7 +155,7 @@ struct WindowAttention {
       const int token = base + thread.g + 8 * (i / 2);
       const int row = thread.first_score_row() + 8 * u + 2 * thread.t + i % 2;
       if (token < tokens && row < thread.block.row_total) {
-        thread.block.keep_window_score(thread.args, row, token, s[i]);
+        thread.block.window_scores(thread.args, row)[token] = s[i];
       }
     }
   }
