@@ -118,9 +118,10 @@ LOGQUANT_DEVICE void write_partial_sums(const AttendArgs& a, int64_t partial, fl
   a.partial_sums[2 * partial + 1] = sum;
 }
 
-// Where a row's scores of the window are kept for what its slots are given (attend.cu): of the first token.
-LOGQUANT_DEVICE float* window_scores_of(const AttendArgs& a, int64_t batch, int64_t kv_head, int64_t row) {
-  return a.window_scores + ((batch * a.kv_heads + kv_head) * (a.group * a.queries) + row) * a.window_tokens;
+// Where a row's scores of the window are kept for what its slots are given (attend.cu). head: batch * KV heads + KV
+// head, which blocks have as blockIdx.y.
+LOGQUANT_DEVICE float* window_scores_of(const AttendArgs& a, int head, int rows, int row) {
+  return a.window_scores + (int64_t{head} * rows + row) * static_cast<int>(a.window_tokens);
 }
 
 // What a block works on, where the grid is (splits, batch * KV heads, tiles of `rows` query rows).
@@ -137,7 +138,7 @@ struct BlockRows {
     return cuda::partial_index(a, batch, kv_head, split, row);
   }
   LOGQUANT_DEVICE float* window_scores(const AttendArgs& a, int row) const {
-    return window_scores_of(a, batch, kv_head, row);
+    return window_scores_of(a, blockIdx.y, row_total, row);
   }
   LOGQUANT_DEVICE const int16_t* key_map(const AttendArgs& a) const {
     return a.key_map.data + batch * a.key_map.batch_stride + kv_head * a.key_map.head_stride;
