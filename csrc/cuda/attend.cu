@@ -13,6 +13,7 @@ namespace logquant::cuda {
 namespace {
 
 constexpr int kCombineThreads = 128;
+constexpr int kSlotsPerThread = 2, kSlotsPerBlock = kSlotsPerThread * kCombineThreads;
 
 // The log-sum-exp, in units of log2, of a row's scores of the window alone; any number where it sees nothing of it.
 LOGQUANT_DEVICE float window_lse(const AttendArgs& a, int batch, int kv_head, int row) {
@@ -25,39 +26,46 @@ LOGQUANT_DEVICE float window_lse(const AttendArgs& a, int batch, int kv_head, in
   return total == 0.0f ? 0.0f : top + log2f(total);
 }
 
-// What the window's slots from first_slot on, one a thread, have been given: rows are added in their order.
+// What kSlotsPerBlock slots of the window have been given: rows are added in their order.
 LOGQUANT_DEVICE void add_attention(const AttendArgs& a, int batch, int kv_head, int first_slot) {
   LOGQUANT_DYNAMIC_SHARED(shared);
   float* const lse = reinterpret_cast<float*>(shared);  // of the rows at hand, one a thread
-  const int self = threadIdx.x, slot = first_slot + self, used = used_window_tokens(a, batch);
-  const int rows = static_cast<int>(a.group * a.queries);
-  float sum = 0.0f;
+  const int self = threadIdx.x, rows = static_cast<int>(a.group * a.queries), used = used_window_tokens(a, batch);
+  const int slot = first_slot + self;  // and those kCombineThreads further
+  float sum[kSlotsPerThread] = {};
   for (int first = 0; first < rows; first += kCombineThreads) {
     if (first + self < rows) lse[self] = window_lse(a, batch, kv_head, first + self);
     __syncthreads();
-    const float* const scores = a.window_scores + window_score_index(a, batch, kv_head, first) + slot;
-    for (int r = 0; r < min(kCombineThreads, rows - first) && slot < used; ++r) {
-      const float score = scores[r * a.window_tokens];
-      sum += score == -INFINITY ? 0.0f : ptx::exp2(score - lse[r]);
+    const float* scores = window_scores_of(a, blockIdx.y, rows, first) + slot;
+    for (int r = 0; r < min(kCombineThreads, rows - first); ++r, scores += a.window_tokens) {
+#pragma unroll
+      for (int i = 0; i < kSlotsPerThread; ++i) {
+        const float score = slot + i * kCombineThreads < used ? scores[i * kCombineThreads] : -INFINITY;
+        sum[i] += score == -INFINITY ? 0.0f : ptx::exp2(score - lse[r]);
+      }
     }
     __syncthreads();
   }
-  if (slot >= a.window_tokens) return;
-  const float before = slot < a.attention_slots ? a.attention.of(batch, kv_head)[slot] : 0.0f;
-  a.attention_out[(int64_t{batch} * a.kv_heads + kv_head) * a.window_tokens + slot] = before + sum;
+  const float* const before = a.attention.of(batch, kv_head);
+  float* const out = a.attention_out + int64_t{blockIdx.y} * a.window_tokens;
+#pragma unroll
+  for (int i = 0; i < kSlotsPerThread; ++i) {
+    const int n = slot + i * kCombineThreads;
+    if (n < a.window_tokens) out[n] = sum[i] + (n < a.attention_slots ? before[n] : 0.0f);
+  }
 }
 
 // One softmax out of the splits' parts. A block is one row of one KV head; its threads are channels. Splits are added
-// in their order, so that the same input gives the same bits. Blocks after those of rows are 128 slots of the window
-// each, if anybody asks what they are given. Memory: 4 Dv + 8 bytes a split; 4 bytes a row and slot. Budget: 48
+// in their order, so that the same input gives the same bits. Blocks after those of rows are slots of the window, if
+// anybody asks what they are given. Memory: 4 Dv + 8 bytes a split; 4 bytes a row and slot. Budget: 48
 // registers.
 template <class T>
-__global__ void __launch_bounds__(kCombineThreads)
+__global__ void __launch_bounds__(kCombineThreads, 10)
     attend_combine(__grid_constant__ const AttendArgs a, int first_block) {
   const int heads = static_cast<int>(a.kv_heads), batch = blockIdx.y / heads, kv_head = blockIdx.y % heads;
   const int index = first_block + blockIdx.x, rows = static_cast<int>(a.group * a.queries);
   if (index >= rows) {
-    add_attention(a, batch, kv_head, (index - rows) * kCombineThreads);
+    add_attention(a, batch, kv_head, (index - rows) * kSlotsPerBlock);
     return;
   }
   const int splits = a.page_splits + a.window_splits, dim = a.format.value_dim;
@@ -92,7 +100,7 @@ int64_t partials(const AttendArgs& a) {
 
 int64_t partial_floats(const AttendArgs& a) { return partials(a) * (a.format.value_dim + 2); }
 int64_t attention_blocks(const AttendArgs& a) {
-  return a.attention_out == nullptr ? 0 : ceil_div(a.window_tokens, kCombineThreads);
+  return a.attention_out == nullptr ? 0 : ceil_div(a.window_tokens, kSlotsPerBlock);
 }
 int64_t kept_scores(const AttendArgs& a) {
   return a.attention_out == nullptr ? 0 : a.batch * a.kv_heads * row_count(a) * a.window_tokens;

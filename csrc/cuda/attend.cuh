@@ -118,9 +118,10 @@ LOGQUANT_DEVICE void write_partial_sums(const AttendArgs& a, int64_t partial, fl
   a.partial_sums[2 * partial + 1] = sum;
 }
 
-// Where a row's scores of the window are kept, of the first token on.
-LOGQUANT_DEVICE int64_t window_score_index(const AttendArgs& a, int64_t batch, int64_t kv_head, int64_t row) {
-  return ((batch * a.kv_heads + kv_head) * (a.group * a.queries) + row) * a.window_tokens;
+// Where a row's scores of the window are kept for what its slots are given (attend.cu). head: batch * KV heads + KV
+// head, which blocks have as blockIdx.y.
+LOGQUANT_DEVICE float* window_scores_of(const AttendArgs& a, int head, int rows, int row) {
+  return a.window_scores + (int64_t{head} * rows + row) * static_cast<int>(a.window_tokens);
 }
 
 // What a block works on, where the grid is (splits, batch * KV heads, tiles of `rows` query rows).
@@ -136,8 +137,8 @@ struct BlockRows {
   LOGQUANT_DEVICE int64_t partial_index(const AttendArgs& a, int split, int row) const {
     return cuda::partial_index(a, batch, kv_head, split, row);
   }
-  LOGQUANT_DEVICE void keep_window_score(const AttendArgs& a, int row, int token, float score) const {
-    a.window_scores[window_score_index(a, batch, kv_head, row) + token] = score;
+  LOGQUANT_DEVICE float* window_scores(const AttendArgs& a, int row) const {
+    return window_scores_of(a, blockIdx.y, row_total, row);
   }
   LOGQUANT_DEVICE const int16_t* key_map(const AttendArgs& a) const {
     return a.key_map.data + batch * a.key_map.batch_stride + kv_head * a.key_map.head_stride;

@@ -115,7 +115,7 @@ class GeneralAttention {
         }
       }
     }
-    softmax(score, p * f.page_tokens, f.page_tokens);
+    softmax(score, p * f.page_tokens, f.page_tokens, nullptr);
 
     const int value_elements = elements_per_word(f.value_bits);
     for (int c = self; c < f.value_dim; c += kThreads) {
@@ -150,14 +150,9 @@ class GeneralAttention {
         for (int r = 0; r < rows; ++r) score[r] = fmaf(q[c * rows + r], x, score[r]);
       }
     }
-    softmax(score, static_cast<int>(a.page_count) * f.page_tokens + first, count);
-    if (a.window_scores != nullptr && self < count) {
-#pragma unroll
-      for (int r = 0; r < rows; ++r) {
-        const int row = block.first_row + r;
-        if (row < block.row_total) block.keep_window_score(a, row, first + self, score[r]);
-      }
-    }
+    float* kept = nullptr;
+    if (a.window_scores != nullptr) kept = block.window_scores(a, block.first_row) + first + self;
+    softmax(score, static_cast<int>(a.page_count) * f.page_tokens + first, count, kept);
     for (int c = self; c < f.value_dim; c += kThreads) {
       float acc[rows];
       begin(acc, c);
@@ -167,16 +162,18 @@ class GeneralAttention {
     __syncthreads();
   }
 
-  // Scores of this thread's token into weights for all; `count` of the threads have a token.
-  LOGQUANT_DEVICE void softmax(float (&score)[rows], int first_slot, int count) {
+  // Scores of this thread's token into weights for all; `count` of the threads have a token. kept: where its first
+  // score is wanted, or nullptr.
+  LOGQUANT_DEVICE void softmax(float (&score)[rows], int first_slot, int count, float* kept) {
     const int self = threadIdx.x;
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
       const int row = block.first_row + r;
       if (self >= count || row >= block.row_total) {
         score[r] = -INFINITY;
-      } else if (!a.plain) {
-        score[r] = seen_score(a, block.row(a, row), first_slot + self, score[r]);
+      } else {
+        if (!a.plain) score[r] = seen_score(a, block.row(a, row), first_slot + self, score[r]);
+        if (kept != nullptr) kept[r * a.window_tokens] = score[r];
       }
       float most = score[r];
 #pragma unroll

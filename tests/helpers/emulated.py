@@ -267,6 +267,10 @@ def _attend_numbers(a: SimpleNamespace, out: Tensor, lse: Tensor, given: Tensor)
     return [*numbers, *_per_head(a.attention), slots, given.data_ptr() if given.numel() else 0]
 
 
+def _workspace(numbers: list[int]) -> int:
+    return int(library().emulated_attend_workspace((ctypes.c_int64 * len(numbers))(*numbers)))
+
+
 def attend(*args: object, **kwargs: object) -> tuple[Tensor, Tensor, Tensor]:
     a = _attend_arguments(*args, **kwargs)
     out = torch.full((*a.q.shape[:3], a.fmt.value_dim), torch.nan, dtype=a.q.dtype)
@@ -274,16 +278,21 @@ def attend(*args: object, **kwargs: object) -> tuple[Tensor, Tensor, Tensor]:
     given = torch.full((0,) if a.attention is None else a.window_k.shape[:3], torch.nan)
     numbers = _attend_numbers(a, out, lse, given)
     if lse.numel():
-        size = library().emulated_attend_workspace((ctypes.c_int64 * len(numbers))(*numbers))
-        workspace = torch.full((size,), torch.nan)
+        workspace = torch.full((_workspace(numbers),), torch.nan)
         _call("attend", [*numbers, workspace.data_ptr()])
     return out, lse, given
+
+
+def attend_workspace(*args: object, **kwargs: object) -> int:
+    """Floats of workspace that :func:`attend` takes for these arguments."""
+    a = _attend_arguments(*args, **kwargs)
+    return _workspace(_attend_numbers(a, a.q, a.q, a.q if a.attention is not None else a.q[:0]))
 
 
 def attend_path(*args: object, **kwargs: object) -> str:
     """The kernel that :func:`attend` takes for these arguments: ``"tensor"``, ``"general"`` or ``"prefill"``."""
     a = _attend_arguments(*args, **kwargs)
-    numbers = _attend_numbers(a, a.q, a.q, a.q)
+    numbers = _attend_numbers(a, a.q, a.q, a.q[:0])
     return library().emulated_attend_path((ctypes.c_int64 * len(numbers))(*numbers)).decode()
 
 

@@ -145,6 +145,8 @@ def test_a_window_of_several_splits(backend, slots):
         problem = Problem(
             PageFormat(128), packed=5 * 64, exact=700, group=3, queries=queries, dtype=torch.float16, seed=3
         )
+        if backend == "emulated" and queries == 40:
+            assert problem.call(emulated.attend_path, problem.q) == "prefill"
         check(problem, backend, slots)
         causal = torch.arange(problem.slots - queries, problem.slots, dtype=torch.int32)[None]
         check(problem, backend, slots, query_positions=causal)
@@ -246,16 +248,19 @@ def test_on_tensor_cores(fmt, dtype):
 
 
 @pytest.mark.skipif(not EMULATED, reason="needs CUDA's headers")
-def test_costs_four_bytes_a_slot_and_row_and_one_block():
-    """Beside the kernels that run anyway: their scores of the window are read once, and no kernel is launched."""
+@pytest.mark.parametrize("exact", [100, 300])
+def test_costs_four_bytes_a_slot_and_row_and_no_launch(exact):
+    """Scores of the window are written and read once; blocks of 256 slots join the last kernel."""
 
     def counted(attention: Tensor | None) -> dict[str, int]:
-        problem = problem_of(PageFormat(128), torch.float16, heads=1, exact=100, group=4)
+        problem = problem_of(PageFormat(128), torch.float16, heads=1, exact=exact, group=4)
         emulated.counters()
         problem.call(emulated.attend, problem.q, attention=attention)
-        return emulated.counters()
+        floats = problem.call(emulated.attend_workspace, problem.q, attention=attention)
+        return {**emulated.counters(), "workspace": floats}
 
-    without, with_it = counted(None), counted(torch.zeros(1, 1, 100))
-    assert with_it["blocks"] == without["blocks"] + 1
-    for name in ("mma", "async_bytes", "load_bytes", "shared_bytes"):
+    without, with_it = counted(None), counted(torch.zeros(1, 1, exact))
+    assert with_it["workspace"] == without["workspace"] + 4 * exact
+    assert with_it["blocks"] == without["blocks"] + -(-exact // 256)
+    for name in ("mma", "async_bytes", "load_bytes"):
         assert with_it[name] == without[name], name

@@ -335,14 +335,8 @@ def test_attend_softcap_and_sinks(backend, dtype):
     problem.check(backend, softcap=5.0)
     problem.check(backend, sinks=sinks)
     problem.check(backend, softcap=30.0, sinks=sinks, mask=masks("bool", problem, 1))
-
-
-@backends
-def test_a_softcap_does_not_show_what_is_past_the_last_token(backend):
-    """Kernels work on whole vectors: a score of -inf, capped, would count."""
-    for exact in (1, 17, 70):
-        problem = Problem(PageFormat(64), packed=0, exact=exact, group=4)
-        problem.check(backend, softcap=0.5)
+    # Past the last token of a vector: -inf, capped, would count.
+    Problem(PageFormat(64), packed=0, exact=17, group=4).check(backend, softcap=0.5)
 
 
 @backends

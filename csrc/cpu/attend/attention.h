@@ -1,5 +1,5 @@
-// How much attention the window's slots get (logquant/ops/reference/attend.py): of every row the softmax of its scores over
-// the window alone.
+// How much attention the window's slots get (logquant/ops/reference/attend.py): of every row the softmax of its scores
+// over the window alone.
 //
 // That is known only once a row has seen the whole window, so the splits keep their scores: [row][window_stride] of a
 // KV head, lanes are slots. The last task of the KV head adds them up, row after row: always the same order of

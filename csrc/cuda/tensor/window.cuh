@@ -150,13 +150,12 @@ struct WindowAttention {
 
   // For what the window's slots are given (attend.cu).
   static LOGQUANT_DEVICE void keep(const Thread& thread, const float (&s)[4], int u, int base, int tokens) {
+    const int token = base + thread.g, row = thread.first_score_row() + 8 * u + 2 * thread.t;
+    float* const kept = thread.block.window_scores(thread.args, row) + token;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int token = base + thread.g + 8 * (i / 2);
-      const int row = thread.first_score_row() + 8 * u + 2 * thread.t + i % 2;
-      if (token < tokens && row < thread.block.row_total) {
-        thread.block.keep_window_score(thread.args, row, token, s[i]);
-      }
+      const int r = i % 2, more = 8 * (i / 2);
+      if (row + r < thread.block.row_total && token + more < tokens) kept[r * thread.args.window_tokens + more] = s[i];
     }
   }
 
