@@ -1,4 +1,4 @@
-"""LogQuant (arXiv 2503.19950): as it is by default, as the paper has it, and with the newest tokens for its rule."""
+"""LogQuant (arXiv 2503.19950): as it is by default, as the paper has it, and with two other rules."""
 
 from __future__ import annotations
 
@@ -42,6 +42,12 @@ _configured = functools.partial(method, options=LogQuantConfig, without=("rule",
 def logquant(**options: Any) -> LogQuant:
     """The log rule and a quantiser that loses less than the paper's."""
     return LogQuant(with_calibration(LogQuantConfig(**options)))
+
+
+@_configured("attention")
+def attention(**options: Any) -> LogQuant:
+    """The most attended tokens stay exact, the others are quantised as by ``logquant``."""
+    return LogQuant(with_calibration(LogQuantConfig(rule="attention", **options)))
 
 
 @_configured("paper")

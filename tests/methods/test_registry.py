@@ -17,7 +17,7 @@ from tests.helpers.models import tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OURS = ["logquant", "paper", "recent"]
+OURS = ["logquant", "attention", "paper", "recent"]
 LIBRARIES = ["quanto", "hqq"]
 
 
@@ -31,6 +31,7 @@ def test_names_have_an_order_and_every_method_is_tested():
 def test_names_of_logquant_stand_for_its_rules():
     assert [parse_cache(name).quantization for name in OURS] == [
         LogQuantConfig(),
+        LogQuantConfig(rule="attention"),
         LogQuantConfig.paper(),
         LogQuantConfig(rule="recent"),
     ]
