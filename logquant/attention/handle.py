@@ -130,6 +130,8 @@ def _repeated(func: Any, handle: KVHandle, *args: Any, **kwargs: Any) -> KVHandl
     view, part, repeats, copies = handle.kv_view, handle.part, handle.repeats, handle.unmerged
     if func is Tensor.contiguous and not args:
         return handle
+    if func is Tensor.to and args == (handle.dtype,):  # some models bring keys to the dtype of values
+        return handle
     if func is Tensor.__getitem__ and not copies and args == ((_ALL, _ALL, None, _ALL, _ALL),):
         return KVHandle(view, part, repeats, unmerged=1)
     if func not in (Tensor.expand, Tensor.reshape) or not copies or repeats > 1:
