@@ -155,7 +155,8 @@ struct WindowAttention {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int r = i % 2, more = 8 * (i / 2);
-      if (row + r < thread.block.row_total && token + more < tokens) kept[r * thread.args.window_tokens + more] = s[i];
+      if (row + r < thread.block.row_total && token + more < tokens)
+        kept[r * static_cast<int>(thread.args.window_tokens) + more] = s[i];
     }
   }
 
