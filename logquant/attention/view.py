@@ -12,6 +12,8 @@ from .. import ops
 from ..format import PageFormat
 from .call import AttentionCall
 from .exact import exact_attention
+from .gradients import records, refusing_gradients
+from .units import AS_THEY_ARE, Units, scaled
 
 # Beyond this many query tokens (chunked prefill) it is faster on a CPU to dequantise once and use matrix products.
 MAX_FUSED_QUERIES = 16
@@ -102,6 +104,8 @@ class KVView(View):
         key_map: the bit allocation of keys, or None.
         rows: where the tokens are that came before.
         plain: whether all tokens are new and see each other as they are.
+        units: those that pages and exact tokens are in.
+        severed: whether packed tokens came with a gradient, which is lost.
     """
 
     layer: PackedLayer
@@ -118,9 +122,12 @@ class KVView(View):
         key_map: Tensor | None,
         rows: Layout,
         plain: bool,
+        units: Units = AS_THEY_ARE,
+        severed: bool = False,
     ) -> None:
         super().__init__(layer, keys, values, new)
-        self.pages, self.fmt, self.key_map, self.rows, self.plain = pages, fmt, key_map, rows, plain
+        self.pages, self.fmt, self.key_map, self.rows = pages, fmt, key_map, rows
+        self.plain, self.units, self.severed = plain, units, severed
         self.version = layer.version
         self._dense: tuple[Tensor, Tensor] | None = None
 
@@ -160,7 +167,7 @@ class KVView(View):
         """The same, without telling the layer: by the fused operator, or over dequantised tensors."""
         q, mask, scale, softcap, sinks, causal = call
         queries = q.shape[2]
-        if self.plain or not self._is_fused(q):
+        if self.plain or not self._is_fused(queries) or records(q, self.keys, self.values):
             keys, values = (x.to(q.dtype) for x in self.dense())
             if causal and queries != self.length:
                 seen = torch.ones(queries, self.length, dtype=torch.bool, device=q.device)
@@ -172,12 +179,12 @@ class KVView(View):
             query_positions = torch.arange(first, self.length, dtype=torch.int32, device=q.device)[None]
         by_position = mask is not None or causal or not self.rows.alike
         out, _ = ops.attend(
-            q,
+            q.to(self.keys.dtype),
             self.pages,
             self.keys,
             self.values,
             self.fmt,
-            scale=scale,
+            scale=scale * 2.0**self.units.key,
             softcap=softcap,
             key_map=self.key_map,
             mask=mask,
@@ -186,14 +193,12 @@ class KVView(View):
             sinks=None if sinks is None else sinks.float(),
             lengths=self.rows.lengths(q.device, self.fmt.page_tokens, self.keys.shape[2]),
         )
-        return out
+        return scaled(out, self.units.value).to(q.dtype)
 
-    def _is_fused(self, q: Tensor) -> bool:
-        if q.dtype != self.keys.dtype:
-            return False
-        if q.shape[2] <= MAX_FUSED_QUERIES:
+    def _is_fused(self, queries: int) -> bool:
+        if queries <= MAX_FUSED_QUERIES:
             return True
-        prefills = q.is_cuda and q.dtype != torch.float32 and ops.has_cuda_kernels()
+        prefills = self.keys.is_cuda and self.keys.dtype != torch.float32 and ops.has_cuda_kernels()
         return prefills and max(self.fmt.head_dim, self.fmt.value_dim) <= MAX_PREFILL_DIM
 
     def dense(self) -> tuple[Tensor, Tensor]:
@@ -203,6 +208,8 @@ class KVView(View):
         if self._dense is None:
             slot_of = self._slot_of_position()
             packed = ops.dequantize(self.pages, self.fmt, dtype=self.keys.dtype, key_map=self.key_map)
+            if self.severed and torch.is_grad_enabled():
+                packed = refusing_gradients(packed[0]), refusing_gradients(packed[1])
             both = []
             for parts in zip(packed, (self.keys, self.values), strict=True):
                 slots = torch.cat(parts, 2)
@@ -212,7 +219,7 @@ class KVView(View):
                 # One more slot, of zeros, stands for padding.
                 index = torch.where(slot_of < 0, slots.shape[2], slot_of)[:, None, :, None]
                 both.append(F.pad(slots, (0, 0, 0, 1)).gather(2, index.expand(*slots.shape[:2], -1, slots.shape[3])))
-            self._dense = both[0], both[1]
+            self._dense = self.units.outside(both[0], both[1])
         return self._dense
 
     def _slot_of_position(self) -> Tensor:

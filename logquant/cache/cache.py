@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -56,7 +57,7 @@ class LogQuantCache(DynamicCache):
     windows, linear attention) what transformers would have made::
 
         cache = LogQuantCache(model.config)
-        model.generate(**inputs, past_key_values=cache)
+        model.generate(**inputs, **logquant.as_argument(cache))
 
     Args:
         config: the model's configuration.
@@ -84,7 +85,15 @@ class LogQuantCache(DynamicCache):
         self.config, self._text_config = config, config.get_text_config(decoder=True)
         self.left_behind = LeftBehind(config)
         self._given = False
-        self._shared = Shared(Allocator(sum(type(layer) is DynamicLayer for layer in layers)))
+        own = sum(type(layer) is DynamicLayer for layer in layers)
+        if layers and not own:
+            warnings.warn(
+                "no layer of this model has full attention, which is all that a LogQuant cache quantises: it saves "
+                "nothing here over a DynamicCache",
+                UserWarning,
+                stacklevel=2,
+            )
+        self._shared = Shared(Allocator(own))
         # Not DynamicCache's own __init__, which would make other layers. It is the base because transformers asks for
         # it where a cache must be able to crop and select rows (EncoderDecoderCache).
         Cache.__init__(

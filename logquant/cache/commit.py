@@ -46,13 +46,13 @@ class Commit:
         allocator: Allocator,
     ) -> None:
         self._storage = storage
-        keys, values, in_window = exact.keys, exact.values, exact.in_window
+        keys, values, in_window = exact.keys.detach(), exact.values.detach(), exact.in_window
         # One step of the rule on the window is done in place.
         self._steps = [m for m in moves if in_window and m.is_step]
         others = [m for m in moves if not (in_window and m.is_step)]
         if self._steps:
             storage.prefetch()
-        self._make_room(keys, values, in_window, before, after, allocator)
+        self._make_room(exact, before, after, allocator)
         # One move after the other: what a row's tokens are taken out into, for padding, exists for one row at a time.
         first = (m for m in moves if m.packed == 0 and len(m.leaving))
         self.advice = advice.allocate(_leaving(keys, m, padded) for m in first)
@@ -63,8 +63,16 @@ class Commit:
             (m.rows, _staying(x[m.rows], m), window)
             for m in others
             if not (in_window and m.staying is None)
-            for x, window in ((keys, self._window_k), (values, self._window_v))
+            for x, window in ((exact.keys, self._window_k), (exact.values, self._window_v))
         ]
+        self._severs = exact.in_graph and self._takes_from_graph(moves, before)
+
+    def _takes_from_graph(self, moves: list[Move], before: Rows) -> bool:
+        """Whether tokens leave that belong to a graph of autograd."""
+        new = max(m.tokens for m in moves)
+        positions = before.positions(torch.device("cpu"), new)[:, before.packed :]
+        leaving = (positions[m.rows].index_select(1, m.leaving.cpu()) for m in moves)
+        return any(bool((at >= self._storage.graph_start).any()) for at in leaving)
 
     def write(self) -> None:
         """Carry it out."""
@@ -73,16 +81,15 @@ class Commit:
         for rows, stay, window in self._stays:
             window[rows, :, : stay.shape[2]] = stay
         self._storage.replace(self._pages, self._window_k, self._window_v)
+        self._storage.severed |= self._severs
 
-    def _make_room(
-        self, keys: Tensor, values: Tensor, in_window: bool, before: Rows, after: Rows, allocator: Allocator
-    ) -> None:
+    def _make_room(self, exact: Exact, before: Rows, after: Rows, allocator: Allocator) -> None:
         """A page store and a window with room for the tokens afterwards, that hold what they hold now."""
-        storage = self._storage
+        storage, (keys, values, in_window) = self._storage, exact
         if in_window or before.length:
             grows = after.packed > before.packed
             self._pages = storage.pages_with_room(before, after.packed) if grows else storage.pages
-            self._window_k, self._window_v = storage.window_with_room(before, after.exact)
+            self._window_k, self._window_v = storage.window_with_room(before, after.exact, exact.in_graph)
             return
         config, fmt = storage.config, storage.format
         slots = max(after.exact, window_slots(config, window_capacity(config) if after.packed else after.exact))

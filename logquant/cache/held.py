@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ..attention.call import AttentionCall
+from ..attention.units import Units
 from ..config import LogQuantConfig
 from ..format import PageFormat
+from ..modes import own_arithmetic
 from ..quantizer.advice import Advice
 from ..quantizer.calibration import calibration_of
 from ..quantizer.queries import RecentQueries
@@ -66,22 +68,26 @@ class Held:
         Returns:
             Whether tokens have moved within the window.
         """
-        rows, new = self.rows, uncommitted.new
+        rows, new, exact = self.rows, uncommitted.new, uncommitted.exact
         after = rows.append(new, real)
+        if not rows.length:
+            self.storage.units = Units.of(exact.keys, exact.values)
+            exact = Exact(*self.storage.units.inside(exact.keys, exact.values), in_window=False)
         heard = self._hear(uncommitted.call, new, real)
         kept = self._remember(heard, after, borrowed=self.advice.queries is None)
-        if uncommitted.exact.in_window and real is None and after.packed_counts == rows.packed_counts:
+        if exact.in_window and real is None and after.packed_counts == rows.packed_counts:
             self.rows, self.advice = after, kept  # the new tokens are where they belong already, as in most steps
             return False
-        moves = rows.moves(new, uncommitted.exact.keys.device, real)
-        return self._move(uncommitted.exact, moves, after, heard, kept, allocator, padded=real is not None)
+        moves = rows.moves(new, exact.keys.device, real)
+        return self._move(exact, moves, after, heard, kept, allocator, padded=real is not None)
 
     def _hear(self, call: AttentionCall | None, new: int, real: Tensor | None) -> Advice:
         """The advice with the queries of new positions, if all of them are known."""
         count = self.advice.needed(allocated=0 not in self.rows.packed_counts)
         if call is None or call.query.shape[2] != new or not count:
             return self.advice
-        queries = RecentQueries.of(call.query, real, call.scale, call.softcap)
+        scale = call.scale * 2.0**self.storage.units.key
+        queries = RecentQueries.of(call.query, real, scale, call.softcap)
         return self.advice.hear(queries, count + self.rows.reserved)
 
     def _remember(self, advice: Advice, after: Rows, *, borrowed: bool) -> Advice:
@@ -104,7 +110,7 @@ class Held:
         if tokens.in_window and all(len(m.leaving) == 0 and m.staying is None for m in moves):
             self.rows, self.advice = after, kept
             return False
-        with torch.no_grad():
+        with own_arithmetic(tokens.keys.device, grad=tokens.in_graph):
             commit = Commit(self.storage, tokens, moves, self.rows, after, heard, padded, allocator)
             # What is written from here on cannot be undone.
             self._interrupted = True
@@ -123,11 +129,12 @@ class Held:
         after, moves = cropped.append(0), cropped.moves(0, self.storage.window_k.device)
         advice = self.advice.crop(positions)
         if positions:
-            with torch.no_grad():
+            grad = self.storage.in_graph or (self.storage.severed and torch.is_grad_enabled())
+            with own_arithmetic(self.storage.window_k.device, grad=grad):
                 self.storage.crop(self.rows, cropped, advice.key_map)
         self.rows, self.advice = cropped, advice
         keys, values = (w[:, :, : cropped.exact] for w in (self.storage.window_k, self.storage.window_v))
-        tokens = Exact(keys, values, in_window=True)
+        tokens = Exact(keys, values, in_window=not self.storage.in_graph)
         kept = self._remember(advice, after, borrowed=False)
         return self._move(tokens, moves, after, advice, kept, Allocator(), padded=False)
 
@@ -144,7 +151,7 @@ class Held:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a file needs besides the rows: tensors by name, and what JSON can hold."""
         tensors, described = self.advice.state()
-        return tensors | self.storage.state(self.rows), described
+        return tensors | self.storage.state(self.rows), described | {"units": list(self.storage.units)}
 
     @staticmethod
     def restored(
@@ -164,7 +171,7 @@ class Held:
         Raises:
             ValueError: tensors that are missing, or do not fit each other, the cache's settings or ``rows``.
         """
-        storage = Storage.restored(config, rows, tensors)
+        storage = Storage.restored(config, rows, tensors, Units(*described.get("units", ())))
         assert rows is not None
         advice = Advice.initial(config, storage.format, calibration_of(config), layer, storage.window_k)
         return Held(storage, rows, advice.restored(tensors, described, storage.window_k))

@@ -11,24 +11,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from ..attention import compiled
 from ..attention.call import AttentionCall
+from ..attention.gradients import records
 from ..attention.handle import handles
 from ..attention.view import KVView, View
 from ..config import LogQuantConfig
-from ..format import PageFormat
+from ..modes import lasting
+from .contents import LayerContents
 from .drafts import Speculation
 from .held import Held
 from .layout import Rows, Slots
+from .recompute import Recompute, Step, in_backward
 from .shared import Shared
 from .sizes import window_capacity
-from .storage import check_states
+from .storage import NO_GRAPH, check_states
 from .uncommitted import Exact, Uncommitted
 
 
-class LogQuantLayer(CacheLayerMixin):
+class LogQuantLayer(LayerContents):
     """The keys and values of one layer: between 2W and 3W exact tokens, the others in pages.
 
     Args:
@@ -37,13 +39,6 @@ class LogQuantLayer(CacheLayerMixin):
         rows: the empty rows that the layers of a cache share.
         index: which layer of the model it is.
     """
-
-    is_compileable = False
-    is_croppable = True
-    is_sliding = False
-    supports_early_init = True
-    held: Held
-    format: PageFormat
 
     def __init__(
         self, config: LogQuantConfig, shared: Shared | None = None, rows: Rows | None = None, index: int = 0
@@ -54,12 +49,8 @@ class LogQuantLayer(CacheLayerMixin):
         self.shared = shared or Shared()
         self._empty = rows or Rows((Slots(config.window, config.rule, config.sinks),))
         self.version = 0
+        self.recompute = Recompute()
         self.reset()
-
-    def __repr__(self) -> str:
-        if not self.is_initialized:
-            return "LogQuantLayer(empty)"
-        return f"LogQuantLayer(tokens={self.get_seq_length()}, packed={self.rows.packed}, exact={self.rows.exact})"
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -71,12 +62,15 @@ class LogQuantLayer(CacheLayerMixin):
         self.speculation: Speculation | None = None
         self.version += 1
         self.shared.forget()
+        self.recompute.forget()
         self.__dict__.pop("held", None)
 
+    @lasting
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = value_states.dtype, value_states.device
         self.format = self.config.page_format(key_states.shape[-1], value_states.shape[-1])
-        self.held = Held.empty(self.config, self.format, self._empty, self._index, key_states, value_states)
-        self.dtype, self.device = key_states.dtype, key_states.device
+        keys = key_states.to(self.dtype)
+        self.held = Held.empty(self.config, self.format, self._empty, self._index, keys, value_states)
         self._layer_id = compiled.layer_id_of(self, value_states.shape[-1])
         self.is_initialized = True
 
@@ -86,20 +80,23 @@ class LogQuantLayer(CacheLayerMixin):
 
         A first prompt attends to its own exact keys and values. Later tokens attend to what was there before they
         came, and exactly to each other: the rule is applied to them afterwards. After :meth:`activate_past_recording`
-        they are speculative, and attend to what each would find if they came one by one.
+        they are speculative, and attend to what each would find if they came one by one. All are held in the dtype of
+        the first values: under autocast, keys may come in another.
 
         Args:
             key_states: ``[B, H, n, D]``, float32, float16 or bfloat16.
-            value_states: ``[B, H, n, Dv]``, same dtype and device.
+            value_states: ``[B, H, n, Dv]`` on the same device.
 
         Returns:
             Handles for the keys and values of all tokens (:class:`logquant.attention.handle.KVHandle`); in a model that
             is being compiled the layer's id (:mod:`logquant.attention.compiled`).
 
         Raises:
-            TypeError: another dtype than before, or one that is not supported.
+            TypeError: a dtype that is not supported.
             ValueError: another shape or device than before. The layer is unchanged after either.
-            RuntimeError: an earlier call was interrupted while it moved tokens; :meth:`reset` helps.
+            RuntimeError: an earlier call was interrupted while it moved tokens: :meth:`reset` helps. Earlier layers of
+                the cache hold more tokens: :meth:`LogQuantCache.rewind` helps. The tokens come in a backward pass
+                (``torch.utils.checkpoint``) that has not seen them before.
         """
         if torch.compiler.is_compiling():
             if not self.is_initialized:
@@ -113,10 +110,16 @@ class LogQuantLayer(CacheLayerMixin):
     def _update_uncompiled(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         return self._update(key_states, value_states)
 
+    @lasting
     def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         check_states(key_states, value_states, self.held.storage if self.is_initialized else None)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if not key_states.dtype == value_states.dtype == self.dtype:
+            key_states, value_states = key_states.to(self.dtype), value_states.to(self.dtype)
+        if in_backward():
+            return handles(self.recompute.again(key_states, value_states, self._length))
+        self.shared.arrive(self._index, self._length)
         if self.speculation is None:
             self.commit()
         else:
@@ -125,30 +128,31 @@ class LogQuantLayer(CacheLayerMixin):
 
     def append(self, keys: Tensor, values: Tensor) -> KVView:
         """New tokens come, uncommitted, where there are no such; returns what they attend to."""
-        rows, new = self.rows, keys.shape[2]
+        rows, new, storage = self.rows, keys.shape[2], self.held.storage
+        recorded = self._record(keys, values)
         in_window = rows.length > 0 and rows.exact + new <= window_capacity(self.config) + rows.reserved
-        states = keys.detach(), values.detach()
+        in_window = in_window and not (recorded or storage.in_graph)
+        states = (keys, values) if recorded else (keys.detach(), values.detach())
         seen, held = (keys, values), states
         if rows.length > 0:
-            seen = held = self.held.storage.append(rows, *states, in_window=in_window)
+            seen = held = storage.append(rows, *states, in_window=in_window)
         self.version += 1
         self._length, self.compiled_view = rows.length + new, None
         self.uncommitted = Uncommitted(Exact(*held, in_window), states)
         return self._view(*seen, new)
 
-    def _view(self, keys: Tensor, values: Tensor, new: int) -> KVView:
-        """What the newest ``new`` positions attend to."""
-        return KVView(
-            self,
-            keys,
-            values,
-            new,
-            self.held.storage.used_pages(self.rows),
-            self.format,
-            key_map=self.held.advice.key_map,
-            rows=self.rows,
-            plain=self.rows.length == 0 and not (self.speculation is not None and self.speculation.tokens),
-        )
+    def _record(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether autograd records what becomes of new tokens: a backward pass may then want it computed anew."""
+        storage = self.held.storage
+        recorded = records(keys, values, storage.window_k, storage.window_v)
+        if recorded:
+            before = Step(storage.snapshot(), self.rows, self.held.advice.key_map, (keys, values))
+            self.recompute.record(before)
+            storage.graph_start = min(storage.graph_start, self.rows.length)
+        else:
+            self.recompute.forget()
+            storage.graph_start = NO_GRAPH
+        return recorded
 
     # ------------------------------------------------------------------------------------------------- they attend
     def attend(self, view: KVView, call: AttentionCall) -> Tensor:
@@ -175,6 +179,7 @@ class LogQuantLayer(CacheLayerMixin):
             self.commit()
 
     # ----------------------------------------------------------------------------------------- they take their places
+    @lasting
     def commit(self) -> None:
         """New tokens take their places, those that the rule says in pages."""
         if not self.is_initialized:
@@ -185,21 +190,6 @@ class LogQuantLayer(CacheLayerMixin):
         if self.held.take(self.uncommitted, self._real_positions(self.uncommitted), self.shared.allocator):
             self.version += 1
         self.uncommitted = None
-
-    def _real_positions(self, uncommitted: Uncommitted) -> Tensor | None:
-        """Which of the uncommitted positions hold a token, bool ``[B, new]``; None if all do."""
-        if uncommitted.call is not None:
-            return uncommitted.real
-        padding, total = self.shared.padding, self.rows.length + uncommitted.new
-        if padding is None or padding.shape[1] < total:
-            return None
-        real = padding[:, self.rows.length : total].bool().cpu().expand(self.batch_size, -1)
-        return None if real.all() else real
-
-    @property
-    def rows(self) -> Rows:
-        """Where the committed tokens of each row are."""
-        return self.held.rows if self.is_initialized else self._empty
 
     def reserve(self, tokens: int) -> None:
         """From now on the rule leaves that many of the newest tokens alone."""
@@ -228,6 +218,7 @@ class LogQuantLayer(CacheLayerMixin):
             self.speculation.end(self)
             self.speculation = None
 
+    @lasting
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest ``-tokens_to_remove`` positions.
 
@@ -273,8 +264,11 @@ class LogQuantLayer(CacheLayerMixin):
             self.uncommitted.call, self.uncommitted.real = uncommitted.known(part)
             self.commit()
 
+    @lasting
     def _select_rows(self, indices: Tensor) -> None:
-        if self.is_initialized:
+        if not len(indices):
+            self.reset()
+        elif self.is_initialized:
             self.commit()
             rows = self.rows if self.rows.alike else self.rows.select(indices.tolist())
             self.held = self.held.map(lambda t: t.index_select(0, indices.to(t.device)), rows)
@@ -287,20 +281,25 @@ class LogQuantLayer(CacheLayerMixin):
         if self.is_initialized:
             self._select_rows(torch.arange(self.batch_size).repeat_interleave(repeats))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep these rows: an index, several, a slice or a mask. Without any row, the layer is empty."""
         if self.is_initialized:
-            self._select_rows(torch.arange(self.batch_size, device=indices.device)[indices])
+            rows = torch.arange(self.batch_size)
+            self._select_rows(rows[indices.cpu() if isinstance(indices, Tensor) else indices, ...].reshape(-1))
 
+    @lasting
     def offload(self) -> None:
         """Move the pages to the CPU's memory; the exact tokens stay."""
         if self.is_initialized:
             self.held.storage.offload()
 
+    @lasting
     def prefetch(self) -> None:
         """Move offloaded pages back."""
         if self.is_initialized:
             self.held.storage.prefetch()
 
+    @lasting
     def to(self, device: torch.device | str) -> None:
         """Move all tensors to ``device``; tokens that come next must be there."""
         if self.is_initialized:
@@ -310,10 +309,13 @@ class LogQuantLayer(CacheLayerMixin):
             self.version += 1
 
     # ----------------------------------------------------------------------------------------------- copies and files
+    @lasting
     def copy(self) -> LogQuantLayer:
         """A copy of what is committed, in which nothing is speculative."""
         twin = type(self).__new__(type(self))
-        twin.__dict__.update(self.__dict__, uncommitted=None, compiled_view=None, speculation=None)
+        twin.__dict__.update(
+            self.__dict__, uncommitted=None, compiled_view=None, speculation=None, recompute=Recompute()
+        )
         twin.shared = Shared(padding=self.shared.padding)
         if self.is_initialized:
             twin.held = self.held.copy()
@@ -333,7 +335,8 @@ class LogQuantLayer(CacheLayerMixin):
 
     def __getstate__(self) -> dict[str, Any]:
         self.commit()
-        return {name: value for name, value in self.__dict__.items() if name != "_layer_id"} | {"compiled_view": None}
+        state = {name: value for name, value in self.__dict__.items() if name != "_layer_id"}
+        return state | {"compiled_view": None, "recompute": Recompute()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -368,69 +371,3 @@ class LogQuantLayer(CacheLayerMixin):
             self.held, self._length = held, held.rows.length
             self.version += 1
         self.record_past = described["record_past"]
-
-    # ----------------------------------------------------------------------------------------- what is asked about them
-    @property
-    def batch_size(self) -> int:
-        if not self.is_initialized:
-            raise AttributeError("batch_size is not known before the first update")
-        return self.held.storage.window_k.shape[0]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self._length
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def dense(self) -> tuple[Tensor, Tensor]:
-        """All keys ``[B, H, T, D]`` and values ``[B, H, T, Dv]``, dequantised, by position; 0 where padding was.
-
-        Uncommitted tokens are exact.
-        """
-        self.held.check_intact()
-        if (waiting := self.uncommitted) is not None:
-            both = self._view(waiting.exact.keys, waiting.exact.values, waiting.new).dense()
-            real = self._real_positions(waiting)
-            return both if real is None else (_without_padding(both[0], real), _without_padding(both[1], real))
-        exact, storage = slice(0, self.rows.exact), self.held.storage
-        return self._view(storage.window_k[:, :, exact], storage.window_v[:, :, exact], 0).dense()
-
-    # transformers' layers have attributes of these names.
-    @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
-        """What a ``DynamicLayer`` would hold, as far as it is still known; made anew at every access."""
-        return self.dense()[0] if self.is_initialized else None
-
-    @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
-        return self.dense()[1] if self.is_initialized else None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors this layer holds; a page store that copies share counts for each."""
-        if not self.is_initialized:
-            return 0
-        return self.held.nbytes + (self.uncommitted.nbytes if self.uncommitted else 0)
-
-    @property
-    def map_nbytes(self) -> int:
-        """Bytes of the bit allocation of this layer's sequences; that of a calibration belongs to none of them."""
-        return self.held.advice.map_nbytes if self.is_initialized else 0
-
-    @property
-    def full_precision_nbytes(self) -> int:
-        """Bytes of the same tokens in a ``DynamicCache``."""
-        if not self.is_initialized:
-            return 0
-        batch, heads, _, head_dim = self.held.storage.window_k.shape
-        return batch * heads * self.get_seq_length() * (head_dim + self.format.value_dim) * self.dtype.itemsize
-
-
-def _without_padding(x: Tensor, real: Tensor) -> Tensor:
-    """``x`` ``[B, H, T, D]`` with 0 where the newest positions, ``real`` ``[B, new]``, hold no token."""
-    known = torch.ones(len(real), x.shape[2] - real.shape[1], dtype=torch.bool)
-    holds = torch.cat([known, real], 1).to(x.device)
-    return x.where(holds[:, None, :, None], 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Mapping
 
@@ -9,11 +10,14 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..attention.gradients import refusing_gradients
+from ..attention.units import AS_THEY_ARE, Units
 from ..config import LogQuantConfig
 from ..format import DTYPES, PageFormat
 from .layout import Rows
 from .sizes import store_pages, window_slots
 
+NO_GRAPH = sys.maxsize
 Shape = tuple[tuple[int, ...], torch.dtype]
 
 
@@ -58,13 +62,27 @@ class Storage:
         config: the cache's settings.
         fmt: the page format.
         window_k, window_v, pages: the tensors.
+        units: those that keys and values are in.
+
+    Attributes:
+        graph_start: the first position whose token belongs to a graph of autograd.
+        severed: whether such tokens are in the pages, through which no gradient flows.
     """
 
     def __init__(
-        self, config: LogQuantConfig, fmt: PageFormat, window_k: Tensor, window_v: Tensor, pages: Tensor
+        self,
+        config: LogQuantConfig,
+        fmt: PageFormat,
+        window_k: Tensor,
+        window_v: Tensor,
+        pages: Tensor,
+        units: Units = AS_THEY_ARE,
     ) -> None:
         self.config, self.format = config, fmt
         self.window_k, self.window_v = window_k, window_v
+        self.units = units
+        self.graph_start = NO_GRAPH
+        self.severed = False
         self._own(pages)
 
     @staticmethod
@@ -109,11 +127,17 @@ class Storage:
         store[:, :, :used] = self.pages[:, :, :used]
         return store
 
-    def window_with_room(self, rows: Rows, tokens: int) -> tuple[Tensor, Tensor]:
-        """The window if it has room for ``tokens`` tokens, or a larger copy."""
-        if tokens <= self.window_k.shape[2]:
+    @property
+    def in_graph(self) -> bool:
+        """Whether exact tokens belong to a graph of autograd, so that nothing may be written over them."""
+        return self.window_k.requires_grad or self.window_v.requires_grad
+
+    def window_with_room(self, rows: Rows, tokens: int, apart: bool = False) -> tuple[Tensor, Tensor]:
+        """The window if it has room for ``tokens`` tokens and need not be ``apart``, or a (larger) copy."""
+        slots = self.window_k.shape[2]
+        if tokens <= slots and not (apart or self.in_graph):
             return self.window_k, self.window_v
-        capacity = max(tokens, window_slots(self.config, tokens))
+        capacity = slots if tokens <= slots else max(tokens, window_slots(self.config, tokens))
         used = min(rows.exact, self.window_k.shape[2])
         grown_k, grown_v = (w.new_empty(*w.shape[:2], capacity, w.shape[3]) for w in (self.window_k, self.window_v))
         grown_k[:, :, :used] = self.window_k[:, :, :used]
@@ -125,13 +149,14 @@ class Storage:
 
         Args:
             rows: where tokens are.
-            keys, values: the new tokens.
+            keys, values: the new tokens, as they came.
             in_window: into the window itself; else into tensors of their own, which hold a copy of it.
 
         Returns:
             Keys ``[B, H, exact + n, D]`` and values ``[B, H, exact + n, Dv]``.
         """
         tokens = rows.exact + keys.shape[2]
+        keys, values = self.units.inside(keys, values)
         if in_window:
             window_k, window_v = self.window_with_room(rows, tokens)
             into_k, into_v = window_k[:, :, :tokens], window_v[:, :, :tokens]
@@ -148,21 +173,24 @@ class Storage:
     # ---------------------------------------------------------------------------------------------- copies and moves
     def copy(self) -> Storage:
         """A storage with a window of its own and the same page store."""
-        return self._sharing(
-            Storage(self.config, self.format, self.window_k.clone(), self.window_v.clone(), self.pages)
-        )
+        return self._with(self.window_k.clone(), self.window_v.clone(), self.pages)
 
-    def _sharing(self, twin: Storage) -> Storage:
-        """``twin``, which has the same page store."""
-        twin._sharers = self._sharers
-        self._sharers.add(twin)
+    def snapshot(self) -> Storage:
+        """A storage with the same tensors; nothing is written over what it holds of the pages."""
+        return self._with(self.window_k, self.window_v, self.pages)
+
+    def _with(self, window_k: Tensor, window_v: Tensor, pages: Tensor) -> Storage:
+        """Another storage with these tensors; it shares the page store, if that is the same."""
+        twin = Storage(self.config, self.format, window_k, window_v, pages, self.units)
+        twin.graph_start, twin.severed = self.graph_start, self.severed
+        if pages is self.pages:
+            twin._sharers = self._sharers
+            self._sharers.add(twin)
         return twin
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Storage:
         """Another storage, with ``function`` applied to every tensor."""
-        window_k, window_v, pages = function(self.window_k), function(self.window_v), function(self.pages)
-        twin = Storage(self.config, self.format, window_k, window_v, pages)
-        return self._sharing(twin) if pages is self.pages else twin
+        return self._with(function(self.window_k), function(self.window_v), function(self.pages))
 
     def crop(self, before: Rows, after: Rows, key_map: Tensor | None) -> None:
         """Hold the tokens of ``after``, a crop of ``before``: those that are packed and come back are dequantised."""
@@ -184,6 +212,8 @@ class Storage:
                 used = self.pages[of].index_select(2, pages.to(self.pages.device)).to(device)
                 own_map = None if key_map is None else key_map[of]
                 packed = ops.dequantize(used, self.format, dtype=dtype, key_map=own_map)
+                if self.severed and torch.is_grad_enabled():
+                    packed = refusing_gradients(packed[0]), refusing_gradients(packed[1])
                 stays = (source[source >= held.packed] - held.packed).to(device)
                 to_return, to_stay = returns.to(device), (source >= held.packed).nonzero().squeeze(1).to(device)
                 for window, old, unpacked in zip(
@@ -216,7 +246,9 @@ class Storage:
         return dict(zip(("pages", "window_k", "window_v"), (pages, *windows), strict=True))
 
     @staticmethod
-    def restored(config: LogQuantConfig, rows: Rows | None, tensors: Mapping[str, Tensor]) -> Storage:
+    def restored(
+        config: LogQuantConfig, rows: Rows | None, tensors: Mapping[str, Tensor], units: Units = AS_THEY_ARE
+    ) -> Storage:
         """What :meth:`state` gave.
 
         Raises:
@@ -243,7 +275,7 @@ class Storage:
                 f"pages {list(pages.shape)}, window_k {list(window_k.shape)} and window_v {list(window_v.shape)} do "
                 "not fit each other and the settings of the cache"
             )
-        return Storage(config, fmt, window_k, window_v, pages)
+        return Storage(config, fmt, window_k, window_v, pages, units)
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "_sharers"}
@@ -275,15 +307,15 @@ def check_states(key_states: Tensor, value_states: Tensor, held: Storage | None)
         held: where those before them are, if there are any.
 
     Raises:
-        TypeError: another dtype than before, or one that is not supported.
+        TypeError: a dtype that is not supported.
         ValueError: another shape or device than before.
     """
-    if key_states.dtype not in DTYPES:
-        raise TypeError(f"key_states must be float32, float16 or bfloat16, got {key_states.dtype}")
-    if value_states.dtype != key_states.dtype or value_states.device != key_states.device:
-        raise TypeError(
-            f"value_states must have the dtype and device of key_states, got {value_states.dtype} on "
-            f"{value_states.device} and {key_states.dtype} on {key_states.device}"
+    for name, new in (("key_states", key_states), ("value_states", value_states)):
+        if new.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32, float16 or bfloat16, got {new.dtype}")
+    if value_states.device != key_states.device:
+        raise ValueError(
+            f"value_states must be on the device of key_states, got {value_states.device} and {key_states.device}"
         )
     if key_states.dim() != 4 or value_states.dim() != 4 or key_states.shape[:3] != value_states.shape[:3]:
         raise ValueError(
@@ -292,11 +324,8 @@ def check_states(key_states: Tensor, value_states: Tensor, held: Storage | None)
         )
     if held is None:
         return
-    like = held.window_k
-    if key_states.dtype != like.dtype:
-        raise TypeError(f"key_states must stay {like.dtype} like the tokens before them, got {key_states.dtype}")
-    if key_states.device != like.device:
-        raise ValueError(f"key_states must stay on {like.device}, got {key_states.device}")
+    if key_states.device != held.window_k.device:
+        raise ValueError(f"key_states must stay on {held.window_k.device}, got {key_states.device}")
     for name, new, window in (("key_states", key_states, held.window_k), ("value_states", value_states, held.window_v)):
         if new.shape[:2] != window.shape[:2] or new.shape[3] != window.shape[3]:
             need = f"[{window.shape[0]}, {window.shape[1]}, tokens, {window.shape[3]}]"

@@ -22,6 +22,11 @@ class Exact(NamedTuple):
     values: Tensor
     in_window: bool
 
+    @property
+    def in_graph(self) -> bool:
+        """Whether they belong to a graph of autograd."""
+        return self.keys.requires_grad or self.values.requires_grad
+
 
 @dataclass(slots=True)
 class Uncommitted:

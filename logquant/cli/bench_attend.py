@@ -5,13 +5,11 @@ from __future__ import annotations
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from .. import machine
-from .shared import Dtype, Json, errors_of, megabytes, number_list, progress, result_table, write_json
+from .interrupt import interruptible
+from .shared import Dtype, Json, bad, errors_of, megabytes, number_list, one_cache, progress, with_settings, write_json
+from .tables import ResultTable
 
 if TYPE_CHECKING:
     from ..bench.attend import AttendResult
@@ -30,11 +28,15 @@ def command(
     dim: Annotated[int, typer.Option(help="Channels of a head.")] = 128,
     context: Annotated[str, typer.Option(help="Cached tokens; several separated by commas.")] = "2048,8192,32768",
     batch: Annotated[str, typer.Option(help="Sequences; several numbers separated by commas.")] = "1",
-    bits: Annotated[int, typer.Option(help="Bits of a quantised element.")] = 2,
+    bits: Annotated[
+        int | None, typer.Option(help="Bits of a quantised element: 2, 4 or 8; by default the cache's.")
+    ] = None,
     cache: Annotated[
         str, typer.Option(help="Whose pages: logquant, recent or paper; settings follow a colon.")
     ] = "logquant",
-    window: Annotated[int, typer.Option(help="W: between 2W and 3W tokens stay exact.")] = 64,
+    window: Annotated[
+        int | None, typer.Option(help="W: between 2W and 3W tokens stay exact; by default the cache's.")
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of queries and exact tokens.")] = Dtype.bfloat16,
     rounds: Annotated[int, typer.Option(min=3, help="Timed calls of each contender.")] = 20,
     device: Annotated[Device, typer.Option(help="Where attention runs.")] = Device.cpu,
@@ -42,39 +44,46 @@ def command(
 ) -> None:
     """Time one token's attention: fused, dequantise + SDPA, and SDPA over a full cache; with cold caches."""
     arguments = dict(locals())
+    contexts, batches = number_list("--context", context), number_list("--batch", batch)
+    spec = one_cache("--cache", cache)
+    if spec.quantization is None:
+        raise bad("--cache", f"a LogQuant cache is needed: logquant, recent or paper; got {cache!r}")
+    import torch
+
+    from .. import machine
     from ..bench.attend import Shape, bench_attend
     from ..bench.timing import WARMUP, read_bandwidth
-    from ..methods.registry import parse_cache
 
-    contexts, batches = number_list("--context", context), number_list("--batch", batch)
     if device is Device.cuda and not torch.cuda.is_available():
-        raise typer.BadParameter(machine.cuda()["cuda_device"], param_hint="--device")
-    with errors_of("arguments"):
+        raise bad("--device", machine.cuda()["cuda_device"])
+    with errors_of("--heads, --kv-heads, --dim"):
         shapes = [Shape(tokens, heads, kv_heads, dim, size) for size in batches for tokens in contexts]
-        quantization = parse_cache(cache).replace(bits=bits, window=window).quantization
-        if quantization is None:
-            raise ValueError(f"cache must be a LogQuant cache, got {cache!r}")
+    quantization = with_settings("--cache", spec, bits=bits, window=window).quantization
+    assert quantization is not None
+    with errors_of("--dim"):
         quantization.page_format(dim)
-    with progress("rounds", len(shapes) * (rounds + WARMUP)) as advance:
+    results = []
+    with interruptible() as interrupted, progress("rounds", len(shapes) * (rounds + WARMUP)) as advance:
         bandwidth = read_bandwidth(device.value)
-        results = [bench_attend(shape, quantization, dtype.torch, rounds, advance, device.value) for shape in shapes]
+        for shape in shapes:
+            if interrupted():
+                break
+            results.append(bench_attend(shape, quantization, dtype.torch, rounds, advance, device.value))
     for result in results:
-        Console().print(_table(result, bandwidth))
-    write_json(
-        json_file, "attend", arguments, read_bandwidth=bandwidth, results=[result.as_dict() for result in results]
-    )
+        _table(result, bandwidth).show()
+    if results:
+        rows = [result.as_dict() for result in results]
+        write_json(json_file, "attend", arguments, read_bandwidth=bandwidth, results=rows)
+    interrupted.leave()
 
 
-def _table(result: AttendResult, bandwidth: float) -> Table:
+def _table(result: AttendResult, bandwidth: float) -> ResultTable:
     from ..bench.attend import FUSED
 
     fused = result.timings[FUSED]
     rate = result.packed_nbytes / fused.median
-    table = result_table(
-        "contender",
-        "median, ms",
-        "slower by",
-        "quartiles",
+    table = ResultTable(
+        ("contender", "median, ms", "slower by", "quartiles"),
         title=f"{result.shape.context:,} tokens, batch {result.shape.batch}, "
         f"heads {result.shape.heads}/{result.shape.kv_heads}, dim {result.shape.dim}",
         caption=f"fused reads {megabytes(result.packed_nbytes)} (full cache {megabytes(result.full_nbytes)}) "

@@ -6,27 +6,34 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from .interrupt import interruptible
 from .shared import (
     GIB,
     Caches,
     Dtype,
     Json,
     Model,
+    bad,
     cache_list,
+    check_fits,
+    check_model,
     errors_of,
+    finite,
     load_model,
     megabytes,
     number_list,
     progress,
-    result_table,
     write_json,
 )
+from .tables import ResultTable
 
 if TYPE_CHECKING:
     from ..bench.generate import GenerateResult
+    from ..bench.memory import MemoryResult
+    from ..methods.registry import CacheSpec
+
+Rows = list[dict[str, Any]]
 
 
 def command(
@@ -49,7 +56,7 @@ def command(
     memory_budget: Annotated[
         float | None,
         typer.Option(
-            min=0.0, help="GiB for keys and values: each cache decodes as many sequences as fit, not --batch."
+            help="GiB for keys and values: each cache decodes as many sequences as fit, not --batch.", callback=finite
         ),
     ] = None,
     model: Model = None,
@@ -62,73 +69,79 @@ def command(
     attention mask, for which transformers has two forms of attention; ratios are to the faster one first.
     """
     arguments = dict(locals())
+    batches = number_list("--batch", batch)
+    if full_attention and peaks:
+        raise bad("--full-attention", "not given with --peaks")
+    check_model(model)
+    specs = cache_list("--caches", caches, known_bytes=memory_budget is not None)
     from ..bench.generate import bench_budget, bench_generate, forms_of
-    from ..bench.memory import bench_memory
     from ..bench.timing import WARMUP
     from ..methods.full import Full
     from ..methods.registry import CacheSpec
 
-    batches = number_list("--batch", batch)
-    specs = cache_list("--caches", caches)
     attention = {} if full_attention is None else {f"full, {full_attention}": full_attention}
     specs += [CacheSpec(name, Full()) for name in attention]
-    if attention and peaks:
-        raise typer.BadParameter("not given with --peaks", param_hint="--full-attention")
-    if memory_budget is not None and context <= steps + WARMUP:
-        raise typer.BadParameter(f"needed: more tokens than are decoded, {steps + WARMUP}", param_hint="--context")
+    budget = _budget(memory_budget, context, steps + WARMUP)
     loaded, _ = load_model(model, dtype)
+    check_fits("--caches", specs, loaded.config)
     with errors_of("--full-attention"):
         for name in attention.values():
             loaded.set_attn_implementation(name)
-    results = []
-    runs = len(batches) if memory_budget is None else 1
-    with progress("prefills and steps", runs * (len(specs) + steps + WARMUP)) as advance:
-        if memory_budget is None:
-            for size in batches:
-                results += bench_generate(
-                    loaded,
-                    specs,
-                    context=context,
-                    batch=size,
-                    steps=steps,
-                    baseline_steps=baseline_steps,
-                    attention=attention,
-                    on_progress=advance,
-                )
-        else:
+    results: list[GenerateResult] = []
+    total = (len(batches) if budget is None else 1) * (len(specs) + steps + WARMUP)
+    common: dict[str, Any] = {"context": context, "steps": steps, "attention": attention}
+    with interruptible() as interrupted, progress("prefills and steps", total) as advance:
+        if budget is not None:
             with errors_of("--memory-budget"):
-                results = bench_budget(
-                    loaded,
-                    specs,
-                    context=context,
-                    budget=int(memory_budget * GIB),
-                    steps=steps,
-                    attention=attention,
-                    on_progress=advance,
+                results = bench_budget(loaded, specs, **common, budget=budget, on_progress=advance)
+        for size in batches if budget is None else ():
+            if not interrupted():
+                results += bench_generate(
+                    loaded, specs, **common, batch=size, baseline_steps=baseline_steps, on_progress=advance
                 )
     rows = [result.as_dict() for result in results]
+    peaks = peaks and not interrupted()
     if peaks:
         del loaded
-        by_name = {name: spec for spec in specs for name in forms_of(spec)}
-        known = {}
-        with progress("peak memory", len(results)) as advance:
-            for row, result in zip(rows, results, strict=True):
-                spec, size = by_name[result.cache], result.batch
-                if (spec.name, size) not in known:
-                    tokens = result.context if memory_budget is None else context - steps - WARMUP
-                    known[spec.name, size] = bench_memory(spec, model, dtype.torch, tokens, size, steps=3)
-                peak = known[spec.name, size]
-                row |= {"peak_rise": peak.peak_rise, "live_peak_rise": peak.live_peak_rise}
-                advance()
-    title = f"{'after' if memory_budget is None else 'up to'} {context:,} tokens"
-    Console().print(_table(title, rows, results, peaks))
-    write_json(json_file, "generate", arguments, results=rows)
+        tokens = context if budget is None else context - steps - WARMUP
+        _add_peaks(rows, {name: spec for spec in specs for name in forms_of(spec)}, model, dtype, tokens)
+    title = f"{'after' if budget is None else 'up to'} {context:,} tokens"
+    if rows:
+        _table(title, rows, results, peaks).show()
+        write_json(json_file, "generate", arguments, results=rows)
+    interrupted.leave()
 
 
-def _table(title: str, rows: Sequence[dict[str, Any]], results: Sequence[GenerateResult], peaks: bool) -> Table:
+def _add_peaks(rows: Rows, specs: dict[str, CacheSpec], model: str | None, dtype: Dtype, tokens: int) -> None:
+    """Measure the peak memory of each row's cache after a prompt of ``tokens`` tokens; once for the forms of one."""
+    from ..bench.memory import bench_memory
+
+    known: dict[tuple[str, int], MemoryResult] = {}
+    with progress("peak memory", len(rows)) as advance:
+        for row in rows:
+            spec, size = specs[row["cache"]], row["batch"]
+            if (spec.name, size) not in known:
+                known[spec.name, size] = bench_memory(spec, model, dtype.torch, tokens, size, steps=3)
+            peak = known[spec.name, size]
+            row |= {"peak_rise": peak.peak_rise, "live_peak_rise": peak.live_peak_rise}
+            advance()
+
+
+def _budget(gib: float | None, context: int, decoded: int) -> int | None:
+    """``--memory-budget`` in bytes, if the other arguments fit it."""
+    if gib is None:
+        return None
+    if gib * GIB < 1:
+        raise bad("--memory-budget", f"more than 0 GiB are needed, got {gib:g}")
+    if context <= decoded:
+        raise bad("--context", f"needed: more tokens than are decoded, {decoded}, got {context}")
+    return int(gib * GIB)
+
+
+def _table(title: str, rows: Rows, results: Sequence[GenerateResult], peaks: bool) -> ResultTable:
     ratios = ["of faster full", "quartiles", "of slower full"]
     columns = ["cache", "batch", "tokens/s", "step, ms", *ratios, "held", *(["peak"] if peaks else [])]
-    table = result_table(*columns, title=title)
+    table = ResultTable(columns, title=title)
     for row, result in zip(rows, results, strict=True):
         first, second = [*result.speedups.values(), None, None][:2]
         table.add_row(

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from .shared import Caches, Dtype, Json, Model, cache_list, megabytes, progress, result_table, write_json
+from .interrupt import interruptible
+from .shared import (
+    Caches,
+    Dtype,
+    Json,
+    Model,
+    cache_list,
+    check_fits,
+    check_model,
+    errors_of_model,
+    megabytes,
+    progress,
+    write_json,
+)
+from .tables import ResultTable
 
 
 def command(
@@ -22,20 +36,32 @@ def command(
     The peak is that of the process as malloc leaves it, then without what malloc keeps of freed memory.
     """
     arguments = dict(locals())
+    if not sys.platform.startswith("linux"):
+        raise typer.BadParameter("bench memory reads /proc, which only Linux has")
+    check_model(model)
+    specs = cache_list("--cache", cache)
+    from .. import models
     from ..bench.memory import bench_memory
 
-    specs = cache_list("--cache", cache)
+    with errors_of_model(model):
+        config = models.load_config(model)
+    check_fits("--cache", specs, config)
     results = []
-    with progress("prefill", len(specs)) as advance:
+    with interruptible() as interrupted, progress("prefill", len(specs)) as advance, errors_of_model(model):
         for spec in specs:
+            if interrupted():
+                break
             results.append(bench_memory(spec, model, dtype.torch, context))
             advance()
-    title = f"prefill of {context:,} tokens"
-    table = result_table("cache", "peak rise", "of live memory", "held", "formula", title=title, no_wrap=False)
+    table = ResultTable(
+        ("cache", "peak rise", "of live memory", "held", "formula"), title=f"prefill of {context:,} tokens"
+    )
     for result in results:
         verdict = "-" if result.predicted is None else megabytes(result.predicted)
         verdict = "equal" if result.held == result.predicted else verdict
         peaks = megabytes(result.peak_rise), megabytes(result.live_peak_rise)
         table.add_row(result.cache, *peaks, megabytes(result.held), verdict)
-    Console().print(table)
-    write_json(json_file, "memory", arguments, results=[result.as_dict() for result in results])
+    if results:
+        table.show()
+        write_json(json_file, "memory", arguments, results=[result.as_dict() for result in results])
+    interrupted.leave()

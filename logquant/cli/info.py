@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from .. import machine
 from .shared import Json, write_json
 
 
 def command(json_file: Json = None) -> None:
     """Say what is installed, what runs here, and why a fast path is off."""
+    from .. import machine
+
     facts = machine.describe()
-    table = Table(show_header=False, box=None)
+    error = facts.pop("extension_error")
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in facts.items():
-        if name != "extension_error":
-            text = ", ".join(value) or "none" if isinstance(value, list) else str(value)
-            table.add_row(name.replace("_", " "), text)
-    error = facts["extension_error"]
-    table.add_row("compiled operators", "in use" if error is None else f"[bold red]off[/]: {error}")
-    Console().print(table)
+        table.add_row(
+            name.replace("_", " "), Text(", ".join(value) or "none" if isinstance(value, list) else str(value))
+        )
+    state = Text("in use") if error is None else Text.assemble(("off", "bold red"), f": {error}")
+    table.add_row("compiled operators", state)
+    console = Console()
+    console.print(table, soft_wrap=not console.is_terminal)
     write_json(json_file, "info", {})

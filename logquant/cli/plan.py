@@ -5,13 +5,28 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from .shared import GIB, Caches, Dtype, Json, Model, cache_list, errors_of, megabytes, result_table, write_json
+from .shared import (
+    GIB,
+    Caches,
+    Dtype,
+    Json,
+    Model,
+    bad,
+    cache_list,
+    check_fits,
+    check_model,
+    errors_of,
+    errors_of_model,
+    finite,
+    megabytes,
+    write_json,
+)
+from .tables import ResultTable
 
 
 def command(
-    memory: Annotated[float, typer.Option(min=0.0, help="GiB for keys and values.")] = 1.0,
+    memory: Annotated[float, typer.Option(help="GiB for keys and values.", callback=finite)] = 1.0,
     context: Annotated[int, typer.Option(min=1, help="Tokens of a sequence, prompt and generated.")] = 4000,
     caches: Caches = "full,logquant",
     model: Model = None,
@@ -20,24 +35,24 @@ def command(
 ) -> None:
     """Say how many sequences fit into memory, and how long a single one may be, from a model's configuration alone."""
     arguments = dict(locals())
+    budget = int(memory * GIB)
+    if budget < 1:
+        raise bad("--memory", f"more than 0 GiB are needed, got {memory:g}")
+    check_model(model)
+    specs = cache_list("--caches", caches, known_bytes=True)
     from .. import models
     from ..plan import plan
 
-    specs = cache_list("--caches", caches)
-    with errors_of("--model"):
+    with errors_of_model(model):
         config = models.load_config(model)
-    budget = int(memory * GIB)
-    with errors_of("arguments"):
+    check_fits("--caches", specs, config)
+    with errors_of("--model"):
         plans = [plan(spec, config, budget=budget, tokens=context, itemsize=dtype.torch.itemsize) for spec in specs]
-    table = result_table(
-        "cache",
-        "a sequence",
-        "sequences",
-        "longest, tokens",
+    table = ResultTable(
+        ("cache", "a sequence", "sequences", "longest, tokens"),
         title=f"{context:,} tokens of {config.model_type} in {memory:g} GiB",
-        no_wrap=False,
     )
     for each in plans:
         table.add_row(each.cache, megabytes(each.nbytes), f"{each.batch:,}", f"{each.longest:,}")
-    Console().print(table)
+    table.show()
     write_json(json_file, "plan", arguments, results=[each.as_dict() for each in plans])

@@ -11,8 +11,12 @@ from typing import Any
 
 import jinja2
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+
+from ..texts import read_text
 
 Rows = list[dict[str, Any]]
 
@@ -21,16 +25,19 @@ _PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"/>
 <title>logquant: results</title>
 <style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+h1, h2, .machine { overflow-wrap: anywhere; }
 h2 { margin-top: 3rem; }
 pre { background: #f3f3f3; padding: .8rem; overflow-x: auto; }
-table { border-collapse: collapse; margin: 1rem 0; }
+.scroll { margin: 1rem 0; overflow-x: auto; }
+table { border-collapse: collapse; }
 th, td { padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-figure { margin: 1rem 0; }
-figure svg { max-width: 100%; height: auto; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+figure { margin: 1rem 0; overflow-x: auto; }
+figure svg { width: 100%; min-width: 36rem; max-width: 48rem; height: auto; }
 .machine { color: #666; font-size: .85rem; }
 </style>
 </head>
@@ -42,12 +49,12 @@ figure svg { max-width: 100%; height: auto; }
 <pre>{{ section.command }}</pre>
 <p class="machine">{{ section.machine }}</p>
 {% for table in section.tables %}
-<table>
+<div class="scroll" tabindex="0"><table>
 <tr>{% for name in table.columns %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for row in table.rows %}
 <tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
-</table>
+</table></div>
 {% endfor %}
 {% for plot in section.plots %}
 <figure>{{ plot | safe }}</figure>
@@ -97,17 +104,33 @@ def render(files: Sequence[Path]) -> str:
         OSError: a file that cannot be read.
         ValueError: a file that holds something else.
     """
-    return _PAGE.render(sections=[_section(file) for file in files])
+    sections = [_section(file) for file in files]
+    for section, name in zip(sections, _distinct(files), strict=True):
+        section.title = f"{section.title}: {name}"
+    return _PAGE.render(sections=sections)
+
+
+def _distinct(files: Sequence[Path]) -> list[str]:
+    """A name for each file: as much of the end of its path as tells it from the others, and a number for one again."""
+    paths = [file.resolve().with_suffix("").parts for file in files]
+    names: list[str] = []
+    for parts in paths:
+        others = {other for other in paths if other != parts}
+        length = next(n for n in range(1, len(parts) + 1) if all(other[-n:] != parts[-n:] for other in others))
+        names.append("/".join(parts[-length:]))
+    return [
+        name if names.count(name) == 1 else f"{name} ({names[: i + 1].count(name)})" for i, name in enumerate(names)
+    ]
 
 
 def _section(file: Path) -> Section:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_text(file))
         kind, results = content["kind"], content["results"]
         title, fill = _KINDS[kind]
         section = Section(title, content["command"], _in_words(content["machine"]))
         fill(section, results)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} must be results that logquant's --json has written, got {error!r}") from None
     return section
 
@@ -162,14 +185,20 @@ def _passkey(section: Section, rows: Rows) -> None:
 
 
 def _divergence(section: Section, rows: Rows) -> None:
+    tail = {"kl_p99": "KL, p99", "kl_p999": "KL, p99.9", "kl_above_1": "KL > 1"}
+    shown = [key for key in tail if all(key in row for row in rows)]  # older files have none
     section.tables.append(
         Table(
-            ("cache", "KL, nats a token", "95 % interval", "perplexity", "top-1", "bits an element", "MB a text"),
+            (
+                *("cache", "KL, nats a token", "95 % interval", *(tail[key] for key in shown)),
+                *("perplexity", "top-1", "bits an element", "MB a text"),
+            ),
             [
                 (
                     row["cache"],
                     f"{row['kl']:.4f}",
                     "{:.4f} to {:.4f}".format(*row["kl_interval"]) if row["kl_interval"] else "",
+                    *(f"{row[key]:.2%}" if key == "kl_above_1" else f"{row[key]:.4f}" for key in shown),
                     f"{row['ppl']:.2f}",
                     f"{row['top1']:.3f}",
                     f"{row['bits_per_element']:.2f}" if row["bits_per_element"] else "",
@@ -185,15 +214,16 @@ def _divergence(section: Section, rows: Rows) -> None:
             break
 
         def draw(axes: Axes, key: str = key, unit: float = unit, name: str = name) -> None:
-            for row in lossy:
+            colours = _colours(len(lossy))
+            for row, colour in zip(lossy, colours, strict=True):
                 x, kl = row[key] / unit, row["kl"]
                 low, high = row["kl_interval"] or (kl, kl)
-                axes.errorbar(x, kl, yerr=[[max(0.0, kl - low)], [max(0.0, high - kl)]], fmt="o", capsize=3)
-                axes.annotate(row["cache"], (x, kl), xytext=(6, 4), textcoords="offset points")
+                error = [[max(0.0, kl - low)], [max(0.0, high - kl)]]
+                axes.errorbar(x, kl, yerr=error, fmt="o", capsize=3, color=colour)
             axes.set(xlabel=name, ylabel="KL to the full cache, nats a token", yscale="log")
-            axes.margins(x=0.25)
+            _label_beside(axes, [(row["cache"], row[key] / unit, row["kl"]) for row in lossy], colours)
 
-        section.plots.append(_svg(draw))
+        section.plots.append(_svg(draw, height=max(4.0, 1.0 + 0.25 * len(lossy))))
 
 
 def _attend(section: Section, rows: Rows) -> None:
@@ -212,13 +242,17 @@ def _attend(section: Section, rows: Rows) -> None:
         of_shape = [row for other, row in zip(shapes, rows, strict=True) if other == shape]
 
         def draw(axes: Axes, shape: str = shape, of_shape: Rows = of_shape) -> None:
-            for name in names:
+            for name, colour in zip(names, _colours(len(names)), strict=True):
                 points = [(r["context"], 1e3 * r["timings"][name]["median"]) for r in of_shape if name in r["timings"]]
-                axes.plot(*zip(*points, strict=True), marker="o", label=name)
+                if points:
+                    axes.plot(*zip(*points, strict=True), marker="o", label=name, color=colour)
             axes.set(xlabel="tokens", ylabel="ms a call", xscale="log", yscale="log", title=shape)
-            axes.legend(fontsize="small")
+            contexts = sorted({row["context"] for row in of_shape})
+            axes.set_xticks(contexts, [f"{tokens:,}" for tokens in contexts])
+            axes.minorticks_off()
+            axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
-        section.plots.append(_svg(draw))
+        section.plots.append(_svg(draw, height=max(4.0, 1.0 + 0.25 * len(names))))
 
 
 def _generate(section: Section, rows: Rows) -> None:
@@ -291,6 +325,39 @@ def _bars(names: Sequence[str], values: Sequence[float], label: str) -> str:
         axes.margins(x=0.15)
 
     return _svg(draw, height=1.2 + 0.4 * len(names))
+
+
+def _colours(count: int) -> list[str]:
+    """As many colours, no two of them the same."""
+    named = [*mpl.color_sequences["tab10"], *mpl.color_sequences["tab20"][1::2]]  # strong ones, then their pale kin
+    spread = mpl.colormaps["turbo"](np.linspace(0.02, 0.98, count))
+    return [to_hex(colour) for colour in (named[:count] if count <= len(named) else spread)]
+
+
+def _label_beside(axes: Axes, points: Sequence[tuple[str, float, float]], colours: Sequence[str]) -> None:
+    """Names of points ``(name, x, y)`` in a column to the right of the plot, each in a line of its own."""
+    to_axes = axes.transData + axes.transAxes.inverted()
+    heights = [to_axes.transform((x, y))[1] for _, x, y in points]
+    order = sorted(range(len(points)), key=heights.__getitem__)
+    places = _spread([heights[i] for i in order], 1 / max(12, len(points)))
+    for i, place in zip(order, places, strict=True):
+        name, x, y = points[i]
+        line = {"arrowstyle": "-", "color": colours[i], "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
+        axes.annotate(
+            name, (x, y), xytext=(1.03, place), textcoords="axes fraction", va="center", fontsize=9, arrowprops=line
+        )
+
+
+def _spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Rising heights within 0 and 1, moved so that they are ``gap`` apart."""
+    places = list(heights)
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] + gap)
+    top = 1.0
+    for i in reversed(range(len(places))):
+        places[i] = top = min(places[i], top)
+        top -= gap
+    return places
 
 
 def _svg(draw: Callable[[Axes], None], height: float = 4.0) -> str:

@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
-from .shared import errors_of
+from .shared import errors_of, not_among, writable
 
 
 def command(
     results: Annotated[list[Path], typer.Argument(help="What --json of eval, plan or bench has written.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write.")] = Path("report.html"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write.", callback=writable)] = Path(
+        "report.html"
+    ),
 ) -> None:
     """Write one self-contained HTML page with the tables and plots of results."""
     try:
@@ -20,7 +22,8 @@ def command(
     except ImportError as error:
         raise SystemExit(f"reports need more packages ({error}): pip install 'logquant[report]'") from error
 
-    with errors_of("results"):
+    not_among("--output", output, results)
+    with errors_of("RESULTS"):
         page = render(results)
     with errors_of("--output"):
         output.write_text(page, encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from .divergence import CacheScores, evaluate
 from .greedy import GreedyScores, greedy_agreement
-from .passkey import DEPTHS, PasskeyScores, passkey
+from .passkey import DEPTHS, PasskeyScores, passkey, passkey_text
 from .stats import bootstrap_interval
 from .text import read_ids, read_tokens
 
@@ -15,6 +15,7 @@ __all__ = [
     "evaluate",
     "greedy_agreement",
     "passkey",
+    "passkey_text",
     "read_ids",
     "read_tokens",
 ]

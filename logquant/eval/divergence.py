@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -29,7 +30,8 @@ class CacheScores:
 
     Args:
         cache: the cache's name.
-        kl: by text, mean KL(full cache || this cache) of the next token's distribution, nats a token.
+        token_kl: by text, KL(full cache || this cache) of the next token's distribution at each token, nats, float64
+            ``[tokens]``.
         nll: by text, mean negative log-likelihood of the text's next token, nats.
         top1: by text, how often the likeliest token is the full cache's.
         bits_per_element: of a quantised element, codes and parameters; None where nothing was quantised.
@@ -39,22 +41,35 @@ class CacheScores:
     """
 
     cache: str
-    kl: list[float] = field(default_factory=list)
+    token_kl: list[Tensor] = field(default_factory=list)
     nll: list[float] = field(default_factory=list)
     top1: list[float] = field(default_factory=list)
     bits_per_element: float | None = None
     nbytes: int = 0
     token_nbytes: float | None = None
 
+    @property
+    def kl(self) -> list[float]:
+        """By text, the mean of ``token_kl``."""
+        return [kl.mean().item() for kl in self.token_kl]
+
     def as_dict(self) -> dict[str, Any]:
-        """Means over texts, 95 % bootstrap intervals over texts where there are several, and the scores of each."""
-        nll = bootstrap_interval(self.nll)
+        """Means over texts, 95 % bootstrap intervals over texts where there are several, and the scores of each.
+
+        Of the tokens of all texts together, besides: the 99th and 99.9th percentile of KL, interpolated linearly, and
+        the share of tokens whose KL is above 1. A mean hides the few tokens at which a cache goes wrong.
+        """
+        nll, tokens = bootstrap_interval(self.nll), torch.cat(self.token_kl)
+        p99, p999 = np.quantile(tokens.numpy(), [0.99, 0.999]).tolist()
         return {
             "cache": self.cache,
             "kl": mean(self.kl),
             "ppl": math.exp(mean(self.nll)),
             "top1": mean(self.top1),
             "kl_interval": bootstrap_interval(self.kl),
+            "kl_p99": p99,
+            "kl_p999": p999,
+            "kl_above_1": (tokens > 1).double().mean().item(),
             "ppl_interval": nll and [math.exp(bound) for bound in nll],
             "top1_interval": bootstrap_interval(self.top1),
             "bits_per_element": self.bits_per_element,
@@ -76,6 +91,7 @@ def evaluate(
     chunk: int = 1,
     batch_size: int = 8,
     on_progress: Callable[[int], None] = lambda tokens: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[CacheScores]:
     """Feed texts through a model token by token, once with the full cache and once with each other cache.
 
@@ -92,6 +108,8 @@ def evaluate(
             quantised, so more is faster and flatters a little.
         batch_size: texts run at once.
         on_progress: called after every step with the number of tokens done, over all texts.
+        stop: asked before every step; once it says so, the scores are those of the tokens until then, and texts of
+            which nothing was decoded have none.
 
     Returns:
         The scores of each cache, in the order of ``caches``.
@@ -107,7 +125,9 @@ def evaluate(
     model.set_attn_implementation("logquant")
     results = [CacheScores(spec.name) for spec in caches]
     for batch in ids.split(batch_size):
-        _evaluate_batch(model, batch.to(model.device), caches, results, prefill, chunk, on_progress)
+        if stop():
+            break
+        _evaluate_batch(model, batch.to(model.device), caches, results, prefill, chunk, on_progress, stop)
     return results
 
 
@@ -120,8 +140,9 @@ def _evaluate_batch(
     prefill: int,
     chunk: int,
     on_progress: Callable[[int], None],
+    stop: Callable[[], bool],
 ) -> None:
-    texts, decoded = ids.shape[0], ids.shape[1] - prefill - 1
+    texts, end = ids.shape[0], ids.shape[1] - 1
     full = parse_cache("full")
     caches = {spec: spec.make(model.config) for spec in {full: None, **dict.fromkeys(specs)}}
     take_prompt(model, ids[:, :prefill], list(caches.values()))
@@ -129,20 +150,24 @@ def _evaluate_batch(
         for layer in cache.layers:
             if isinstance(layer, QuantizingLayer):
                 layer.remember()
-    sums = {spec: torch.zeros(3, texts, dtype=torch.float64, device=ids.device) for spec in caches}
-    for first in range(prefill, prefill + decoded, chunk):
-        last = min(first + chunk, prefill + decoded)
+    steps: dict[CacheSpec, list[Tensor]] = {spec: [] for spec in caches}
+    for first in range(prefill, end, chunk):
+        if stop():
+            break
+        last = min(first + chunk, end)
         inputs, targets = ids[:, first:last], ids[:, first + 1 : last + 1]
         truth = log_probabilities(model, inputs, caches[full])
         for spec, cache in caches.items():
             guess = truth if spec == full else log_probabilities(model, inputs, cache)
-            sums[spec] += _scores(truth, guess, targets)
+            steps[spec].append(_scores(truth, guess, targets).cpu())
         on_progress(texts * (last - first))
     for result, spec in zip(results, specs, strict=True):
-        kl, nll, top1 = (sums[spec] / decoded).tolist()
-        result.kl += kl
-        result.nll += nll
-        result.top1 += top1
+        if not steps[spec]:
+            continue
+        kl, nll, top1 = torch.cat(steps[spec], -1)
+        result.token_kl += kl.unbind()
+        result.nll += nll.mean(-1).tolist()
+        result.top1 += top1.mean(-1).tolist()
         commit(caches[spec])
         result.bits_per_element = packed_bits_per_element(caches[spec])
         result.nbytes = cache_nbytes(caches[spec]) // texts
@@ -197,8 +222,8 @@ def log_probabilities(model: Any, inputs: Tensor, cache: Cache) -> Tensor:
 
 
 def _scores(truth: Tensor, guess: Tensor, targets: Tensor) -> Tensor:
-    """KL, negative log-likelihood and agreement, summed over the step's tokens: ``[3, texts]``."""
+    """KL, negative log-likelihood and agreement at each of the step's tokens: float64 ``[3, texts, n]``."""
     kl = (truth.exp() * (truth - guess)).sum(-1)
     nll = -guess.gather(-1, targets[..., None])[..., 0]
     top1 = truth.argmax(-1) == guess.argmax(-1)
-    return torch.stack([kl, nll, top1.to(kl.dtype)]).double().sum(-1)
+    return torch.stack([kl, nll, top1.to(kl.dtype)]).double()

@@ -68,6 +68,7 @@ def greedy_agreement(
     tokens: int,
     batch_size: int = 8,
     on_progress: Callable[[int], None] = lambda tokens: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[GreedyScores]:
     """Continue prompts greedily with each cache and compare with the full one.
 
@@ -78,6 +79,7 @@ def greedy_agreement(
         tokens: tokens written after every prompt.
         batch_size: prompts run at once.
         on_progress: called after every batch and cache with the number of tokens written.
+        stop: asked before every batch; once it says so, the scores are those of the prompts until then.
 
     Returns:
         The agreement of each cache, in the order of ``caches``.
@@ -91,6 +93,8 @@ def greedy_agreement(
     model.set_attn_implementation("logquant")
     results = [GreedyScores(spec.name, tokens) for spec in caches]
     for batch in ids.split(batch_size):
+        if stop():
+            break
         prompts = batch.to(model.device)
         truth = greedy_tokens(model, prompts, parse_cache("full").make(model.config), tokens)
         for result, spec in zip(results, caches, strict=True):

@@ -40,8 +40,8 @@ class PasskeyScores:
 
     def as_dict(self) -> dict[str, Any]:
         """Means over texts, by depth and over all."""
-        found = {depth: mean(each) for depth, each in self.found.items()}
-        nll = {depth: mean(each) for depth, each in self.nll.items()}
+        found = {depth: mean(each) for depth, each in self.found.items() if each}
+        nll = {depth: mean(each) for depth, each in self.nll.items() if each}
         return {
             "cache": self.cache,
             "length": self.length,
@@ -90,6 +90,7 @@ def passkey(
     digits: int = 5,
     seed: int = 0,
     on_progress: Callable[[int], None] = lambda texts: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[PasskeyScores]:
     """Tell a key in a long text, and ask for it once the text is in the cache, so that nothing but the cache knows it.
 
@@ -103,6 +104,7 @@ def passkey(
         digits: of a key.
         seed: of the keys.
         on_progress: called after every text and cache with 1.
+        stop: asked before every text; once it says so, the scores are those of the texts until then.
 
     Returns:
         What each cache recalls, in the order of ``caches``.
@@ -119,6 +121,8 @@ def passkey(
     question = torch.tensor([tokenizer(QUESTION, add_special_tokens=False)["input_ids"]], device=model.device)
     for depth in depths:
         for _ in range(texts):
+            if stop():
+                return results
             key = "".join(numbers.choice("123456789") for _ in range(digits))
             text = torch.tensor([passkey_text(tokenizer, key, depth, length)], device=model.device)
             answer = torch.tensor([tokenizer(f" {key}", add_special_tokens=False)["input_ids"]], device=model.device)

@@ -9,16 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..texts import read_text
 
-def read_ids(tokenizer: Any, file: Path) -> list[int]:
-    """All token ids of a file.
+
+def read_ids(tokenizer: Any, file: Path, least: int = 1) -> list[int]:
+    """All token ids of a file, at least ``least``.
 
     Raises:
-        ValueError: a file that is no UTF-8 text.
+        ValueError: a file that is no UTF-8 text, or has fewer tokens.
         OSError: a file that cannot be read.
     """
     # Not verbose: a text may be longer than the model takes, and is cut.
-    ids: list[int] = tokenizer(file.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+    ids: list[int] = tokenizer(read_text(file), verbose=False)["input_ids"]
+    if len(ids) < least:
+        raise ValueError(f"text {file} must have at least {least:,} tokens, got {len(ids):,}")
     return ids
 
 
@@ -31,10 +35,4 @@ def read_tokens(tokenizer: Any, files: Sequence[Path], length: int) -> Tensor:
     """
     if not files:
         raise ValueError("text must name at least one file, got none")
-    rows = []
-    for file in files:
-        ids = read_ids(tokenizer, file)
-        if len(ids) < length:
-            raise ValueError(f"text {file} must have at least {length} tokens (prefill + tokens + 1), got {len(ids)}")
-        rows.append(ids[:length])
-    return torch.tensor(rows)
+    return torch.tensor([read_ids(tokenizer, file, length)[:length] for file in files])

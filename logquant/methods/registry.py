@@ -116,6 +116,8 @@ def _given(text: str) -> dict[str, float | str]:
         key, _, value = setting.partition("=")
         if not options:
             raise ValueError(f"cache {name!r} has no settings, got {key}")
+        if key in given:
+            raise ValueError(f"cache {text!r}: {key} must be given once")
         if key not in options:
             raise ValueError(f"cache {text!r}: a setting must be one of {', '.join(options)}, got {key!r}")
         if "str" in options[key]:

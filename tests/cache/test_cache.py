@@ -98,9 +98,8 @@ def test_a_stale_handle_refuses():
 
 BAD_UPDATES = [
     (lambda k, v: (k.double(), v.double()), TypeError, "key_states must be float32, float16 or bfloat16, got torch.fl"),
-    (lambda k, v: (k, v.half()), TypeError, "value_states must have the dtype and device of key_states"),
-    (lambda k, v: (k.half(), v.half()), TypeError, "key_states must stay torch.float32 like the tokens before them"),
-    (lambda k, v: (k, v.to("meta")), TypeError, "value_states must have the dtype and device of key_states"),
+    (lambda k, v: (k, v.int()), TypeError, "value_states must be float32, float16 or bfloat16, got torch.int32"),
+    (lambda k, v: (k, v.to("meta")), ValueError, "value_states must be on the device of key_states, got meta and cpu"),
     (lambda k, v: (k.to("meta"), v.to("meta")), ValueError, "key_states must stay on cpu, got meta"),
     (lambda k, v: (k[0], v[0]), ValueError, r"must be \[batch, heads, tokens, dim\] and agree"),
     (lambda k, v: (k, v[:, :, :0]), ValueError, "agree in all but dim"),

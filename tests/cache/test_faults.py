@@ -160,6 +160,11 @@ def test_rewind_after_an_error_within_a_forward_pass(failing_layer, new, first):
         if failing_layer < 2:
             with pytest.raises(ValueError, match=r"the layers of the cache hold .* tokens.*rewind\(\) the cache"):
                 cache.check_layers_agree()
+            careless = copy.deepcopy(cache)
+            with pytest.raises(RuntimeError, match=r"an earlier forward pass ended early. Call cache.rewind\(\)"):
+                model(ids[:, first : first + new], **as_argument(careless))
+            assert careless.rewind() == first
+            model(ids[:, first : first + new], **as_argument(careless))
             if new == 1:
                 assert cache.rewind() == first
                 for layer, other in zip(cache.layers, want.layers, strict=True):

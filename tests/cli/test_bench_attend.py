@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -38,8 +39,11 @@ def test_bench_attend_times_every_contender(json_file):
         (("--context", "0"), "numbers must be at least 1, got '0'"),
         (("--heads", "3", "--kv-heads", "2"), "heads must be a multiple of kv_heads (2), got 3"),
         (("--bits", "5"), "bits must be 2, 4 or 8, got 5"),
-        (("--cache", "full"), "cache 'full' has no settings, got bits"),
-        (("--cache", "kivi"), "a setting must be one of bits, group, residual, got 'window'"),
+        (("--cache", "full"), "a LogQuant cache is needed: logquant, recent or paper; got 'full'"),
+        (("--cache", "kivi"), "a LogQuant cache is needed: logquant, recent or paper; got 'kivi'"),
+        (("--cache", "logquant,paper"), "one cache is needed, got 'logquant,paper'"),
+        (("--context", "1,,2"), "whole numbers separated by commas are needed, got '1,,2'"),
+        (("--kv-heads", "0"), "kv_heads must be at least 1, got 0"),
         (("--dim", "100"), "head_dim must be a multiple of 16 up to 1024, got 100"),
     ],
 )
@@ -47,6 +51,21 @@ def test_bench_attend_explains_bad_arguments(args, message):
     result = run("bench", "attend", *args)
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_bench_attend_says_how_much_memory_is_missing():
+    result = run("bench", "attend", "--context", 10**12, "--rounds", 3)
+    assert result.exit_code == 1
+    assert re.search(r"Error: not enough memory: [\d,.]+ GB were asked for at once\n", result.output)
+
+
+def test_bench_attend_takes_the_settings_of_its_cache(json_file):
+    shape = ("--heads", 2, "--kv-heads", 2, "--dim", 64, "--context", 400, "--rounds", 3)
+    read = {}
+    for cache in ("logquant", "logquant:bits=8"):
+        succeed("bench", "attend", *shape, "--cache", cache, "--json", json_file)
+        read[cache] = json.loads(json_file.read_text())["results"][0]["packed_bytes"]
+    assert read["logquant:bits=8"] > 1.2 * read["logquant"]
 
 
 def test_bench_attend_does_not_time_the_reference(monkeypatch):

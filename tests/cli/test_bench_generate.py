@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 
 import pytest
@@ -11,8 +12,9 @@ from transformers.models.llama import modeling_llama
 
 from logquant import models
 from logquant.attention import forward
+from logquant.bench import generate
 from logquant.bench.timing import WARMUP
-from tests.helpers.cli import run, succeed
+from tests.helpers.cli import refused, run, succeed
 
 FULL = ["full, no mask", "full, masked"]
 
@@ -95,9 +97,8 @@ def test_bench_generate_runs_another_attention_on_a_full_cache(model_dir, json_f
     succeed(*args, *budget, "--json", json_file)
     _, full = json.loads(json_file.read_text())["results"]
     assert full["cache"] == "full, eager" and full["held"] == full["predicted"]
-    for refused in ([*args, "--full-attention", "none"], [*args, "--full-attention", "eager", "--peaks"]):
-        result = run(*refused)
-        assert result.exit_code == 2 and "--full-attention" in result.output
+    for more in (["--full-attention", "none"], ["--full-attention", "eager", "--peaks"]):
+        assert "--full-attention" in refused(*args, *more)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read in /proc")
@@ -119,5 +120,34 @@ def test_bench_generate_fills_a_budget(model_dir, json_file):
     for row in (full, masked, packed):
         assert row["predicted"] * 0.9 < row["held"] <= row["predicted"] <= 0.004 * 2**30
     assert full["held"] == masked["held"] == full["predicted"]
-    refused = run("bench", "generate", *args[:4], "--memory-budget", 0.0001, "--steps", 3)
-    assert refused.exit_code == 2 and "budget must be at least" in refused.output
+    assert "budget must be at least" in refused("bench", "generate", *args[:4], "--memory-budget", 0.0001, "--steps", 3)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--memory-budget", 0), "--memory-budget: more than 0 GiB are needed, got 0"),
+        (("--memory-budget", "nan"), "'--memory-budget': a number is needed, got nan"),
+        (("--memory-budget", 1, "--caches", "kivi"), "--caches: bytes are known beforehand of logquant,"),
+        (("--memory-budget", 1, "--context", 5, "--steps", 3), "--context: needed: more tokens than are decoded, 5"),
+        (("--batch", "1,x"), "--batch: whole numbers separated by commas are needed, got '1,x'"),
+        (("--full-attention", "foo"), "--full-attention: "),
+        (("--caches", "logquant:value_group=48"), "--caches: cache 'logquant:value_group=48': value_group must be"),
+    ],
+)
+def test_bench_generate_explains_bad_arguments(model_dir, args, message):
+    assert message in refused("bench", "generate", "--model", model_dir, *args)
+
+
+def test_ctrl_c_shows_the_batches_until_then(model_dir, json_file, monkeypatch):
+    measure = generate.bench_generate
+
+    def measure_and_interrupt(*args, **options):
+        signal.raise_signal(signal.SIGINT)
+        return measure(*args, **options)
+
+    monkeypatch.setattr(generate, "bench_generate", measure_and_interrupt)
+    args = ("--context", 100, "--batch", "1,2", "--steps", 3, "--caches", "full", "--peaks", "--json", json_file)
+    result = run("bench", "generate", "--model", model_dir, *args)
+    assert result.exit_code == 130 and "tokens/s" in result.stdout
+    assert [row["batch"] for row in json.loads(json_file.read_text())["results"]] == [1, 1]

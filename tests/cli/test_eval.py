@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 
-from tests.helpers.cli import run, succeed
+from logquant.eval import divergence
+from tests.helpers.cli import refused, run, succeed
+
+TEXT = __file__
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,14 +47,55 @@ def test_eval_runs_other_tasks(model_dir, tmp_path, json_file):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--caches", "snapkv"), "cache must be one of"),
-        (("--tasks", "kl,mmlu"), "'mmlu' is not a valid Task"),
-        (("--tasks", "passkey", "--passkey-tokens", "20"), "length must be at least"),
-        ((), "text must name at least one file, got none"),
-        (("--text", "nowhere.txt"), "nowhere.txt"),
+        (("--caches", "snapkv", TEXT), "--caches: cache must be one of"),
+        (("--tasks", "kl,mmlu"), "--tasks: tasks must be of kl, greedy, passkey, separated by commas; got 'mmlu'"),
+        (("--tasks", ""), "--tasks: tasks must be of kl, greedy, passkey"),
+        (("--tasks", "passkey", "--passkey-tokens", "20"), "--passkey-tokens: length must be at least 150, got 20"),
+        ((), "FILES: tasks kl and greedy need at least one file of text, got none"),
+        (("--text", "nowhere.txt"), "--text: nowhere.txt cannot be read: No such file or directory"),
+        (("nowhere.txt", "--text", TEXT), "FILES: nowhere.txt cannot be read: No such file or directory"),
+        ((TEXT, "--prefill", 10**11), "test_eval.py must have at least 100,000,001,001 tokens, got"),
     ],
 )
 def test_eval_explains_bad_arguments(model_dir, args, message):
-    result = run("eval", "--model", model_dir, *args)
-    assert result.exit_code == 2
-    assert message in result.output
+    assert message in refused("eval", "--model", model_dir, *args)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"na\xefve", "must be text in UTF-8, got byte 0xef at 2"),
+        (b"", "must hold text, got none"),
+        (b"abc", "must have at least 1,513 tokens, got 3"),
+    ],
+)
+def test_eval_names_the_text_that_it_cannot_use(model_dir, tmp_path, content, message):
+    file = tmp_path / "text.txt"
+    file.write_bytes(content)
+    error = refused("eval", "--model", model_dir, file)
+    assert str(file) in error and message in error
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_shows_what_was_measured(model_dir, json_file, monkeypatch, times):
+    """Once: the tokens until then. Twice, at once: the tasks until then."""
+    calls = []
+    scores = divergence._scores
+
+    def interrupt_at_the_fifth_token(*args):
+        calls.append(args)
+        if len(calls) == 10:  # of two caches
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+        return scores(*args)
+
+    monkeypatch.setattr(divergence, "_scores", interrupt_at_the_fifth_token)
+    sizes = ("--prefill", 100, "--tokens", 20, "--caches", "recent:window=32,full", "--tasks", "kl,greedy")
+    result = run("eval", "--model", model_dir, TEXT, *sizes, "--json", json_file)
+    assert result.exit_code == 130
+    if times == 1:
+        rows = json.loads(json_file.read_text())["results"]
+        assert len(calls) == 10 and f"{rows[0]['ppl']:.2f}" in result.stdout
+        assert all("greedy" not in row for row in rows)
+    else:
+        assert result.stdout == "" and not json_file.exists()

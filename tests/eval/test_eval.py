@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from logquant import LogQuantConfig
 from logquant.cache.sizes import head_nbytes
 from logquant.compat import as_argument
-from logquant.eval import bootstrap_interval, evaluate, read_tokens
+from logquant.eval import CacheScores, bootstrap_interval, evaluate, read_tokens
 from logquant.eval.divergence import take_prompt
 from logquant.methods.accounting import cache_nbytes, packed_bits_per_element
 from logquant.methods.layers.quantized import QuantizingLayer
@@ -55,6 +56,56 @@ def test_more_bits_diverge_less_and_an_exact_window_not_at_all(model, ids):
     assert eight < 1e-3
     assert abs(exact) < 1e-6 and by_name["logquant"].bits_per_element is None  # 160 tokens all fit in 3 * 64
     assert by_name["logquant"].top1 == [1, 1, 1]
+
+
+def test_the_tail_of_kl_is_that_of_all_tokens(model, ids):
+    """Recomputed from the logits of two caches, with numpy."""
+    name, specs = "logquant:window=32", parse_caches("full,logquant:window=32")
+    (result,) = scores(model, ids, name).values()
+    model.set_attn_implementation("logquant")
+    logp = []
+    with torch.inference_mode():
+        for spec in specs:
+            cache, rows = spec.make(model.config), []
+            model(ids[:, :PREFILL], **as_argument(cache))
+            for i in range(PREFILL, PREFILL + TOKENS):
+                rows.append(model(ids[:, i : i + 1], **as_argument(cache)).logits[:, 0].double().log_softmax(-1))
+            logp.append(torch.stack(rows, 1))
+    kl = (logp[0].exp() * (logp[0] - logp[1])).sum(-1).numpy()
+    assert [each.shape for each in result.token_kl] == [(TOKENS,)] * 3
+    np.testing.assert_allclose(torch.stack(result.token_kl).numpy(), kl, rtol=1e-3, atol=1e-5)
+    found = result.as_dict()
+    assert result.kl == pytest.approx(kl.mean(1).tolist(), rel=1e-3)
+    assert found["kl_p99"] == pytest.approx(np.percentile(kl, 99), rel=1e-3)
+    assert found["kl_p999"] == pytest.approx(np.percentile(kl, 99.9), rel=1e-3)
+    assert found["kl_p99"] < found["kl_p999"] < kl.max()
+
+
+def test_the_share_of_tokens_above_1_counts_tokens():
+    scored = CacheScores("x", [torch.tensor([0.0, 1.0, 1.5]), torch.tensor([3.0] * 2)], [1.0, 2.0], [0.5, 0.5])
+    assert scored.as_dict()["kl_above_1"] == 3 / 5
+    assert scored.as_dict()["kl"] == pytest.approx((2.5 / 3 + 3) / 2)
+
+
+def test_a_stopped_evaluation_scores_what_was_decoded(model, ids):
+    """All caches the same tokens; texts of which none was decoded have no scores."""
+    done = []
+    stopped = evaluate(
+        model,
+        ids,
+        parse_caches("recent:window=32,full"),
+        prefill=PREFILL,
+        batch_size=2,
+        on_progress=done.append,
+        stop=lambda: len(done) == 7,
+    )
+    whole = scores(model, ids, "recent:window=32,full", batch_size=2)
+    assert sum(done) == 14
+    for result in stopped:
+        assert [len(kl) for kl in result.token_kl] == [7, 7] and len(result.nll) == len(result.top1) == 2
+        assert result.token_kl[1].tolist() == whole[result.cache].token_kl[1][:7].tolist()
+    nothing = evaluate(model, ids, parse_caches("full"), prefill=PREFILL, stop=lambda: True)
+    assert nothing[0].token_kl == nothing[0].nll == []
 
 
 def test_bits_and_bytes_are_those_of_the_format(model, ids):
@@ -145,6 +196,8 @@ def test_names_stand_for_settings():
         ("logquant:bits=3", "'logquant:bits=3': bits must be 2, 4 or 8, got 3"),
         ("logquant:rule=1", "a setting must be one of"),
         ("full:bits=2", "cache 'full' has no settings, got bits"),
+        ("logquant:bits=4,bits=8", "cache 'logquant:bits=4,bits=8': bits must be given once"),
+        ("kivi:bits=2,group=32,bits=2", "bits must be given once"),
         ("", "caches must name at least one of logquant, .*, full"),
         ("full,full", "caches must differ"),
     ],
@@ -169,10 +222,26 @@ def test_texts_are_cut_to_one_length(tmp_path):
     long.write_text("abcdef")
     short.write_text("abc")
     assert read_tokens(tokenizer, [long, short], 3).shape == (2, 3)
-    with pytest.raises(ValueError, match=r"short.txt must have at least 5 tokens \(prefill \+ tokens \+ 1\), got 3"):
+    with pytest.raises(ValueError, match=r"short.txt must have at least 5 tokens, got 3"):
         read_tokens(tokenizer, [long, short], 5)
     with pytest.raises(ValueError, match="text must name at least one file, got none"):
         read_tokens(tokenizer, [], 5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"na\xefve", r"a\.txt must be text in UTF-8, got byte 0xef at 2"),
+        (b" \n", r"a\.txt must hold text, got none"),
+        (None, r"a\.txt cannot be read: No such file or directory"),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_named(tmp_path, content, message):
+    file = tmp_path / "a.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises((ValueError, OSError), match=message):
+        read_tokens(None, [file], 5)
 
 
 def test_the_interval_holds_the_mean_and_narrows_with_more_texts():

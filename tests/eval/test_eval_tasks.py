@@ -87,3 +87,16 @@ def test_a_real_model_recalls_what_its_cache_holds(smollm2, smollm2_tokenizer):
     assert full.found[0.4] == ours.found[0.4] == [True] * 2 and forgetful.found[0.4] == [False] * 2
     # The key at the end is within every window.
     assert min(forgetful.nll[0.4]) > 1 > max(full.nll[0.4] + ours.nll[0.4] + forgetful.nll[1.0])
+
+
+def test_stopped_tasks_score_what_was_done(model, tokenizer):
+    """Every cache the same prompts or texts; depths of which none was tried are not there."""
+    specs, done = parse_caches("full,logquant"), []
+    ids = torch.randint(256, (3, 20), generator=torch.Generator().manual_seed(1))
+    options = {"on_progress": done.append, "stop": lambda: len(done) == 4}
+    scores = greedy_agreement(model, ids, specs, tokens=3, batch_size=1, **options)
+    assert [each.agreement for each in scores] == [[3, 3], [3, 3]] and len(done) == 4
+    done.clear()
+    for each in passkey(model, tokenizer, specs, length=150, texts=1, **options):
+        assert list(each.as_dict()["found_by_depth"]) == [0.0, 0.25] and len(each.nll[0.25]) == 1
+    assert greedy_agreement(model, ids, specs, tokens=3, stop=lambda: True)[0].agreement == []
