@@ -30,6 +30,7 @@ from .tables import ResultTable
 
 if TYPE_CHECKING:
     from ..bench.generate import GenerateResult
+    from ..bench.memory import MemoryResult
     from ..methods.registry import CacheSpec
 
 Rows = list[dict[str, Any]]
@@ -112,16 +113,16 @@ def command(
 
 
 def _add_peaks(rows: Rows, specs: dict[str, CacheSpec], model: str | None, dtype: Dtype, tokens: int) -> None:
-    """Measure the peak memory of each row's cache after a prompt of ``tokens`` tokens."""
+    """Measure the peak memory of each row's cache after a prompt of ``tokens`` tokens; once for the forms of one."""
     from ..bench.memory import bench_memory
 
-    known = {}
+    known: dict[tuple[str, int], MemoryResult] = {}
     with progress("peak memory", len(rows)) as advance:
         for row in rows:
-            spec, batch = specs[row["cache"]], row["batch"]
-            if (spec.name, batch) not in known:
-                known[spec.name, batch] = bench_memory(spec, model, dtype.torch, tokens, batch, steps=3)
-            peak = known[spec.name, batch]
+            spec, size = specs[row["cache"]], row["batch"]
+            if (spec.name, size) not in known:
+                known[spec.name, size] = bench_memory(spec, model, dtype.torch, tokens, size, steps=3)
+            peak = known[spec.name, size]
             row |= {"peak_rise": peak.peak_rise, "live_peak_rise": peak.live_peak_rise}
             advance()
 
