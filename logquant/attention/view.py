@@ -195,12 +195,14 @@ class KVView(View):
             sinks=None if sinks is None else sinks.float(),
             lengths=self.rows.lengths(q.device, self.fmt.page_tokens, self.keys.shape[2]),
         )
-        tensors = q.to(self.keys.dtype), self.pages, self.keys, self.values
+        dtype = self.keys.dtype
+        tensors = q if q.dtype == dtype else q.to(dtype), self.pages, self.keys, self.values
         if self.given is None:
             out, _ = ops.attend(*tensors, self.fmt, **options)
         else:
             out, _, self.told = ops.observed_attend(*tensors, self.fmt, **options, attention=self.given)
-        return scaled(out, self.units.value).to(q.dtype)
+        out = scaled(out, self.units.value)
+        return out if out.dtype == q.dtype else out.to(q.dtype)
 
     def _is_fused(self, queries: int) -> bool:
         if queries <= MAX_FUSED_QUERIES:
@@ -220,7 +222,7 @@ class KVView(View):
             both = []
             for parts in zip(packed, (self.keys, self.values), strict=True):
                 slots = torch.cat(parts, 2)
-                if len(slot_of) == 1:
+                if self.rows.alike and len(slot_of) == 1:
                     both.append(slots.index_select(2, slot_of[0]))
                     continue
                 # One more slot, of zeros, stands for padding.

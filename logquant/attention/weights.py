@@ -34,6 +34,8 @@ def given(query: Tensor, keys: Tensor, scale: float, softcap: float, visible: Te
         float32 ``[B, H, T]``.
     """
     heads, tokens, queries = keys.shape[1], keys.shape[2], query.shape[2]
+    if not tokens or not queries:
+        return keys.new_zeros(len(keys), heads, tokens, dtype=torch.float32)
     if visible is None:
         visible = torch.ones(queries, tokens, dtype=torch.bool, device=keys.device).tril(tokens - queries)[None]
     query = query.float().unflatten(1, (heads, -1)).flatten(2, 3)

@@ -99,14 +99,19 @@ class Chosen(NamedTuple):
         """
         if uncommitted.given is not None:
             return self._replace(heard=True, given=uncommitted.given)
-        sums = F.pad(self.given, (0, keys.shape[2] - self.given.shape[2]))
+        sums = self.widened(keys.shape[2]).given
         if (call := uncommitted.call) is not None:
             if real is None and rows.alike:
-                sums += given(call.query[:, :, -HEARD:], keys, scale, call.softcap)
+                sums = sums + given(call.query[:, :, -HEARD:], keys, scale, call.softcap)
             else:
                 query, visible = _newest(call.query, keys, rows, real)
-                sums += given(query, keys, scale, call.softcap, visible)
+                sums = sums + given(query, keys, scale, call.softcap, visible)
         return self._replace(heard=self.heard or call is not None, given=sums)
+
+    def widened(self, tokens: int) -> Chosen:
+        """With what so many tokens have been given: nothing but to those that are counted."""
+        more = tokens - self.given.shape[2]
+        return self._replace(given=F.pad(self.given, (0, more))) if more else self
 
     def moves(self, before: Rows, after: Rows, new: int, real: Tensor | None, values: Tensor) -> list[Move]:
         """How tokens move when ``new`` positions have come: the tokens that leave are those given least.
@@ -115,7 +120,7 @@ class Chosen(NamedTuple):
             before, after: where they were, and how many are where afterwards.
             new: positions that have come.
             real: bool ``[B, new]`` on the CPU, which of them hold a token; None if all do.
-            values: ``[B, H, N, Dv]`` of all exact tokens and new positions.
+            values: ``[B, H, N, Dv]`` of all exact tokens and new positions, as many as are :meth:`widened` for.
         """
         batch, device = len(values), values.device
         weight = None
@@ -177,7 +182,7 @@ class Chosen(NamedTuple):
             if not count:
                 left[m.rows, :, : staying.shape[1]] = given[m.rows].gather(2, staying[:, None].expand(-1, heads, -1))
         if all(m.leaving.shape[1] for m in moves):
-            left = left[:, :, :0]
+            left = given.new_empty(batch, heads, 0)
         return self._replace(
             packed=packed.to(position_dtype(after.length)), exact=exact, since=after, heard=False, given=left
         )
@@ -214,7 +219,10 @@ class Chosen(NamedTuple):
             if self.given.shape[2]:
                 own = self.given[row].index_select(1, window.clamp(0, self.given.shape[2] - 1))
                 given[row, :, : len(source)] = own * known
-        return self._replace(packed=self.packed[:, : after.packed], exact=exact, since=after, given=given)
+        packed = self.packed[:, : after.packed].clone()
+        for row, left in enumerate(after.slots * (len(sources) // len(after.slots))):
+            packed[row, left.packed :] = -1
+        return self._replace(packed=packed, exact=exact, since=after, given=given)
 
     # --------------------------------------------------------------------------------------------------- its tensors
     def map(self, function: Callable[[Tensor], Tensor], before: Rows, after: Rows) -> Chosen:
@@ -222,6 +230,8 @@ class Chosen(NamedTuple):
         exact = self.positions(before)[:, before.packed :]
         tensors = self.packed[:, : before.packed], exact.contiguous(), self.given
         packed, exact, given = (function(t) for t in tensors)
+        # The longest row may be gone.
+        packed, exact, given = packed[:, : after.packed], exact[:, : after.exact], given[:, :, : after.exact]
         return Chosen(self.config, packed, exact, after, self.heard, given)
 
     @property

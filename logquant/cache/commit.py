@@ -71,12 +71,12 @@ class Commit:
             if not (in_window and m.staying is None)
             for x, window in ((exact.keys, self._window_k), (exact.values, self._window_v))
         ]
-        self._severs = exact.in_graph and self._takes_from_graph(moves, layout, before.packed)
+        self._severs = exact.in_graph and self._takes_from_graph(exact, moves, before, layout)
 
-    def _takes_from_graph(self, moves: list[Move], before: Layout, packed: int) -> bool:
+    def _takes_from_graph(self, exact: Exact, moves: list[Move], before: Rows, layout: Layout) -> bool:
         """Whether tokens leave that belong to a graph of autograd."""
-        new = max(m.tokens for m in moves)
-        positions = before.positions(torch.device("cpu"), new)[:, packed:]
+        batch, _, slots, _ = exact.keys.shape
+        positions = layout.positions(torch.device("cpu"), slots - before.exact)[:, before.packed :].expand(batch, -1)
         leaving = (positions[m.rows].gather(1, _of_rows(m.leaving.cpu(), positions[m.rows])) for m in moves)
         return any(bool((at >= self._storage.graph_start).any()) for at in leaving)
 

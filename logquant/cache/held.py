@@ -84,7 +84,10 @@ class Held:
             exact = Exact(*self.storage.units.inside(exact.keys, exact.values), in_window=False)
         heard = self._hear(uncommitted.call, new, real)
         kept = self._remember(heard, after, borrowed=self.advice.queries is None)
-        chosen = self.chosen and self.chosen.hear(uncommitted, exact.keys, rows, real, self._scale(uncommitted.call))
+        chosen = self.chosen
+        if chosen is not None:
+            with own_arithmetic(exact.keys.device):
+                chosen = chosen.hear(uncommitted, exact.keys.detach(), rows, real, self._scale(uncommitted.call))
         if exact.in_window and real is None and after.packed_counts == rows.packed_counts:
             # The new tokens are where they belong already, as in most steps.
             self.rows, self.advice, self.chosen = after, kept, chosen
@@ -124,8 +127,11 @@ class Held:
         if chosen is None:
             moves = before.moves(new, tokens.keys.device, real)
         else:
-            moves = chosen.moves(before, after, new, real, tokens.values)
+            with own_arithmetic(tokens.values.device):
+                chosen = chosen.widened(tokens.values.shape[2])
+                moves = chosen.moves(before, after, new, real, tokens.values.detach())
         if tokens.in_window and all(m.leaving.shape[1] == 0 and m.staying is None for m in moves):
+            chosen = chosen and chosen.moved(moves, before, after, new)
             self.rows, self.advice, self.chosen = after, kept, chosen
             return False
         with own_arithmetic(tokens.keys.device, grad=tokens.in_graph):
@@ -146,7 +152,9 @@ class Held:
             Whether the rule has moved tokens within the window.
         """
         cropped = self.rows.crop(positions) if positions else self.rows.reserving(0)
-        after, advice, chosen = cropped.append(0), self.advice.crop(positions), self.chosen
+        after, advice = cropped.append(0), self.advice.crop(positions)
+        # What has been heard, and when, is not known any more.
+        chosen = self.chosen and self.chosen._replace(heard=True)
         if positions:
             if chosen is None:
                 sources = self.rows.exact_before(cropped)

@@ -18,7 +18,6 @@ from ..attention.gradients import records
 from ..attention.handle import handles
 from ..attention.view import KVView, View
 from ..config import LogQuantConfig
-from ..modes import lasting
 from .contents import LayerContents
 from .drafts import Speculation
 from .held import Held
@@ -65,7 +64,6 @@ class LogQuantLayer(LayerContents):
         self.recompute.forget()
         self.__dict__.pop("held", None)
 
-    @lasting
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = value_states.dtype, value_states.device
         self.format = self.config.page_format(key_states.shape[-1], value_states.shape[-1])
@@ -110,7 +108,6 @@ class LogQuantLayer(LayerContents):
     def _update_uncompiled(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         return self._update(key_states, value_states)
 
-    @lasting
     def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         check_states(key_states, value_states, self.held.storage if self.is_initialized else None)
         if not self.is_initialized:
@@ -149,7 +146,7 @@ class LogQuantLayer(LayerContents):
             before = Step(storage.snapshot(), self.rows, self.held.layout, self.held.advice.key_map, (keys, values))
             self.recompute.record(before)
             storage.graph_start = min(storage.graph_start, self.rows.length)
-        else:
+        elif not storage.in_graph:
             self.recompute.forget()
             storage.graph_start = NO_GRAPH
         return recorded
@@ -180,7 +177,6 @@ class LogQuantLayer(LayerContents):
             self.commit()
 
     # ----------------------------------------------------------------------------------------- they take their places
-    @lasting
     def commit(self) -> None:
         """New tokens take their places, those that the rule says in pages."""
         if not self.is_initialized:
@@ -219,7 +215,6 @@ class LogQuantLayer(LayerContents):
             self.speculation.end(self)
             self.speculation = None
 
-    @lasting
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest ``-tokens_to_remove`` positions.
 
@@ -265,7 +260,6 @@ class LogQuantLayer(LayerContents):
             self.uncommitted.call, self.uncommitted.real = uncommitted.known(part)
             self.commit()
 
-    @lasting
     def _select_rows(self, indices: Tensor) -> None:
         if not len(indices):
             self.reset()
@@ -288,19 +282,16 @@ class LogQuantLayer(LayerContents):
             rows = torch.arange(self.batch_size)
             self._select_rows(rows[indices.cpu() if isinstance(indices, Tensor) else indices, ...].reshape(-1))
 
-    @lasting
     def offload(self) -> None:
         """Move the pages to the CPU's memory; the exact tokens stay."""
         if self.is_initialized:
             self.held.storage.offload()
 
-    @lasting
     def prefetch(self) -> None:
         """Move offloaded pages back."""
         if self.is_initialized:
             self.held.storage.prefetch()
 
-    @lasting
     def to(self, device: torch.device | str) -> None:
         """Move all tensors to ``device``; tokens that come next must be there."""
         if self.is_initialized:
@@ -310,7 +301,6 @@ class LogQuantLayer(LayerContents):
             self.version += 1
 
     # ----------------------------------------------------------------------------------------------- copies and files
-    @lasting
     def copy(self) -> LogQuantLayer:
         """A copy of what is committed, in which nothing is speculative."""
         twin = type(self).__new__(type(self))

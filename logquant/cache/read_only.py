@@ -30,7 +30,7 @@ class ReadOnly(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         writes = _writes(func) or kwargs.get("inplace", False)
-        target = kwargs.get("out", args[0] if writes else None)
+        target = kwargs.get("out", (args[0] if args else kwargs.get("input")) if writes else None)
         if any(isinstance(t, ReadOnly) for t in (target if isinstance(target, list | tuple) else (target,))):
             refuse_writes()
         with torch._C.DisableTorchFunctionSubclass():

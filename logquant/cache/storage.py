@@ -14,6 +14,7 @@ from ..attention.gradients import refusing_gradients
 from ..attention.units import AS_THEY_ARE, Units
 from ..config import LogQuantConfig
 from ..format import DTYPES, PageFormat
+from ..modes import lasting
 from .layout import Rows
 from .sizes import store_pages, window_slots
 
@@ -36,6 +37,7 @@ class Allocator:
         self._key: tuple[torch.device, list[Shape]] | None = None
         self._stores: list[list[Tensor]] = []
 
+    @lasting
     def take(self, like: Tensor, shapes: list[Shape]) -> list[Tensor]:
         """New tensors of these shapes and dtypes on the device of ``like``."""
         key = like.device, shapes
@@ -86,6 +88,7 @@ class Storage:
         self._own(pages)
 
     @staticmethod
+    @lasting
     def empty(config: LogQuantConfig, fmt: PageFormat, keys: Tensor, values: Tensor) -> Storage:
         """For tokens like these, ``[B, H, n, D]`` and ``[B, H, n, Dv]``."""
         batch, heads, _, head_dim = keys.shape
@@ -121,6 +124,10 @@ class Storage:
         pages = packed // self.format.page_tokens
         if pages <= self.pages.shape[2] and len(self._sharers) == 1:
             return self.pages
+        return self._larger_pages(rows, pages)
+
+    @lasting
+    def _larger_pages(self, rows: Rows, pages: int) -> Tensor:
         batch, heads, _, words = self.pages.shape
         used = rows.packed // self.format.page_tokens
         store = self.pages.new_empty(batch, heads, store_pages(pages), words)
@@ -137,6 +144,11 @@ class Storage:
         slots = self.window_k.shape[2]
         if tokens <= slots and not (apart or self.in_graph):
             return self.window_k, self.window_v
+        return self._larger_window(rows, tokens)
+
+    @lasting
+    def _larger_window(self, rows: Rows, tokens: int) -> tuple[Tensor, Tensor]:
+        slots = self.window_k.shape[2]
         capacity = slots if tokens <= slots else max(tokens, window_slots(self.config, tokens))
         used = min(rows.exact, self.window_k.shape[2])
         grown_k, grown_v = (w.new_empty(*w.shape[:2], capacity, w.shape[3]) for w in (self.window_k, self.window_v))
@@ -171,6 +183,7 @@ class Storage:
         return into_k, into_v
 
     # ---------------------------------------------------------------------------------------------- copies and moves
+    @lasting
     def copy(self) -> Storage:
         """A storage with a window of its own and the same page store."""
         return self._with(self.window_k.clone(), self.window_v.clone(), self.pages)
@@ -188,10 +201,12 @@ class Storage:
             self._sharers.add(twin)
         return twin
 
+    @lasting
     def map(self, function: Callable[[Tensor], Tensor]) -> Storage:
         """Another storage, with ``function`` applied to every tensor."""
         return self._with(function(self.window_k), function(self.window_v), function(self.pages))
 
+    @lasting
     def crop(self, before: Rows, after: Rows, sources: list[Tensor], key_map: Tensor | None) -> None:
         """Hold the tokens of ``after``, a crop of ``before``: those that are packed and come back are dequantised.
 
@@ -229,10 +244,12 @@ class Storage:
             windows = window_k, window_v
         self.replace(store, *windows)
 
+    @lasting
     def offload(self) -> None:
         """Move the pages to the CPU's memory; the exact tokens stay."""
         self._own(self.pages.to("cpu", non_blocking=True))
 
+    @lasting
     def prefetch(self) -> None:
         """Move offloaded pages back."""
         if self.pages.device != self.window_k.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from logquant.attention.weights import given
 from logquant.cache.chosen import importance
 from logquant.cache.layer import LogQuantLayer
 from logquant.compat import as_argument
+from logquant.rule import RULES
 from tests.helpers.layers import make_layer, random_tokens, row_contents
+from tests.helpers.masks import causal_mask
 from tests.helpers.models import generate, tiny_model
 
 W, SINKS, SCALE = 64, 4, 0.3
@@ -214,3 +217,92 @@ def test_its_bytes_are_counted():
     assert layer.nbytes >= chosen.nbytes + layer.held.storage.nbytes
     config = LogQuantConfig(rule="attention")
     assert config.rule == "attention"
+
+
+def padded_step(layer: LogQuantLayer, part: slice, real: Tensor, *tensors: Tensor) -> Tensor:
+    """An update of positions of which ``real`` ``[B, T]`` hold tokens."""
+    q, k, v = (x[:, :, part] for x in tensors)
+    keys, _ = layer.update(k, v)
+    mask = causal_mask(real[:, : part.stop].long(), part.stop - part.start)
+    return keys.kv_view.attend(AttentionCall(q, mask, SCALE))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_padded_prompt_alone_in_its_batch_is_dequantised(rule):
+    q, k, v = states(300)
+    real = torch.ones(1, 300, dtype=torch.bool)
+    real[0, :50] = False
+    layer = make_layer(rule=rule, bits=8)
+    padded_step(layer, slice(0, 280), real, q, k, v)
+    padded_step(layer, slice(280, 300), real, q, k, v)
+    assert (layer.keys[:, :, 50:] - k[:, :, 50:]).abs().amax() < 0.05 and not layer.keys[:, :, :50].any()
+
+
+def test_positions_are_right_after_padding_in_the_window():
+    q, k, v = states(104, batch=2)
+    real = torch.ones(2, 104, dtype=torch.bool)
+    real[1, 100:102] = False
+    layer = make_layer(rule="attention")
+    for start, stop in ((0, 90), (90, 91), (91, 102), (102, 103), (103, 104)):
+        padded_step(layer, slice(start, stop), real, q, k, v)
+    layer.commit()
+    assert layer.held.layout.positions(k.device)[1].tolist() == [*range(100), 102, 103, -1, -1]
+
+
+def test_the_longest_row_may_go():
+    q, k, v = states(200, batch=2)
+    real = torch.ones(2, 200, dtype=torch.bool)
+    real[1, 0] = False
+    layer = make_layer(rule="attention", sinks=SINKS)
+    padded_step(layer, slice(0, 196), real, q, k, v)
+    layer.batch_select_indices([0])
+    assert layer.held.layout.positions(k.device).shape == (1, 196)
+    step(layer, q[:1, :, 196:], k[:1, :, 196:], v[:1, :, 196:])
+    assert layer.get_seq_length() == 200
+
+
+def test_a_row_that_loses_its_pages_forgets_their_positions():
+    q, k, v = states(360, batch=2)
+    real = torch.ones(2, 360, dtype=torch.bool)
+    real[0, :60] = False
+    layer = make_layer(rule="attention", bits=8)
+    for start, stop in ((0, 250), (250, 300), (300, 360)):
+        padded_step(layer, slice(start, stop), real, q, k, v)
+    layer.crop(-73)
+    table = layer.held.layout.positions(k.device)
+    assert table.amax() == 286 and [(row >= 0).sum().item() for row in table] == [227, 287]
+    assert (layer.keys[1] - k[1, :, :287]).abs().amax() < 0.05
+
+
+@pytest.mark.parametrize("removed", [0, 5])
+def test_a_crop_lets_the_rule_run_on_tokens_that_were_held_back(removed):
+    q, k, v = states(300)
+    layer = make_layer(rule="attention", sinks=SINKS)
+    layer.activate_past_recording()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for part in (slice(0, 190), slice(190, 280), slice(280, 300)):
+            step(layer, q[:, :, part], k[:, :, part], v[:, :, part])
+        layer.crop(-removed)
+    assert layer.rows.packed == 128 and layer.get_seq_length() == 300 - removed
+
+
+def test_nothing_may_come_first():
+    q, k, v = states(300)
+    layer = make_layer(rule="attention")
+    assert step(layer, q[:, :, :0], k[:, :, :0], v[:, :, :0]).shape == (1, 4, 0, 64)
+    step(layer, q, k, v)
+    assert layer.get_seq_length() == 300
+
+
+def test_the_choice_is_made_in_float32_and_outside_of_any_graph():
+    q, k, v = states(300)
+    tables = []
+    for autocast in (False, True):
+        layer = make_layer(rule="attention")
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            step(layer, q, k.clone().requires_grad_(), v)
+        layer.commit()
+        assert not layer.held.chosen.given.requires_grad
+        tables.append(layer.held.layout.positions(k.device))
+    assert torch.equal(*tables)

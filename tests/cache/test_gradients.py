@@ -8,7 +8,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from logquant import LogQuantCache
+from logquant.attention.call import AttentionCall
 from logquant.compat import as_argument
+from tests.helpers.layers import make_layer, random_tokens
+from tests.helpers.masks import causal_mask
 from tests.helpers.models import tiny_model
 
 IDS = torch.randint(3, 255, (2, 700), generator=torch.Generator().manual_seed(0))
@@ -173,3 +176,36 @@ def test_a_backward_pass_that_brings_other_tokens_is_refused():
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         leaf.square().sum().backward()
     assert cache.get_seq_length() == 30
+
+
+@pytest.mark.parametrize("pads", [(150, 160), (150, 0), (0, 0)], ids=str)
+def test_packed_tokens_that_came_with_a_gradient_are_known_in_padded_batches(pads):
+    tokens = 400 if all(pads) else 250
+    layer = make_layer(sinks=4)
+    k, v = random_tokens(tokens, batch=2)
+    keys, _ = layer.update(k.requires_grad_(), v)
+    real = torch.ones(2, tokens, dtype=torch.long)
+    for row, count in zip(real, pads, strict=True):
+        row[:count] = 0
+    mask = causal_mask(real, tokens)
+    keys.kv_view.attend(AttentionCall(k, mask, 0.1))
+    layer.commit()
+    assert layer.rows.packed and layer.held.storage.severed
+
+
+def test_a_pass_without_gradients_that_is_taken_back_does_not_hide_where_the_graph_begins():
+    k, v = random_tokens(203)
+    k = 1 * k.requires_grad_()
+    layer = make_layer(sinks=4)
+
+    def step(start, stop):
+        keys, _ = layer.update(k[:, :, start:stop], v[:, :, start:stop])
+        return keys.kv_view.attend(AttentionCall(k[:, :, start:stop], None, 0.1, causal=stop - start > 1))
+
+    step(0, 140)
+    with torch.no_grad():
+        step(0, 5)
+    layer.crop(-5)
+    step(140, 202)
+    with pytest.raises(RuntimeError, match="no gradient flows through quantised tokens"):
+        step(202, 203).sum().backward()
