@@ -186,7 +186,7 @@ class KVView(View):
             query_positions = torch.arange(first, self.length, dtype=torch.int32, device=q.device)[None]
         by_position = mask is not None or causal or not self.rows.alike
         options: dict[str, Any] = dict(
-            scale=scale * 2.0**self.units.key,
+            scale=scale * 2.0**self.units.key if self.units.key else scale,
             softcap=softcap,
             key_map=self.key_map,
             mask=mask,
@@ -201,7 +201,8 @@ class KVView(View):
             out, _ = ops.attend(*tensors, self.fmt, **options)
         else:
             out, _, self.told = ops.observed_attend(*tensors, self.fmt, **options, attention=self.given)
-        out = scaled(out, self.units.value)
+        if self.units.value:
+            out = scaled(out, self.units.value)
         return out if out.dtype == q.dtype else out.to(q.dtype)
 
     def _is_fused(self, queries: int) -> bool:

@@ -95,7 +95,9 @@ class Commit:
         if in_window or before.length:
             grows = after.packed > before.packed
             self._pages = storage.pages_with_room(before, after.packed) if grows else storage.pages
-            self._window_k, self._window_v = storage.window_with_room(before, after.exact, exact.in_graph)
+            self._window_k, self._window_v = storage.window_with_room(
+                before, after.exact, apart=exact.in_graph or storage.in_graph
+            )
             return
         config, fmt = storage.config, storage.format
         slots = max(after.exact, window_slots(config, window_capacity(config) if after.packed else after.exact))

@@ -126,9 +126,11 @@ class LogQuantLayer(LayerContents):
     def append(self, keys: Tensor, values: Tensor) -> KVView:
         """New tokens come, uncommitted, where there are no such; returns what they attend to."""
         rows, new, storage = self.rows, keys.shape[2], self.held.storage
-        recorded = self._record(keys, values)
+        # Neither is so in a plain step.
+        traced = torch.is_grad_enabled() or storage.graph_start != NO_GRAPH
+        recorded = traced and self._record(keys, values)
         in_window = rows.length > 0 and rows.exact + new <= window_capacity(self.config) + rows.reserved
-        in_window = in_window and not (recorded or storage.in_graph)
+        in_window = in_window and not (traced and (recorded or storage.in_graph))
         states = (keys, values) if recorded else (keys.detach(), values.detach())
         seen, held = (keys, values), states
         if rows.length > 0:

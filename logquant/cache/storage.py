@@ -142,7 +142,7 @@ class Storage:
     def window_with_room(self, rows: Rows, tokens: int, apart: bool = False) -> tuple[Tensor, Tensor]:
         """The window if it has room for ``tokens`` tokens and need not be ``apart``, or a (larger) copy."""
         slots = self.window_k.shape[2]
-        if tokens <= slots and not (apart or self.in_graph):
+        if tokens <= slots and not apart:
             return self.window_k, self.window_v
         return self._larger_window(rows, tokens)
 
@@ -168,7 +168,8 @@ class Storage:
             Keys ``[B, H, exact + n, D]`` and values ``[B, H, exact + n, Dv]``.
         """
         tokens = rows.exact + keys.shape[2]
-        keys, values = self.units.inside(keys, values)
+        if self.units != AS_THEY_ARE:
+            keys, values = self.units.inside(keys, values)
         if in_window:
             window_k, window_v = self.window_with_room(rows, tokens)
             into_k, into_v = window_k[:, :, :tokens], window_v[:, :, :tokens]
@@ -332,9 +333,9 @@ def check_states(key_states: Tensor, value_states: Tensor, held: Storage | None)
         TypeError: a dtype that is not supported.
         ValueError: another shape or device than before.
     """
-    for name, new in (("key_states", key_states), ("value_states", value_states)):
-        if new.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float32, float16 or bfloat16, got {new.dtype}")
+    if key_states.dtype not in DTYPES or value_states.dtype not in DTYPES:
+        name, bad = ("value", value_states) if key_states.dtype in DTYPES else ("key", key_states)
+        raise TypeError(f"{name}_states must be float32, float16 or bfloat16, got {bad.dtype}")
     if value_states.device != key_states.device:
         raise ValueError(
             f"value_states must be on the device of key_states, got {value_states.device} and {key_states.device}"
