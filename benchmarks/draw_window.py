@@ -1,4 +1,8 @@
-"""Draws which tokens stay exact, from the rule that the cache uses: ``python benchmarks/draw_window.py [FILE]``."""
+"""Draws which tokens stay exact, as the cache keeps them: ``python benchmarks/draw_window.py [FILE]``.
+
+Under the rules ``log`` and ``recent`` their number says it; under ``attention`` a layer of SmolLM2 does, which reads
+this repository's licence.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,25 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
+import torch
+
+from logquant import LogQuantCache, as_argument
+from logquant.models import load
 from logquant.rule import Rule, split_positions
 
 # Small, so that single tokens can be seen; a cache has 64 by default. The rule is the same.
-WINDOW = 16
-# Here both rules keep the same number of tokens.
-LENGTHS = (56, 104, 200, 392)
+WINDOW = 32
+# Here all rules keep the same number of tokens.
+LENGTHS = (112, 208, 400, 784)
+LAYER = 12
 TITLES: dict[Rule, str] = {
-    "log": "log: every second token leaves, again and again",
-    "recent": "recent: the oldest tokens leave (the baseline)",
+    "attention": f"attention: what is looked at least leaves (the default; layer {LAYER} of SmolLM2, on a licence)",
+    "log": "log: every second token leaves, again and again (the paper's)",
+    "recent": "recent: the oldest tokens leave",
 }
-SINKS: dict[Rule, int] = {"log": 0, "recent": 4}
+SINKS: dict[Rule, int] = {"attention": 4, "log": 0, "recent": 4}
 
-LEFT, TOP, TOKEN, ROW, BAR = 118, 62, 2.0, 26, 16
+LEFT, TOP, TOKEN, ROW, BAR = 118, 62, 1.0, 26, 16
 WIDTH = LEFT + TOKEN * LENGTHS[-1] + 24
 EXACT, PACKED, INK, FAINT = "#0b5fa5", "#d3dde6", "#1f2933", "#66737f"
 
@@ -34,9 +44,25 @@ def bar(x: float, y: float, tokens: float, fill: str) -> str:
     return f'<rect x="{x:g}" y="{y:g}" width="{TOKEN * tokens:g}" height="{BAR}" fill="{fill}"/>'
 
 
-def row(rule: Rule, length: int, y: float) -> list[str]:
+def chosen() -> dict[int, list[int]]:
+    """The exact tokens of one layer under the rule ``attention``, at each of the lengths."""
+    model, tokenizer = load()
+    model.set_attn_implementation("logquant")
+    text = (Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8")
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, : LENGTHS[-1]]
+    cache, found = LogQuantCache(model.config, window=WINDOW), {}
+    with torch.no_grad():
+        for start, end in zip((0, *LENGTHS), LENGTHS, strict=False):
+            for part in [ids[:, start:end]] if not start else ids[:, start:end].split(1, 1):
+                model(part, **as_argument(cache))
+            cache.commit()
+            layer = cache.layers[LAYER]
+            found[end] = layer.held.layout.positions(ids.device)[0, layer.rows.packed :].tolist()
+    return found
+
+
+def row(exact: list[int], length: int, y: float) -> list[str]:
     """One sequence: a bar of packed tokens with the runs of exact ones on it."""
-    exact = split_positions(length, WINDOW, rule, SINKS[rule])[1].tolist()
     shapes = [text(LEFT - 12, y + 12, f"{length} tokens", anchor="end"), bar(LEFT, y, length, PACKED)]
     # In a run of consecutive positions the difference to their rank is constant.
     for _, run in groupby(enumerate(exact), key=lambda item: item[1] - item[0]):
@@ -47,12 +73,14 @@ def row(rule: Rule, length: int, y: float) -> list[str]:
 
 def draw() -> str:
     """The picture as SVG."""
-    shapes, y = [], TOP
+    shapes, y, by_attention = [], TOP, chosen()
     for rule, title in TITLES.items():
         shapes.append(text(LEFT, y, title, size=14, fill=INK, bold=True))
         y += 12
         for length in LENGTHS:
-            shapes += row(rule, length, y)
+            counted = rule != "attention"
+            exact = split_positions(length, WINDOW, rule, SINKS[rule])[1].tolist() if counted else by_attention[length]
+            shapes += row(exact, length, y)
             y += ROW
         y += 34
     last = y - 34

@@ -24,9 +24,9 @@ class KeyMaps(Protocol):
 
 @dataclass(frozen=True)
 class LogQuantConfig:
-    """Settings of a cache; by default LogQuant's rule at 2 bits, with a quantiser that loses less than the paper's.
+    """Settings of a cache; by default 2 bits, and the tokens exact that are attended to most.
 
-    :meth:`paper` is plain LogQuant (arXiv 2503.19950).
+    :meth:`paper` is plain LogQuant (arXiv 2503.19950); :meth:`small` and :meth:`fine` take fewer and more bytes.
 
     Args:
         bits: bits of a quantised key or value element: 2, 4 or 8.
@@ -36,7 +36,7 @@ class LogQuantConfig:
         value_group: channels of a value that share a scale: a multiple of 16 that divides the value dimension; by
             default the one nearest to 64.
         rule: ``"attention"`` keeps the tokens that the newest queries attend to most, besides the newest W;
-            ``"log"`` keeps tokens ever more sparsely with distance; ``"recent"`` keeps the newest.
+            ``"log"`` keeps tokens ever more sparsely with distance, as the paper does; ``"recent"`` keeps the newest.
         sinks: first tokens that always stay exact, besides the window.
         key_columns: columns of key codes for each key channel, on average: they go to the channels that queries look at
             most (csrc/format.h). 1 gives each channel one; by default 1.25 for keys of 2 bits, else 1. Rounded down so
@@ -57,7 +57,7 @@ class LogQuantConfig:
     window: int = 64
     page_tokens: int | None = None
     value_group: int | None = None
-    rule: Rule = "log"
+    rule: Rule = "attention"
     sinks: int = 4
     key_columns: float | None = None
     param_bits: int = 8
@@ -70,8 +70,26 @@ class LogQuantConfig:
         Args:
             **changes: other fields.
         """
-        plain: dict[str, Any] = {"sinks": 0, "key_columns": 1.0, "param_bits": 16}
+        plain: dict[str, Any] = {"rule": "log", "sinks": 0, "key_columns": 1.0, "param_bits": 16}
         return cls(**plain | changes)
+
+    @classmethod
+    def small(cls, **changes: Any) -> LogQuantConfig:
+        """Fewer bytes, less accurate: every key channel has one column.
+
+        Args:
+            **changes: other fields.
+        """
+        return cls(**{"key_columns": 1.0} | changes)
+
+    @classmethod
+    def fine(cls, **changes: Any) -> LogQuantConfig:
+        """More bytes, more accurate: half as many key columns again as channels.
+
+        Args:
+            **changes: other fields.
+        """
+        return cls(**{"key_columns": 1.5} | changes)
 
     def __post_init__(self) -> None:
         def resolve(field: str, default: object) -> None:

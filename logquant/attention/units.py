@@ -32,6 +32,10 @@ class Units(NamedTuple):
             largest = torch.stack(finite).tolist()
         return Units(*map(_exponent, largest))
 
+    def scale(self, scale: float) -> float:
+        """The factor of scores with keys as they are held."""
+        return scale * 2.0**self.key if self.key else scale
+
     def inside(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values as they are held."""
         return scaled(keys, -self.key), scaled(values, -self.value)

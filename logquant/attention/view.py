@@ -14,6 +14,7 @@ from .call import AttentionCall
 from .exact import exact_attention
 from .gradients import records, refusing_gradients
 from .units import AS_THEY_ARE, Units, scaled
+from .weights import HEARD
 
 # Beyond this many query tokens (chunked prefill) it is faster on a CPU to dequantise once and use matrix products.
 MAX_FUSED_QUERIES = 16
@@ -69,6 +70,16 @@ class View:
         self.layer.observe(self, call)
 
 
+def unpacked(
+    pages: Tensor, fmt: PageFormat, dtype: torch.dtype, key_map: Tensor | None, *, severed: bool
+) -> tuple[Tensor, Tensor]:
+    """The tokens of pages, :func:`logquant.ops.dequantize`; through those that are ``severed`` no gradient flows."""
+    keys, values = ops.dequantize(pages, fmt, dtype=dtype, key_map=key_map)
+    if severed and torch.is_grad_enabled():
+        return refusing_gradients(keys), refusing_gradients(values)
+    return keys, values
+
+
 class Layout(Protocol):
     """Where the tokens of each row are (:class:`logquant.cache.layout.Rows`)."""
 
@@ -106,10 +117,11 @@ class KVView(View):
         plain: whether all tokens are new and see each other as they are.
         units: those that pages and exact tokens are in.
         severed: whether packed tokens came with a gradient, which is lost.
-        given: float32 ``[B, H, k]``, what queries have given to the first k exact tokens; None if nobody asks.
+        given: float32 ``[B, H, exact]``, what queries have given to exact tokens that came before; None if nobody asks.
 
     Attributes:
-        told: ``given`` ``[B, H, N]`` once this view has been attended to by the operator that counts it; else None.
+        given_after: ``[B, H, N]``, the same of all exact tokens once the operator that counts it has attended to this
+            view; else None.
     """
 
     layer: PackedLayer
@@ -134,7 +146,7 @@ class KVView(View):
         self.pages, self.fmt, self.key_map, self.rows = pages, fmt, key_map, rows
         self.plain, self.units, self.severed = plain, units, severed
         self.given = given
-        self.told: Tensor | None = None
+        self.given_after: Tensor | None = None
         self.version = layer.version
         self._dense: tuple[Tensor, Tensor] | None = None
 
@@ -186,7 +198,7 @@ class KVView(View):
             query_positions = torch.arange(first, self.length, dtype=torch.int32, device=q.device)[None]
         by_position = mask is not None or causal or not self.rows.alike
         options: dict[str, Any] = dict(
-            scale=scale * 2.0**self.units.key if self.units.key else scale,
+            scale=self.units.scale(scale),
             softcap=softcap,
             key_map=self.key_map,
             mask=mask,
@@ -197,10 +209,10 @@ class KVView(View):
         )
         dtype = self.keys.dtype
         tensors = q if q.dtype == dtype else q.to(dtype), self.pages, self.keys, self.values
-        if self.given is None:
+        if self.given is None or queries > HEARD:
             out, _ = ops.attend(*tensors, self.fmt, **options)
         else:
-            out, _, self.told = ops.observed_attend(*tensors, self.fmt, **options, attention=self.given)
+            out, _, self.given_after = ops.observed_attend(*tensors, self.fmt, **options, attention=self.given)
         if self.units.value:
             out = scaled(out, self.units.value)
         return out if out.dtype == q.dtype else out.to(q.dtype)
@@ -217,13 +229,11 @@ class KVView(View):
             return self.keys, self.values
         if self._dense is None:
             slot_of = self._slot_of_position()
-            packed = ops.dequantize(self.pages, self.fmt, dtype=self.keys.dtype, key_map=self.key_map)
-            if self.severed and torch.is_grad_enabled():
-                packed = refusing_gradients(packed[0]), refusing_gradients(packed[1])
+            packed = unpacked(self.pages, self.fmt, self.keys.dtype, self.key_map, severed=self.severed)
             both = []
             for parts in zip(packed, (self.keys, self.values), strict=True):
                 slots = torch.cat(parts, 2)
-                if self.rows.alike and len(slot_of) == 1:
+                if len(slot_of) == 1 and self.rows.alike:
                     both.append(slots.index_select(2, slot_of[0]))
                     continue
                 # One more slot, of zeros, stands for padding.

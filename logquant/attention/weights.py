@@ -13,6 +13,9 @@ from .masks import hides
 
 # Tokens that are worked on at once: float32 copies of a long prompt would raise the peak.
 _TOKENS_AT_ONCE = 2048
+# So many of the newest queries of a prompt or chunk say what they attend to: as many as come between two evictions, by
+# default.
+HEARD = 64
 # Scores of this many query and key pairs are held at once.
 _SCORES_AT_ONCE = 1 << 22
 
@@ -36,26 +39,33 @@ def given(query: Tensor, keys: Tensor, scale: float, softcap: float, visible: Te
     heads, tokens, queries = keys.shape[1], keys.shape[2], query.shape[2]
     if not tokens or not queries:
         return keys.new_zeros(len(keys), heads, tokens, dtype=torch.float32)
-    if visible is None:
-        visible = torch.ones(queries, tokens, dtype=torch.bool, device=keys.device).tril(tokens - queries)[None]
+    asks = torch.arange(tokens - queries, tokens, device=keys.device)[None, :, None]
     query = query.float().unflatten(1, (heads, -1)).flatten(2, 3)
 
     def scores(part: slice) -> Tensor:
         out = (query @ keys[:, :, part].float().mT).mul_(scale)
         if softcap:
             out = softcap * torch.tanh(out / softcap)
-        seen = visible[:, None, None, :, part]
-        masked: Tensor = out.unflatten(2, (-1, queries)).masked_fill(~seen, -math.inf)
+        if visible is None:
+            hidden = torch.arange(part.start, min(part.stop, tokens), device=keys.device) > asks
+        else:
+            hidden = ~visible[:, :, part]
+        masked: Tensor = out.unflatten(2, (-1, queries)).masked_fill_(hidden[:, None, None], -math.inf)
         return masked
 
     parts = [slice(first, first + _TOKENS_AT_ONCE) for first in range(0, tokens, _TOKENS_AT_ONCE)]
     known = scores(parts[0]) if len(parts) == 1 else None
-    each = [(scores(part) if known is None else known).logsumexp(-1) for part in parts]
-    lse = torch.stack(each).logsumexp(0).unsqueeze(-1)
+    lse = torch.full(query.shape[:3], -math.inf, device=keys.device).unflatten(2, (-1, queries))
+    for part in parts:
+        lse = torch.logaddexp(lse, (scores(part) if known is None else known).logsumexp(-1))
+    lse = lse.unsqueeze(-1)
     # A query that sees nothing gives nothing.
     lse = lse.masked_fill(lse == -math.inf, 0.0)
-    weights = ((scores(part) if known is None else known).sub_(lse).exp_() for part in parts)
-    return torch.cat([w.sum((2, 3)) for w in weights], -1)
+    out = keys.new_empty(len(keys), heads, tokens, dtype=torch.float32)
+    for part in parts:
+        weights = (scores(part) if known is None else known).sub_(lse).exp_()
+        torch.sum(weights, (2, 3), out=out[:, :, part])
+    return out
 
 
 def attention_weights(call: AttentionCall, keys: Tensor, new: int) -> Iterator[Tensor]:

@@ -109,14 +109,16 @@ class LogQuantCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         """Append tokens to a layer, and return what attention is to see (:meth:`LogQuantLayer.update`)."""
         layer = self.layers[layer_idx]
-        compiling = torch.compiler.is_compiling()
-        plain = self._text_config._attn_implementation != "logquant"
-        if compiling and plain and isinstance(layer, LogQuantLayer) and layer.is_initialized:
+        if torch.compiler.is_compiling() and isinstance(layer, LogQuantLayer) and self._reads_plainly(layer):
             length = layer.get_seq_length() + key_states.shape[2]
             both: tuple[Tensor, Tensor] = compiled.read_layer(key_states, value_states, layer._layer_id, length)
             return both
         updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return updated
+
+    def _reads_plainly(self, layer: LogQuantLayer) -> bool:
+        """Whether the model's attention takes plain tensors and there is something to dequantise."""
+        return layer.is_initialized and self._text_config._attn_implementation != "logquant"
 
     def __bool__(self) -> bool:
         """True, but for an empty cache of a model like Phi-3, which would throw it away before a long prompt."""

@@ -17,14 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention.weights import given
+from ..attention.units import Units
+from ..attention.weights import HEARD, given
 from ..config import LogQuantConfig
+from ..modes import own_arithmetic
 from .layout import Move, Rows
 from .sizes import position_dtype
 from .uncommitted import Uncommitted
 
-# So many of the newest queries of a prompt say what they attend to: as many as come between two evictions, by default.
-HEARD = 64
+# Tokens that are worked on at once: float32 copies of a long prompt would raise the peak.
+_AT_ONCE = 2048
 
 
 class ChosenRows:
@@ -51,8 +53,8 @@ class Chosen(NamedTuple):
             later follow one another.
         since: where tokens were when they last moved.
         heard: whether anything has told what it attends to, since tokens last left.
-        given: float32 ``[B, H, k]``: to each of the first k exact tokens, what the newest queries have given it since
-            a token of its row last left (:func:`logquant.attention.weights.given`).
+        given: float32 ``[B, H, exact]``: what the newest queries have given to each exact token since one of its row
+            last left (:func:`logquant.attention.weights.given`).
     """
 
     config: LogQuantConfig
@@ -87,7 +89,7 @@ class Chosen(NamedTuple):
         return torch.cat([packed, exact.scatter(1, slots, later.expand_as(slots))], 1)
 
     # ------------------------------------------------------------------------------------------------ tokens leave
-    def hear(self, uncommitted: Uncommitted, keys: Tensor, rows: Rows, real: Tensor | None, scale: float) -> Chosen:
+    def hear(self, uncommitted: Uncommitted, keys: Tensor, rows: Rows, real: Tensor | None, units: Units) -> Chosen:
         """With what new positions have given to the exact tokens and to each other.
 
         Args:
@@ -95,23 +97,19 @@ class Chosen(NamedTuple):
             keys: ``[B, H, N, D]`` of all exact tokens and new positions.
             rows: where tokens are that came before.
             real: bool ``[B, new]`` on the CPU, which of the new positions hold a token; None if all do.
-            scale: of scores.
+            units: those that keys are in.
         """
         if uncommitted.given is not None:
             return self._replace(heard=True, given=uncommitted.given)
-        sums = self.widened(keys.shape[2]).given
-        if (call := uncommitted.call) is not None:
-            if real is None and rows.alike:
-                sums = sums + given(call.query[:, :, -HEARD:], keys, scale, call.softcap)
-            else:
+        sums = F.pad(self.given, (0, keys.shape[2] - rows.exact))
+        if (call := uncommitted.call) is None:
+            return self._replace(given=sums)
+        with own_arithmetic(keys.device):
+            query, visible = call.query[:, :, -HEARD:], None
+            if real is not None or not rows.alike:
                 query, visible = _newest(call.query, keys, rows, real)
-                sums = sums + given(query, keys, scale, call.softcap, visible)
-        return self._replace(heard=self.heard or call is not None, given=sums)
-
-    def widened(self, tokens: int) -> Chosen:
-        """With what so many tokens have been given: nothing but to those that are counted."""
-        more = tokens - self.given.shape[2]
-        return self._replace(given=F.pad(self.given, (0, more))) if more else self
+            sums = sums + given(query, keys.detach(), units.scale(call.scale), call.softcap, visible)
+        return self._replace(heard=True, given=sums)
 
     def moves(self, before: Rows, after: Rows, new: int, real: Tensor | None, values: Tensor) -> list[Move]:
         """How tokens move when ``new`` positions have come: the tokens that leave are those given least.
@@ -120,18 +118,19 @@ class Chosen(NamedTuple):
             before, after: where they were, and how many are where afterwards.
             new: positions that have come.
             real: bool ``[B, new]`` on the CPU, which of them hold a token; None if all do.
-            values: ``[B, H, N, Dv]`` of all exact tokens and new positions, as many as are :meth:`widened` for.
+            values: ``[B, H, N, Dv]`` of all exact tokens and new positions, of which this has heard (:meth:`hear`).
         """
         batch, device = len(values), values.device
         weight = None
         if after.packed_counts != before.packed_counts:
-            weight = importance(self.given, values)
+            with own_arithmetic(device):
+                weight = importance(self.given, values.detach())
             if not self.heard:
                 _warn_unheard()
         if real is None and before.alike and after.alike:
             parts = [(slice(None), before.slots[0], after.slots[0], torch.arange(new, dtype=torch.int32))]
         else:
-            each = zip(*(rows.slots * (batch // len(rows.slots)) for rows in (before, after)), strict=True)
+            each = zip(before.each(batch), after.each(batch), strict=True)
             holds = torch.ones(batch, new, dtype=torch.bool) if real is None else real
             came = (row.nonzero().squeeze(1).int() for row in holds)
             parts = [(slice(i, i + 1), *both, at) for i, (both, at) in enumerate(zip(each, came, strict=True))]
@@ -181,8 +180,6 @@ class Chosen(NamedTuple):
             exact[m.rows, : staying.shape[1]] = at.gather(1, staying)
             if not count:
                 left[m.rows, :, : staying.shape[1]] = given[m.rows].gather(2, staying[:, None].expand(-1, heads, -1))
-        if all(m.leaving.shape[1] for m in moves):
-            left = given.new_empty(batch, heads, 0)
         return self._replace(
             packed=packed.to(position_dtype(after.length)), exact=exact, since=after, heard=False, given=left
         )
@@ -194,11 +191,8 @@ class Chosen(NamedTuple):
         The pages that ``after`` keeps hold no token that is cropped: they were made before those came.
         """
         positions = self.positions(before).cpu()
-        found = []
-        batch = len(positions)
-        for row, held, left in zip(
-            positions, *(rows.slots * (batch // len(rows.slots)) for rows in (before, after)), strict=True
-        ):
+        found, batch = [], len(positions)
+        for row, held, left in zip(positions, before.each(batch), after.each(batch), strict=True):
             own = torch.cat([row[: held.packed], row[before.packed : before.packed + held.exact]])
             slots = torch.arange(left.packed, len(own))
             slots = slots[own[left.packed :] < after.length]
@@ -207,7 +201,7 @@ class Chosen(NamedTuple):
 
     def cropped(self, before: Rows, after: Rows, sources: list[Tensor]) -> Chosen:
         """After a crop; tokens that come back from pages were given nothing. ``sources``: see :meth:`exact_before`."""
-        device, slots = self.exact.device, before.slots * (len(sources) // len(before.slots))
+        device, slots = self.exact.device, before.each(len(sources))
         table = self.positions(before)
         exact = table.new_full((len(table), after.exact), -1)
         given = self.given.new_zeros(*self.given.shape[:2], after.exact)
@@ -215,12 +209,9 @@ class Chosen(NamedTuple):
             at = torch.where(source < held.packed, source, source - held.packed + before.packed).to(device)
             exact[row, : len(source)] = table[row].index_select(0, at)
             window = (source - held.packed).to(device)
-            known = ((window >= 0) & (window < self.given.shape[2])).to(device)
-            if self.given.shape[2]:
-                own = self.given[row].index_select(1, window.clamp(0, self.given.shape[2] - 1))
-                given[row, :, : len(source)] = own * known
+            given[row, :, : len(source)] = F.pad(self.given[row], (1, 0)).index_select(1, (window + 1).clamp_min(0))
         packed = self.packed[:, : after.packed].clone()
-        for row, left in enumerate(after.slots * (len(sources) // len(after.slots))):
+        for row, left in enumerate(after.each(len(sources))):
             packed[row, left.packed :] = -1
         return self._replace(packed=packed, exact=exact, since=after, given=given)
 
@@ -261,8 +252,7 @@ class Chosen(NamedTuple):
             and exact.dtype == torch.int32
             and exact.shape == (batch, rows.exact)
             and given.dtype == torch.float32
-            and given.shape[:2] == (batch, heads)
-            and given.shape[2] <= rows.exact
+            and given.shape == (batch, heads, rows.exact)
         )
         if not fits:
             got = ", ".join(f"{name} {list(t.shape)}" for name, t in tensors.items() if name.startswith("chosen."))
@@ -317,6 +307,8 @@ def importance(given: Tensor, values: Tensor) -> Tensor:
     Returns:
         float32 ``[B, N]``.
     """
-    lengths = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
-    weight: Tensor = (given * lengths).mean(1)
+    cost = torch.empty_like(given)
+    for into, part in zip(cost.split(_AT_ONCE, 2), values.split(_AT_ONCE, 2), strict=True):
+        into.copy_(torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32))
+    weight: Tensor = cost.mul_(given).mean(1)
     return weight

@@ -9,7 +9,7 @@ from .. import ops
 from ..attention.view import Layout
 from ..quantizer.advice import Advice, Leaving
 from ..quantizer.feedback import Attention, select
-from ..quantizer.queries import MAP_QUERIES, QUERIES
+from ..quantizer.queries import MAP_QUERIES
 from ..rule import evicted_slots
 from .layout import Move, Rows
 from .sizes import window_capacity, window_slots
@@ -116,7 +116,7 @@ class Commit:
         if self.advice.queries is None or not move.leaving.shape[1]:
             return None
         # The first time, all that were kept to allocate bits.
-        queries = MAP_QUERIES if self._given is not None and move.packed == 0 else QUERIES
+        queries = MAP_QUERIES if self._given is not None and move.packed == 0 else None
         return self.advice.attention(self._leaving(keys, move, padded), queries)
 
     def _leaving(self, keys: Tensor, move: Move, padded: bool) -> Leaving:

@@ -110,7 +110,7 @@ def cut(rows: Rows, new: int, speculative: int, real: Tensor | None) -> tuple[sl
         together = new - speculative
         ends = {new, together} - {0} if new else {0}
         batch = [[True] * new] * len(rows.slots) if real is None else real.tolist()
-        for held, came in zip(rows.slots * (len(batch) // len(rows.slots)), batch, strict=True):
+        for held, came in zip(rows.each(len(batch)), batch, strict=True):
             counts = itertools.accumulate(came, initial=held.tokens)
             done = [evictions(tokens, held.window, held.sinks) for tokens in counts]
             ends |= {i for i in range(together + 1, new) if done[i] > done[i - 1]}

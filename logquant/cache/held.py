@@ -82,34 +82,26 @@ class Held:
         if not rows.length:
             self.storage.units = Units.of(exact.keys, exact.values)
             exact = Exact(*self.storage.units.inside(exact.keys, exact.values), in_window=False)
-        heard = self._hear(uncommitted.call, new, real)
-        kept = self._remember(heard, after, borrowed=self.advice.queries is None)
-        chosen = self.chosen
-        if chosen is not None:
-            with own_arithmetic(exact.keys.device):
-                chosen = chosen.hear(uncommitted, exact.keys.detach(), rows, real, self._scale(uncommitted.call))
+        advice = self._hear(uncommitted.call, new, real)
+        chosen = self.chosen and self.chosen.hear(uncommitted, exact.keys, rows, real, self.storage.units)
         if exact.in_window and real is None and after.packed_counts == rows.packed_counts:
             # The new tokens are where they belong already, as in most steps.
-            self.rows, self.advice, self.chosen = after, kept, chosen
+            self.rows, self.advice, self.chosen = after, self._remember(advice, after), chosen
             return False
-        return self._move(exact, after, new, real, heard, kept, chosen, allocator)
+        return self._move(exact, after, new, real, advice, chosen, allocator)
 
     def _hear(self, call: AttentionCall | None, new: int, real: Tensor | None) -> Advice:
         """The advice with the queries of new positions, if all of them are known."""
         count = self.advice.needed(allocated=0 not in self.rows.packed_counts)
         if call is None or call.query.shape[2] != new or not count:
             return self.advice
-        queries = RecentQueries.of(call.query, real, self._scale(call), call.softcap)
+        queries = RecentQueries.of(call.query, real, self.storage.units.scale(call.scale), call.softcap)
         return self.advice.hear(queries, count + self.rows.reserved)
 
-    def _scale(self, call: AttentionCall | None) -> float:
-        """Of scores with keys as they are held."""
-        return 1.0 if call is None else call.scale * 2.0**self.storage.units.key
-
-    def _remember(self, advice: Advice, after: Rows, *, borrowed: bool) -> Advice:
+    def _remember(self, advice: Advice, after: Rows) -> Advice:
         """The advice with those queries alone that rows need from now on, and as many more as a crop may take back."""
         count = advice.needed(allocated=0 not in after.packed_counts)
-        return advice.remember(count and count + after.reserved, borrowed)
+        return advice.remember(count and count + after.reserved, borrowed=self.advice.queries is None)
 
     def _move(
         self,
@@ -117,26 +109,23 @@ class Held:
         after: Rows,
         new: int,
         real: Tensor | None,
-        heard: Advice,
-        kept: Advice,
+        advice: Advice,
         chosen: Chosen | None,
         allocator: Allocator,
     ) -> bool:
-        """Tokens move as the rule says; arguments are those of :class:`Commit`, and what is known from now on."""
-        before = self.rows
+        """Tokens move as the rule says; arguments are those of :class:`Commit`."""
+        before, kept = self.rows, self._remember(advice, after)
         if chosen is None:
             moves = before.moves(new, tokens.keys.device, real)
         else:
-            with own_arithmetic(tokens.values.device):
-                chosen = chosen.widened(tokens.values.shape[2])
-                moves = chosen.moves(before, after, new, real, tokens.values.detach())
+            moves = chosen.moves(before, after, new, real, tokens.values)
         if tokens.in_window and all(m.leaving.shape[1] == 0 and m.staying is None for m in moves):
             chosen = chosen and chosen.moved(moves, before, after, new)
             self.rows, self.advice, self.chosen = after, kept, chosen
             return False
         with own_arithmetic(tokens.keys.device, grad=tokens.in_graph):
             given, padded = chosen and chosen.given, real is not None
-            commit = Commit(self.storage, tokens, moves, before, after, self.layout, heard, given, padded, allocator)
+            commit = Commit(self.storage, tokens, moves, before, after, self.layout, advice, given, padded, allocator)
             chosen = chosen and chosen.moved(moves, before, after, new)
             # What is written from here on cannot be undone.
             self._interrupted = True
@@ -167,8 +156,7 @@ class Held:
         self.rows, self.advice, self.chosen = cropped, advice, chosen
         keys, values = (w[:, :, : cropped.exact] for w in (self.storage.window_k, self.storage.window_v))
         tokens = Exact(keys, values, in_window=not self.storage.in_graph)
-        kept = self._remember(advice, after, borrowed=False)
-        return self._move(tokens, after, 0, None, advice, kept, chosen, Allocator())
+        return self._move(tokens, after, 0, None, advice, chosen, Allocator())
 
     def map(self, function: Callable[[Tensor], Tensor], rows: Rows) -> Held:
         """With ``function`` applied to every tensor, and other rows."""

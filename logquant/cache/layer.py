@@ -171,7 +171,7 @@ class LogQuantLayer(LayerContents):
                 query = query.flatten(1, 2).unsqueeze(2)
             uncommitted.real = self.rows.real_positions(call.mask, view.new, len(view.keys))
             uncommitted.call = AttentionCall(query, None, call.scale, call.softcap)
-            uncommitted.given = view.told if uncommitted.real is None else None
+            uncommitted.given = view.given_after if uncommitted.real is None else None
         # A prompt takes its place at once, lest every layer's exact prompt be held at the same time. In the window the
         # new tokens cost nothing, and there the view must last: some models attend to it again. Speculative tokens that
         # came with a prompt would leave their mark on its pages: crop says which they are.

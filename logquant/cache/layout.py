@@ -231,11 +231,9 @@ class Rows(Memo):
             return self
         return self.once("reserving", tokens, lambda: Rows(self.slots, self.length, self.real, tokens))
 
-    def _each(self, batch: int) -> tuple[tuple[Slots, ...], tuple[Tensor, ...]]:
-        """Slots and positions of every row, though they be alike."""
-        if self.real is not None:
-            return self.slots, self.real
-        return self.slots * batch, (torch.arange(self.length, dtype=torch.int32),) * batch
+    def each(self, batch: int) -> tuple[Slots, ...]:
+        """The slots of each of ``batch`` rows, though they be alike."""
+        return self.slots * (batch // len(self.slots))
 
     def append(self, new: int, real: Tensor | None = None) -> Rows:
         """The rows after ``new`` more positions and the evictions then due.
@@ -254,9 +252,9 @@ class Rows(Memo):
         batch = len(self.slots) if real is None else len(real)
         holds = torch.ones(batch, new, dtype=torch.bool) if real is None else real
         came = [self.length + row.nonzero().squeeze(1).int() for row in holds]
-        slots, held = self._each(batch)
+        held = self.real or (torch.arange(self.length, dtype=torch.int32),) * batch
         return Rows(
-            tuple(s.append(len(c), self.reserved) for s, c in zip(slots, came, strict=True)),
+            tuple(s.append(len(c), self.reserved) for s, c in zip(self.each(batch), came, strict=True)),
             total,
             tuple(torch.cat(both) for both in zip(held, came, strict=True)),
             self.reserved,
@@ -268,8 +266,8 @@ class Rows(Memo):
         return self.once("moves", key, lambda: self._moves(new, device, real))
 
     def _moves(self, new: int, device: torch.device, real: Tensor | None) -> list[Move]:
-        batch = 1 if real is None else len(real)
-        slots = self.slots * batch if self.real is None else self.slots
+        slots = self.each(len(self.slots) if real is None else len(real))
+        together = self.alike and real is None
         made = []
         for row, held in enumerate(slots):
             came = torch.arange(new, dtype=torch.int32) if real is None else real[row].nonzero().squeeze(1).int()
@@ -278,7 +276,7 @@ class Rows(Memo):
             in_place = torch.equal(staying, torch.arange(len(staying), dtype=torch.int32))
             made.append(
                 Move(
-                    slice(None) if len(slots) == 1 and self.real is None and real is None else slice(row, row + 1),
+                    slice(None) if together else slice(row, row + 1),
                     held.packed,
                     len(source),
                     leaving.to(device)[None],
@@ -290,10 +288,7 @@ class Rows(Memo):
 
     def exact_before(self, after: Rows) -> list[Tensor]:
         """:meth:`Slots.exact_before` of each row, or of all."""
-        batch = len(self.slots)
-        return [
-            s.exact_before(left) for s, left in zip(self.slots, after.slots * (batch // len(after.slots)), strict=True)
-        ]
+        return [s.exact_before(left) for s, left in zip(self.slots, after.each(len(self.slots)), strict=True)]
 
     def crop(self, positions: int) -> Rows:
         """The rows after the newest ``positions`` positions are removed, with none reserved."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import LogQuantConfig
-from ..quantizer.queries import MAP_QUERIES, QUERIES
+from ..quantizer.queries import kept_queries
 from ..rule import evictions
 
 
@@ -65,7 +65,7 @@ def head_nbytes(
     window = window_slots(config, tokens if packed == 0 else window_capacity(config))
     stored = store_pages(pages) if decoding and pages else pages
     key_map = 2 * fmt.key_columns if config.allocates_bits(fmt) else 0
-    kept = MAP_QUERIES if config.allocates_bits(fmt) and not packed else QUERIES if fmt.mse_searched else 0
+    kept = kept_queries(config, fmt, allocated=packed > 0)
     queries = min(tokens, kept) * query_heads * fmt.head_dim * itemsize
     return key_map + queries + stored * fmt.nbytes + window * (fmt.head_dim + fmt.value_dim) * itemsize
 
@@ -85,8 +85,7 @@ def choice_nbytes(config: LogQuantConfig, tokens: int, kv_heads: int, *, decodin
         return 0
     packed = packed_tokens(config, tokens)
     exact = window_capacity(config) if decoding and packed else tokens - packed
-    counted = exact if decoding or not packed else 0
-    return packed * position_dtype(tokens).itemsize + 4 * exact + 4 * kv_heads * counted
+    return packed * position_dtype(tokens).itemsize + 4 * exact * (1 + kv_heads)
 
 
 def position_dtype(length: int) -> torch.dtype:

@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..attention.gradients import refusing_gradients
 from ..attention.units import AS_THEY_ARE, Units
+from ..attention.view import unpacked
 from ..config import LogQuantConfig
 from ..format import DTYPES, PageFormat
 from ..modes import lasting
@@ -218,7 +217,7 @@ class Storage:
         """
         page_tokens, batch = self.format.page_tokens, self.window_k.shape[0]
         device, dtype = self.window_k.device, self.window_k.dtype
-        rows = before.slots * (len(sources) // len(before.slots))
+        rows = before.each(len(sources))
         pages_left = after.packed // page_tokens
         store, windows = self.pages, (self.window_k, self.window_v)
         if 2 * pages_left < store.shape[2]:
@@ -232,16 +231,12 @@ class Storage:
                 place = (place * page_tokens + source[returns] % page_tokens).to(device)
                 used = self.pages[of].index_select(2, pages.to(self.pages.device)).to(device)
                 own_map = None if key_map is None else key_map[of]
-                packed = ops.dequantize(used, self.format, dtype=dtype, key_map=own_map)
-                if self.severed and torch.is_grad_enabled():
-                    packed = refusing_gradients(packed[0]), refusing_gradients(packed[1])
+                packed = unpacked(used, self.format, dtype, own_map, severed=self.severed)
                 stays = (source[source >= held.packed] - held.packed).to(device)
                 to_return, to_stay = returns.to(device), (source >= held.packed).nonzero().squeeze(1).to(device)
-                for window, old, unpacked in zip(
-                    (window_k, window_v), (self.window_k, self.window_v), packed, strict=True
-                ):
+                for window, old, back in zip((window_k, window_v), (self.window_k, self.window_v), packed, strict=True):
                     window[of].index_copy_(2, to_stay, old[of].index_select(2, stays))
-                    window[of].index_copy_(2, to_return, unpacked.index_select(2, place))
+                    window[of].index_copy_(2, to_return, back.index_select(2, place))
             windows = window_k, window_v
         self.replace(store, *windows)
 

@@ -75,7 +75,7 @@ def finite(value: float | None) -> float | None:
     return value
 
 
-_OWN = ("logquant", "attention", "paper", "recent")
+_OWN = ("logquant", "small", "fine", "log", "recent", "paper")
 _OTHERS = ("partial", "kivi", "oscar", "turboquant", "quanto", "hqq", "streaming", "h2o")
 METHODS = (*_OWN, *_OTHERS, "full")
 """Names of caches; the same as ``logquant.methods.method_names()``, which takes long to import."""

@@ -1,8 +1,9 @@
-"""LogQuant (arXiv 2503.19950): as it is by default, as the paper has it, and with two other rules."""
+"""LogQuant (arXiv 2503.19950): as it is by default, as the paper has it, and with other rules and sizes."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,29 +35,17 @@ class LogQuant(Settings):
         return LogQuantCache(config, self.config)
 
 
-# The name says which rule it is, so that cannot be written after it.
-_configured = functools.partial(method, options=LogQuantConfig, without=("rule",))
+def _preset(name: str, make: Callable[..., LogQuantConfig]) -> None:
+    """Register a name for a configuration. It says which rule that has, so the rule cannot be written after it."""
+
+    @method(name, options=LogQuantConfig, without=("rule",))
+    def settings(**options: Any) -> LogQuant:
+        return LogQuant(with_calibration(make(**options)))
 
 
-@_configured("logquant")
-def logquant(**options: Any) -> LogQuant:
-    """The log rule and a quantiser that loses less than the paper's."""
-    return LogQuant(with_calibration(LogQuantConfig(**options)))
-
-
-@_configured("attention")
-def attention(**options: Any) -> LogQuant:
-    """The most attended tokens stay exact, the others are quantised as by ``logquant``."""
-    return LogQuant(with_calibration(LogQuantConfig(rule="attention", **options)))
-
-
-@_configured("paper")
-def paper(**options: Any) -> LogQuant:
-    """The log rule and the paper's quantiser."""
-    return LogQuant(with_calibration(LogQuantConfig.paper(**options)))
-
-
-@_configured("recent")
-def recent(**options: Any) -> LogQuant:
-    """The newest tokens stay exact, the others are quantised as by ``logquant``."""
-    return LogQuant(with_calibration(LogQuantConfig(rule="recent", **options)))
+_preset("logquant", LogQuantConfig)
+_preset("small", LogQuantConfig.small)
+_preset("fine", LogQuantConfig.fine)
+_preset("log", functools.partial(LogQuantConfig, rule="log"))
+_preset("recent", functools.partial(LogQuantConfig, rule="recent"))
+_preset("paper", LogQuantConfig.paper)

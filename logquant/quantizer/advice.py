@@ -14,7 +14,7 @@ from ..format import PageFormat
 from . import columns
 from .calibration import Calibration
 from .feedback import Attention, key_weights, value_feedback
-from .queries import MAP_QUERIES, QUERIES, RecentQueries
+from .queries import MAP_QUERIES, RecentQueries, kept_queries
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class Advice(NamedTuple):
     It never changes: what comes to be known makes another one, so that a layer can go back.
 
     Attributes:
+        config: the cache's settings.
         fmt: the page format.
-        allocates: whether each row finds its own bit allocation.
         key_map: the bit allocation, int16 ``[B, H, C]`` (csrc/format.h); None where all channels have the same bits.
         queries: the recent queries; None where they are not known or not asked for.
     """
 
+    config: LogQuantConfig
     fmt: PageFormat
-    allocates: bool
     key_map: Tensor | None
     queries: RecentQueries | None = None
 
@@ -72,7 +72,12 @@ class Advice(NamedTuple):
                 key_map = columns.default_map(fmt, batch, heads, keys.device)
             else:
                 key_map = calibration.key_map(layer, fmt, heads, keys.device).expand(batch, -1, -1)
-        return Advice(fmt, config.allocates_bits(fmt), key_map)
+        return Advice(config, fmt, key_map)
+
+    @property
+    def allocates(self) -> bool:
+        """Whether each row finds its own bit allocation."""
+        return self.config.allocates_bits(self.fmt)
 
     # ------------------------------------------------------------------------------------------------ recent queries
     def needed(self, allocated: bool) -> int:
@@ -81,14 +86,12 @@ class Advice(NamedTuple):
         Args:
             allocated: whether all rows have pages, and with them a bit allocation.
         """
-        if self.allocates and not allocated:
-            return MAP_QUERIES
-        return QUERIES if self.fmt.mse_searched else 0
+        return kept_queries(self.config, self.fmt, allocated=allocated)
 
     def hear(self, newer: RecentQueries, count: int) -> Advice:
         """With newer queries, of which the newest ``count`` are kept; perhaps in the memory that they came in."""
         queries = newer.keep(count) if self.queries is None else self.queries.then(newer, count)
-        return Advice(self.fmt, self.allocates, self.key_map, queries)
+        return self._replace(queries=queries)
 
     def remember(self, count: int, borrowed: bool) -> Advice:
         """With the newest ``count`` queries at most.
@@ -113,11 +116,11 @@ class Advice(NamedTuple):
         return self._replace(queries=self.queries and self.queries.crop(positions))
 
     # -------------------------------------------------------------------------------------------- for the quantiser
-    def attention(self, leaving: Leaving, queries: int = QUERIES) -> Attention | None:
-        """How the recent queries attend to tokens that leave, if that is known."""
+    def attention(self, leaving: Leaving, queries: int | None = None) -> Attention | None:
+        """How the newest ``queries``, by default those that are always kept, attend to tokens that leave, if known."""
         if self.queries is None:
             return None
-        recent = self.queries.keep(queries).together().map(lambda t: t[leaving.rows])
+        recent = self.queries.keep(queries or self.needed(allocated=True)).together().map(lambda t: t[leaving.rows])
         return Attention(recent, leaving.keys, leaving.tokens, leaving.given)
 
     def allocate(self, first: Iterable[Leaving]) -> Advice:

@@ -8,10 +8,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..config import LogQuantConfig
+from ..format import PageFormat
+
 # The newest queries of a sequence that say so: 64 say little more, and are to be kept.
 QUERIES = 16
+# The same where weights and the order within a page come from what all queries have given: 16 say little more.
+QUERIES_BESIDE_SUMS = 4
 # Those that say which key channels get which bits, once: kept until then.
 MAP_QUERIES = 64
+
+
+def kept_queries(config: LogQuantConfig, fmt: PageFormat, *, allocated: bool) -> int:
+    """How many recent queries say how to quantise the next tokens that leave.
+
+    Args:
+        config: the cache's settings.
+        fmt: the page format.
+        allocated: whether all rows have pages, and with them a bit allocation.
+    """
+    if config.allocates_bits(fmt) and not allocated:
+        return MAP_QUERIES
+    if not fmt.mse_searched:
+        return 0
+    return QUERIES_BESIDE_SUMS if config.rule == "attention" else QUERIES
 
 
 class RecentQueries(NamedTuple):

@@ -17,7 +17,7 @@ from logquant.format import PageFormat
 from logquant.ops import reference
 from logquant.quantizer import columns, feedback
 from logquant.quantizer.queries import MAP_QUERIES, QUERIES, RecentQueries
-from logquant.rule import evicted_slots, split_positions
+from logquant.rule import Rule, evicted_slots, split_positions
 from tests.helpers.layers import feed, random_tokens, row_contents
 from tests.helpers.masks import causal_mask, pad_mask
 from tests.helpers.models import tiny_model
@@ -25,13 +25,13 @@ from tests.helpers.models import tiny_model
 PROMPT, STEPS = 300, 130
 
 
-def layer_and_tokens(batch: int = 1, **options) -> tuple[LogQuantLayer, Tensor, Tensor, Tensor]:
+def layer_and_tokens(batch: int = 1, rule: Rule = "log", **options) -> tuple[LogQuantLayer, Tensor, Tensor, Tensor]:
     """An empty layer, keys and values of 2 heads, and queries of 4."""
     k, v = random_tokens(PROMPT + STEPS, batch=batch)
     k = k * torch.linspace(-3, 3, 64).exp2()
     random = torch.Generator().manual_seed(1)
     q = torch.randn(batch, 4, PROMPT + STEPS, 64, generator=random) * torch.linspace(1, -2, 64).exp2()
-    return LogQuantLayer(LogQuantConfig(**options)), q, k, v
+    return LogQuantLayer(LogQuantConfig(rule=rule, **options)), q, k, v
 
 
 def attend(layer: LogQuantLayer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -263,12 +263,12 @@ def test_rows_of_a_batch_are_independent(llama, ids):
 
 
 def test_multi_turn_continues_the_cache(llama, ids):
-    cache = LogQuantCache(llama.config, window=32)
+    cache = LogQuantCache(llama.config, window=32, rule="log")
     first = generate(llama, ids[:, :200], cache)
     turn = torch.cat([first, ids[:, 200:260]], 1)
     second = generate(llama, turn, cache)
     assert cache.get_seq_length() == second.shape[1] - 1
-    fresh = LogQuantCache(llama.config, window=32)
+    fresh = LogQuantCache(llama.config, window=32, rule="log")
     logits_of(llama, fresh, turn, [turn.shape[1]], "sdpa")
     for layer, want in zip(cache.layers, fresh.layers, strict=True):
         positions = layer.held.layout.positions(ids.device)[0][: want.rows.packed]

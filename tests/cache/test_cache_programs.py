@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -16,9 +18,12 @@ from torch import Tensor
 
 from logquant import LogQuantCache, LogQuantConfig
 from logquant.attention.call import AttentionCall
+from logquant.attention.weights import HEARD
+from logquant.cache.layer import LogQuantLayer
 from logquant.files import fingerprint
 from logquant.ops import reference
 from logquant.quantizer.calibration import Calibration
+from logquant.rule import RULES, evictions
 from tests.helpers.layers import PLAIN
 from tests.helpers.masks import causal_mask
 from tests.helpers.models import tiny_config
@@ -49,13 +54,16 @@ class PlainLayerRow(PlainRow):
         packed, _ = self.layout()
         positions = {column: position for position, column in enumerate(self.real)}
         for first in range(len(self.packed), len(packed), self.format.page_tokens):
-            page = [positions[c] for c in packed[first : first + self.format.page_tokens]]
-            k, v = torch.stack([self.held[p] for p in page], 1)[:, None, None].unbind(0)
-            pages = reference.quantize(k, v, self.format, key_map=self.key_map)
-            unpacked = torch.cat(reference.dequantize(pages, self.format, key_map=self.key_map), 1)
-            for i, p in enumerate(page):
-                self.held[p] = unpacked[0, :, i]
+            self.quantize([positions[c] for c in packed[first : first + self.format.page_tokens]])
         self.packed = packed
+
+    def quantize(self, page: list[int]) -> None:
+        """The tokens of a page, in order, are held as it holds them."""
+        k, v = torch.stack([self.held[p] for p in page], 1)[:, None, None].unbind(0)
+        pages = reference.quantize(k, v, self.format, key_map=self.key_map)
+        unpacked = torch.cat(reference.dequantize(pages, self.format, key_map=self.key_map), 1)
+        for i, p in enumerate(page):
+            self.held[p] = unpacked[0, :, i]
 
     def arrive(self, tokens: Tensor, new: list[bool], reserved: int) -> None:
         self.append(new, reserved)
@@ -77,21 +85,101 @@ class PlainLayerRow(PlainRow):
         return out
 
 
+class ChosenLayerRow(PlainLayerRow):
+    """The same under the rule ``attention``: a choice is followed, once it is seen to be one that the rule allows.
+
+    Sums of attention are added up in another order than the layer's: which of two tokens is given less by a rounding
+    error is for the layer to say.
+    """
+
+    def __init__(self, config: LogQuantConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        # What queries have given to each exact token, by column; None once that is not followed any more.
+        self.sums: dict[int, float] | None = {}
+        self.exact: list[int] = []
+
+    def layout(self) -> tuple[list[int], list[int]]:
+        return self.packed, self.exact
+
+    def pack(self) -> None:
+        """Which tokens leave is for :meth:`follow` to see."""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether tokens leave now."""
+        return evictions(self.decided, self.window, self.sinks) * self.window > len(self.packed)
+
+    def arrive(self, tokens: Tensor, new: list[bool], reserved: int) -> None:
+        came = [self.length + i for i, real in enumerate(new) if real]
+        super().arrive(tokens, new, reserved)
+        self.exact += came
+        if reserved:
+            self.sums = None
+        if self.sums is None:
+            return
+        contents = dict(zip(self.real, self.held, strict=True))
+        self.sums |= dict.fromkeys(came, 0.0)
+        keys = torch.stack([contents[column][0] for column in self.exact]) if came else torch.empty(0)
+        for column in came[-HEARD:]:
+            seen = sum(other <= column for other in self.exact)
+            weights = (keys[:seen].double() @ contents[column][0].double()).softmax(0).tolist()
+            for other, weight in zip(self.exact, weights, strict=False):
+                self.sums[other] += weight
+
+    def follow(self, packed: list[int], exact: list[int]) -> None:
+        """The layer says that these are packed, in this order."""
+        count = evictions(self.decided, self.window, self.sinks) * self.window
+        assert len(packed) == count and packed[: len(self.packed)] == self.packed
+        leaving, size = packed[len(self.packed) :], self.format.page_tokens
+        assert sorted(packed + exact) == self.real and exact == sorted(exact)
+        decided = [column for column in self.exact if column in set(self.real[: self.decided])]
+        middle = decided[self.sinks : len(decided) - self.window]
+        assert set(leaving) <= set(middle)
+        pages = [leaving[i : i + size] for i in range(0, len(leaving), size)]
+        assert all(max(page) < min(later) for page, later in itertools.pairwise(pages))
+        held = dict(zip(self.real, range(len(self.real)), strict=True))
+        if leaving and self.sums is not None:
+            cost = {c: self.sums[c] * self.held[held[c]][1].double().norm().item() for c in middle}
+            stays = min((cost[c] for c in middle if c not in set(leaving)), default=math.inf)
+            assert max(cost[c] for c in leaving) <= stays * (1 + 1e-4)
+            for page in pages:
+                assert all(cost[a] * (1 + 1e-4) >= cost[b] for a, b in itertools.pairwise(page))
+        for page in pages:
+            self.quantize([held[column] for column in page])
+        if leaving:
+            self.sums = None if self.sums is None else dict.fromkeys(exact, 0.0)
+        self.packed, self.exact = packed, exact
+
+    def remove(self, columns: int) -> None:
+        self.crop(columns)
+        del self.held[len(self.real) :]
+        self.decided = len(self.real)
+        left = evictions(self.decided, self.window, self.sinks) * self.window
+        self.packed = self.packed[:left]
+        self.exact = sorted(set(self.real) - set(self.packed))
+        if self.sums is not None:
+            self.sums = {column: self.sums.get(column, 0.0) for column in self.exact}
+
+
 class CachePrograms(RuleBasedStateMachine):
     """A cache of two layers, and rows as lists for each layer."""
 
     @initialize(
-        rule=st.sampled_from(["log", "recent"]),
+        rule=st.sampled_from(RULES),
         options=st.sampled_from([{"bits": 2}, {"bits": 8}, {"key_columns": 2.0, "calibration": CALIBRATION}]),
         batch=st.integers(1, 3),
     )
     def start(self, rule: str, options: dict[str, Any], batch: int) -> None:
-        self.config = LogQuantConfig(window=WINDOW, rule=rule, **PLAIN | options)
+        self.config = LogQuantConfig(window=WINDOW, **PLAIN | options | {"rule": rule})
         self.cache = LogQuantCache(MODEL, self.config)
         self.batch, self.random = batch, torch.Generator().manual_seed(batch)
-        self.rows = [[PlainLayerRow(self.config, i) for _ in range(batch)] for i in range(2)]
+        self.rows = self.empty_rows()
         self.recording = False
         self.others: list[tuple[LogQuantCache, list[Tensor]]] = []
+
+    def empty_rows(self) -> list[list[PlainLayerRow]]:
+        made = ChosenLayerRow if self.config.rule == "attention" else PlainLayerRow
+        return [[made(self.config, i) for _ in range(self.batch)] for i in range(2)]
 
     @rule(new=st.integers(1, 120), data=st.data(), padded=st.booleans())
     def prompt(self, new: int, data: st.DataObject, padded: bool) -> None:
@@ -121,6 +209,22 @@ class CachePrograms(RuleBasedStateMachine):
             keys.kv_view.attend(AttentionCall(k, mask, 1.0, causal=mask is None))
             for row, tokens, is_real in zip(rows, torch.stack([k, v], 3)[:, 0], real, strict=True):
                 row.arrive(tokens, is_real, reserved)
+        self.follow()
+
+    def follow(self) -> None:
+        """Where tokens leave by choice, the rows learn which."""
+        for layer, rows in zip(self.cache.layers, self.rows, strict=True):
+            if not any(isinstance(row, ChosenLayerRow) and row.is_due for row in rows):
+                continue
+            layer.commit()
+            for row, (packed, exact) in zip(rows, self.tables(layer), strict=True):
+                row.follow(packed, exact)
+
+    def tables(self, layer: LogQuantLayer) -> list[tuple[list[int], list[int]]]:
+        """Positions of packed and of exact tokens of each row of a layer."""
+        table, held = layer.held.layout.positions(torch.device("cpu")).expand(self.batch, -1).tolist(), layer.rows
+        each = zip(held.each(self.batch), table, strict=True)
+        return [(got[: own.packed], got[held.packed : held.packed + own.exact]) for own, got in each]
 
     @property
     def columns(self) -> int:
@@ -132,6 +236,7 @@ class CachePrograms(RuleBasedStateMachine):
         for rows in self.rows:
             for row in rows:
                 row.remove(columns)
+        self.follow()
 
     @rule()
     def record(self) -> None:
@@ -179,7 +284,7 @@ class CachePrograms(RuleBasedStateMachine):
     def reset(self) -> None:
         self.cache.reset()
         self.recording = False
-        self.rows = [[PlainLayerRow(self.config, i) for _ in range(self.batch)] for i in range(2)]
+        self.rows = self.empty_rows()
 
     @staticmethod
     def contents(cache: LogQuantCache) -> list[Tensor]:
@@ -195,13 +300,9 @@ class CachePrograms(RuleBasedStateMachine):
             if not layer.is_initialized:
                 assert self.columns == 0
                 continue
-            table, held = layer.held.layout.positions(torch.device("cpu")), layer.rows
-            slots = held.slots * (self.batch // len(held.slots))
             dense = torch.stack(layer.dense(), 1)[:, :, 0]
-            for own, got, row, x in zip(slots, table.expand(self.batch, -1), rows, dense, strict=True):
-                packed, exact = row.layout()
-                assert got[: own.packed].tolist() == packed
-                assert got[held.packed : held.packed + own.exact].tolist() == exact
+            for got, row, x in zip(self.tables(layer), rows, dense, strict=True):
+                assert got == row.layout()
                 assert torch.equal(x, row.dense())
 
     @invariant()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from logquant import LogQuantCache, LogQuantConfig
+from logquant import LogQuantCache
 from logquant.attention.call import AttentionCall
 from logquant.attention.weights import given
 from logquant.cache.chosen import importance
@@ -213,10 +213,9 @@ def test_its_bytes_are_counted():
     step(layer, q, k, v)
     layer.commit()
     chosen = layer.held.chosen
-    assert chosen.nbytes == 2 * layer.rows.packed + 4 * layer.rows.exact and chosen.packed.dtype == torch.int16
+    assert chosen.nbytes == 2 * layer.rows.packed + 4 * layer.rows.exact * (1 + k.shape[1])
+    assert chosen.packed.dtype == torch.int16
     assert layer.nbytes >= chosen.nbytes + layer.held.storage.nbytes
-    config = LogQuantConfig(rule="attention")
-    assert config.rule == "attention"
 
 
 def padded_step(layer: LogQuantLayer, part: slice, real: Tensor, *tensors: Tensor) -> Tensor:

@@ -106,22 +106,23 @@ SPECULATION = {"prompt_lookup": (0, 400), "assistant": (1, 400), "perfect_assist
 
 @pytest.mark.parametrize("implementation", ["logquant", "sdpa"])
 @pytest.mark.parametrize("kind", SPECULATION)
-def test_speculative_decoding_at_2_bits_gives_what_greedy_decoding_gives(implementation, kind):
+@pytest.mark.parametrize("rule", ["log", "attention"])
+def test_speculative_decoding_at_2_bits_gives_what_greedy_decoding_gives(implementation, kind, rule):
     """Over several evictions, and with drafts that come together with the prompt."""
     layers, count = SPECULATION[kind]
     options = {"prompt_lookup_num_tokens": 6}
     if layers:
         options = {"assistant_model": tiny_model(num_hidden_layers=layers), "num_assistant_tokens": 5}
     model = tiny_model()
-    logquant.enable(model)
+    logquant.enable(model, rule=rule)
     model.set_attn_implementation(implementation)
     ids = torch.randint(0, 256, (1, 60), generator=torch.Generator().manual_seed(0)).repeat(1, 4)
     assert torch.equal(continued(model, ids, count, **options), continued(model, ids, count))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [2, 8])
-def test_speculative_decoding_of_a_real_model(smollm2, smollm2_tokenizer, data_dir, bits):
+@pytest.mark.parametrize(("bits", "rule"), [(2, "log"), (2, "attention"), (8, "attention")])
+def test_speculative_decoding_of_a_real_model(smollm2, smollm2_tokenizer, data_dir, bits, rule):
     """With prompt lookup, and with the same model as assistant, so that nearly all of its drafts are taken."""
     text = (data_dir / "dev/books/frankenstein_84.txt").read_text()[3000:4200]
     ids = smollm2_tokenizer(f"{text}\n\nAgain, word for word:\n\n{text[:60]}", return_tensors="pt").input_ids
@@ -129,7 +130,7 @@ def test_speculative_decoding_of_a_real_model(smollm2, smollm2_tokenizer, data_d
         {"prompt_lookup_num_tokens": 8},
         {"assistant_model": copy.deepcopy(smollm2), "num_assistant_tokens": 5},
     ]
-    plain, *speculative = (LogQuantCache(smollm2.config, bits=bits) for _ in range(1 + len(kinds)))
+    plain, *speculative = (LogQuantCache(smollm2.config, bits=bits, rule=rule) for _ in range(1 + len(kinds)))
     logquant.enable(smollm2)
     try:
         want = continued(smollm2, ids, 420, plain)

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from logquant import LogQuantCache, ops
+from logquant import LogQuantCache
 from logquant.attention.call import AttentionCall
 from logquant.cache.layer import LogQuantLayer
+from logquant.cache.storage import Storage
 from logquant.compat import as_argument
 from tests.helpers.layers import make_layer, random_tokens, row_contents
 from tests.helpers.masks import causal_mask, pad_mask
@@ -74,12 +75,13 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.parametrize("rule", ["log", "attention"])
 @pytest.mark.parametrize("mask", [False, True], ids=["", "padded"])
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_out_of_memory_at_any_allocation_loses_nothing(operation, mask):
+def test_out_of_memory_at_any_allocation_loses_nothing(operation, mask, rule):
     """After each failure either nothing has happened, or the tokens have come; a second try then gives what is due."""
     before, act = OPERATIONS[operation]
-    want = make_layer()
+    want = make_layer(rule=rule)
     start = 0
     for n in before:
         step(want, start, n, mask)
@@ -114,16 +116,17 @@ def test_out_of_memory_at_any_allocation_loses_nothing(operation, mask):
     assert same(state(layer), due)
 
 
+@pytest.mark.parametrize("rule", ["log", "attention"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_eviction_makes_the_layer_cleanly_invalid(monkeypatch, error):
-    layer = make_layer()
+def test_an_interrupted_eviction_makes_the_layer_cleanly_invalid(monkeypatch, error, rule):
+    layer = make_layer(rule=rule)
     for start, n in ((0, 300), *((300 + i, 1) for i in range(83))):
         step(layer, start, n, False)
 
     def interrupted(*args, **kwargs):
         raise error("interrupted")
 
-    monkeypatch.setattr(ops, "evict_", interrupted)
+    monkeypatch.setattr(Storage, "replace", interrupted)
     with pytest.raises(error):
         step(layer, 383, 1, False)
     monkeypatch.undo()
@@ -142,12 +145,12 @@ def test_an_interrupted_eviction_makes_the_layer_cleanly_invalid(monkeypatch, er
 
 @pytest.mark.parametrize("failing_layer", [0, 1, 2])
 @pytest.mark.parametrize("new", [1, 100])
-@pytest.mark.parametrize("first", [300, 383])
-def test_rewind_after_an_error_within_a_forward_pass(failing_layer, new, first):
+@pytest.mark.parametrize(("first", "rule"), [(300, "attention"), (383, "attention"), (383, "log")])
+def test_rewind_after_an_error_within_a_forward_pass(failing_layer, new, first, rule):
     model = tiny_model(num_hidden_layers=3)
     model.set_attn_implementation("logquant")
     ids = torch.randint(0, 256, (1, 600), generator=torch.Generator().manual_seed(0))
-    cache = LogQuantCache(model.config)
+    cache = LogQuantCache(model.config, rule=rule)
     with torch.no_grad():
         model(ids[:, :first], **as_argument(cache))
         want = copy.deepcopy(cache)

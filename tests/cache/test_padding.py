@@ -90,9 +90,9 @@ def test_padding_that_a_later_mask_shows_is_refused_and_nothing_changes():
 
 
 @pytest.mark.parametrize("implementation", ["logquant", "sdpa", "eager"])
-@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize(("bits", "rule"), [(2, "attention"), (2, "log"), (8, "attention")])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_logits_of_a_padded_row_are_those_of_the_row_alone(implementation, bits, side):
+def test_logits_of_a_padded_row_are_those_of_the_row_alone(implementation, bits, rule, side):
     model = tiny_model()
     model.set_attn_implementation(implementation)
     lengths = [300, 170, 64, 290]
@@ -102,7 +102,7 @@ def test_logits_of_a_padded_row_are_those_of_the_row_alone(implementation, bits,
     positions = (padding.cumsum(1) - 1).clamp_min(0)
 
     def logits(ids: Tensor, padding: Tensor, positions: Tensor, portions: list[int]) -> Tensor:
-        cache, first, out = LogQuantCache(model.config, bits=bits), 0, []
+        cache, first, out = LogQuantCache(model.config, bits=bits, rule=rule), 0, []
         cache.set_padding(padding if implementation == "eager" else None)
         for n in portions:
             part = slice(first, first := first + n)

@@ -9,7 +9,7 @@ from logquant import LogQuantConfig
 from logquant.cache.layer import LogQuantLayer
 
 # Plain LogQuant. What its pages hold depends on their own tokens alone, not on what attended to which part of a text.
-PLAIN = {"sinks": 0, "key_columns": 1.0, "param_bits": 16}
+PLAIN = {"rule": "log", "sinks": 0, "key_columns": 1.0, "param_bits": 16}
 
 
 def make_layer(**options) -> LogQuantLayer:

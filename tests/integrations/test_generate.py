@@ -38,11 +38,15 @@ class Case(NamedTuple):
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param("tiny", id="exact"), pytest.param("smollm2", id="8 bits", marks=pytest.mark.slow)],
+    params=[
+        pytest.param("exact"),
+        pytest.param("attention", id="8 bits", marks=pytest.mark.slow),
+        pytest.param("log", id="8 bits, log", marks=pytest.mark.slow),
+    ],
 )
 def case(request) -> Case:
     """A tiny model whose window never overflows; a real one at 8 bits, for random ones choose between near ties."""
-    if request.param == "tiny":
+    if request.param == "exact":
         model = tiny_model()
         model.set_attn_implementation("logquant")
         ids = torch.randint(0, 256, (3, 300), generator=torch.Generator().manual_seed(0))
@@ -51,7 +55,7 @@ def case(request) -> Case:
     model.set_attn_implementation("logquant")
     books = sorted((request.getfixturevalue("data_dir") / "dev/books").glob("*.txt"))
     rows = [tokenizer(b.read_text()[2000:5000], return_tensors="pt").input_ids[:, :300] for b in books[:3]]
-    return Case(model, torch.cat(rows), {"bits": 8}, 24)
+    return Case(model, torch.cat(rows), {"bits": 8, "rule": request.param}, 24)
 
 
 @pytest.fixture(scope="module")
