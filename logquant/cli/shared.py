@@ -75,9 +75,11 @@ def finite(value: float | None) -> float | None:
     return value
 
 
-_OWN = ("logquant", "attention", "paper", "recent")
+OWN = ("logquant", "attention", "paper", "recent")
+"""Names of LogQuant caches."""
+
 _OTHERS = ("partial", "kivi", "oscar", "turboquant", "quanto", "hqq", "streaming", "h2o")
-METHODS = (*_OWN, *_OTHERS, "full")
+METHODS = (*OWN, *_OTHERS, "full")
 """Names of caches; the same as ``logquant.methods.method_names()``, which takes long to import."""
 
 CACHE_HELP = (
@@ -149,7 +151,7 @@ def cache_list(option: str, text: str, *, known_bytes: bool = False) -> list[Cac
         if name not in METHODS:
             raise bad(option, f"cache must be one of {', '.join(METHODS)}, got {name!r}")
         if known_bytes and name in _OTHERS:
-            raise bad(option, f"bytes are known beforehand of {', '.join(_OWN)} and full alone, got {name!r}")
+            raise bad(option, f"bytes are known beforehand of {', '.join(OWN)} and full alone, got {name!r}")
     with spinner("importing transformers"):
         from ..methods.registry import parse_caches
 
