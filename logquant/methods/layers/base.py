@@ -5,11 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, runtime_checkable
 
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ...cache.sizes import tensors_in
 from ...config import LogQuantConfig
+
+
+def need_powers_of_two(method: str, *states: Tensor, least: int = 16) -> None:
+    """Refuse keys or values ``[B, H, n, D]`` that the Hadamard transform of a method does not fit (ValueError)."""
+    for dim in (x.shape[3] for x in states):
+        if dim & (dim - 1) or dim < least:
+            raise ValueError(f"{method} needs head dimensions that are powers of two from {least} on, got {dim}")
 
 
 class Settings(ABC):
