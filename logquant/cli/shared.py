@@ -78,7 +78,8 @@ def finite(value: float | None) -> float | None:
 OWN = ("logquant", "attention", "paper", "recent")
 """Names of LogQuant caches."""
 
-_OTHERS = ("partial", "kivi", "oscar", "turboquant", "quanto", "hqq", "streaming", "h2o")
+_QUANTISING = ("partial", "kivi", "oscar", "turboquant", "kvarn", "occam", "kitty", "nexusquant", "quanto", "hqq")
+_OTHERS = (*_QUANTISING, "streaming", "h2o")
 METHODS = (*OWN, *_OTHERS, "full")
 """Names of caches; the same as ``logquant.methods.method_names()``, which takes long to import."""
 

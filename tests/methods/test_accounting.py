@@ -36,6 +36,12 @@ def test_caches_can_be_compared_at_equal_bytes_a_token():
     assert by_name["turboquant"] == heads * 2 * (32 * 2 / 8 + 2)
     assert by_name["turboquant:bits=4"] == heads * 2 * (32 * 4 / 8 + 2)
     assert by_name["oscar:sinks=4,recent=64"] == heads * 2 * (32 * 2 / 8 + 4)
+    key_tile, value_tile = 64 * 32 * 4 / 8 + 2 * (2 * 32 + 64), 64 * 32 * 2 / 8 + 2 * (32 + 2 * 64)
+    assert by_name["kvarn:tile=64,sinks=4"] == heads * (key_tile + value_tile) / 64
+    assert by_name["occam:residual=64"] == heads * 2 * (32 * 2 / 8 + 4) + 2 * 2  # the norm of a layer's keys
+    kitty = (32 + 8) * 2 / 8 + (32 * 4 + 8) / 64 + 32 * 2 / 8 + 4
+    assert by_name["kitty:residual=64,sinks=4"] == heads * kitty
+    assert by_name["nexusquant"] == heads * 2 * (32 * 18 / 64 + 2)
     assert by_name["streaming:recent=100"] == by_name["h2o:heavy=50,recent=50"] == 0
     unused = parse_cache("kivi").make(model.config)
     assert token_nbytes(unused) is None
