@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -86,7 +87,7 @@ class Lattice:
         self.bits, self.most = bits, 2 ** (bits - 1)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Numbers, uint8 ``[B, H, n, D / 8 * bits + D / 32]``, and scales, float16 ``[B, H, n, 1]``."""
+        """Numbers, uint8 ``[B, H, n, D / 8 * bits + ceil(D / 32)]``, and scales, float16 ``[B, H, n, 1]``."""
         rotated = hadamard(x.float(), x.shape[3])
         scale = (rotated.abs().amax(-1, keepdim=True) / self.most).clamp_max(PARAM_MAX).half()
         scaled = torch.where(scale > 0, rotated / scale.float(), 0.0).clamp(-self.most, self.most)
@@ -112,14 +113,15 @@ class Lattice:
 
     def _packed(self, number: Tensor) -> Tensor:
         low = number[..., None] >> 8 * torch.arange(self.bits, device=number.device) & 255
-        top = (number >> 8 * self.bits).unflatten(-1, (-1, 4)) << 2 * torch.arange(4, device=number.device)
-        return torch.cat([low.flatten(-2), top.sum(-1)], -1).to(torch.uint8)
+        top = F.pad(number >> 8 * self.bits, (0, -number.shape[-1] % 4)).unflatten(-1, (-1, 4))
+        top = (top << 2 * torch.arange(4, device=number.device)).sum(-1)
+        return torch.cat([low.flatten(-2), top], -1).to(torch.uint8)
 
     def _unpacked(self, packed: Tensor) -> Tensor:
-        groups = packed.shape[-1] * 4 // (4 * self.bits + 1)
-        low, top = packed.long().split([groups * self.bits, groups // 4], -1)
+        count = packed.shape[-1] * 4 // (4 * self.bits + 1)
+        low, top = packed.long().tensor_split([count * self.bits], -1)
         low = low.unflatten(-1, (-1, self.bits)) << 8 * torch.arange(self.bits, device=packed.device)
-        top = (top[..., None] >> 2 * torch.arange(4, device=packed.device) & 3).flatten(-2)
+        top = (top[..., None] >> 2 * torch.arange(4, device=packed.device) & 3).flatten(-2)[..., :count]
         number: Tensor = low.sum(-1) + (top << 8 * self.bits)
         return number
 
@@ -166,7 +168,7 @@ class NexusQuantLayer(QuantizingLayer):
         self.settings, self.frequencies = settings, frequencies
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        need_powers_of_two("NexusQuant", key_states, value_states, least=32)
+        need_powers_of_two("NexusQuant", key_states, value_states)
         super().lazy_initialization(key_states, value_states)
         bits, frequencies = self.settings.key_bits, self.frequencies
         self.key_quantizer = Lattice(bits) if frequencies is None else UnmovedKeys(bits, frequencies, self.sinks)

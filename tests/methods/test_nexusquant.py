@@ -39,10 +39,11 @@ def test_every_point_has_a_number_of_eighteen_bits(points):
     numbers = lattice._number(points)
     assert len(points) == 260_849 and torch.equal(numbers.sort().values, torch.arange(260_849))
     assert torch.equal(lattice._point(numbers), points)
-    fours = numbers[:260_848].unflatten(0, (-1, 4))
-    packed = lattice._packed(fours)
-    assert packed.dtype == torch.uint8 and packed.shape[1] * 8 == 4 * 18
-    assert torch.equal(lattice._unpacked(packed), fours)
+    for count, nbytes in ((4, 9), (2, 5), (8, 18)):  # of heads with 32, 16 and 64 channels
+        some = numbers[: 260_848 // count * count].unflatten(0, (-1, count))
+        packed = lattice._packed(some)
+        assert packed.dtype == torch.uint8 and packed.shape[1] == nbytes
+        assert torch.equal(lattice._unpacked(packed), some)
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -121,8 +122,8 @@ def test_nexusquant_takes_a_quarter_of_a_bit_more_and_one_half_a_vector(bits):
 
 
 def test_models_that_do_not_fit_are_refused():
-    x = torch.zeros(1, 1, 5, 16)
-    with pytest.raises(ValueError, match="NexusQuant needs head dimensions that are powers of two from 32 on, got 16"):
+    x = torch.zeros(1, 1, 5, 48)
+    with pytest.raises(ValueError, match="NexusQuant needs head dimensions that are powers of two from 16 on, got 48"):
         NexusQuant().layer(tiny_config()).update(x, x)
     dynamic = tiny_config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
     with pytest.raises(ValueError, match="cannot move keys with the RoPE of 'llama' \\(dynamic\\)"):

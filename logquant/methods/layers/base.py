@@ -13,11 +13,11 @@ from ...cache.sizes import tensors_in
 from ...config import LogQuantConfig
 
 
-def need_powers_of_two(method: str, *states: Tensor, least: int = 16) -> None:
+def need_powers_of_two(method: str, *states: Tensor) -> None:
     """Refuse keys or values ``[B, H, n, D]`` that the Hadamard transform of a method does not fit (ValueError)."""
     for dim in (x.shape[3] for x in states):
-        if dim & (dim - 1) or dim < least:
-            raise ValueError(f"{method} needs head dimensions that are powers of two from {least} on, got {dim}")
+        if dim & (dim - 1) or dim < 16:
+            raise ValueError(f"{method} needs head dimensions that are powers of two from 16 on, got {dim}")
 
 
 class Settings(ABC):
