@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .interrupt import interruptible
-from .shared import Dtype, Json, bad, errors_of, megabytes, number_list, one_cache, progress, with_settings, write_json
+from .shared import (
+    OWN,
+    Dtype,
+    Json,
+    bad,
+    errors_of,
+    megabytes,
+    number_list,
+    one_cache,
+    progress,
+    with_settings,
+    write_json,
+)
 from .tables import ResultTable
 
 if TYPE_CHECKING:
@@ -31,9 +43,7 @@ def command(
     bits: Annotated[
         int | None, typer.Option(help="Bits of a quantised element: 2, 4 or 8; by default the cache's.")
     ] = None,
-    cache: Annotated[
-        str, typer.Option(help="Whose pages: logquant, recent or paper; settings follow a colon.")
-    ] = "logquant",
+    cache: Annotated[str, typer.Option(help=f"Whose pages: {', '.join(OWN)}; settings follow a colon.")] = "logquant",
     window: Annotated[
         int | None, typer.Option(help="W: between 2W and 3W tokens stay exact; by default the cache's.")
     ] = None,
@@ -47,7 +57,7 @@ def command(
     contexts, batches = number_list("--context", context), number_list("--batch", batch)
     spec = one_cache("--cache", cache)
     if spec.quantization is None:
-        raise bad("--cache", f"a LogQuant cache is needed: logquant, recent or paper; got {cache!r}")
+        raise bad("--cache", f"a LogQuant cache is needed, one of {', '.join(OWN)}; got {cache!r}")
     import torch
 
     from .. import machine

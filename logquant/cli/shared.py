@@ -75,9 +75,12 @@ def finite(value: float | None) -> float | None:
     return value
 
 
-_OWN = ("logquant", "small", "fine", "log", "recent", "paper")
-_OTHERS = ("partial", "kivi", "oscar", "turboquant", "quanto", "hqq", "streaming", "h2o")
-METHODS = (*_OWN, *_OTHERS, "full")
+OWN = ("logquant", "small", "fine", "log", "recent", "paper")
+"""Names of LogQuant caches."""
+
+_QUANTISING = ("partial", "kivi", "oscar", "turboquant", "kvarn", "occam", "kitty", "nexusquant", "quanto", "hqq")
+_OTHERS = (*_QUANTISING, "streaming", "h2o")
+METHODS = (*OWN, *_OTHERS, "full")
 """Names of caches; the same as ``logquant.methods.method_names()``, which takes long to import."""
 
 CACHE_HELP = (
@@ -149,7 +152,7 @@ def cache_list(option: str, text: str, *, known_bytes: bool = False) -> list[Cac
         if name not in METHODS:
             raise bad(option, f"cache must be one of {', '.join(METHODS)}, got {name!r}")
         if known_bytes and name in _OTHERS:
-            raise bad(option, f"bytes are known beforehand of {', '.join(_OWN)} and full alone, got {name!r}")
+            raise bad(option, f"bytes are known beforehand of {', '.join(OWN)} and full alone, got {name!r}")
     with spinner("importing transformers"):
         from ..methods.registry import parse_caches
 

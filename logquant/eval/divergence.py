@@ -34,7 +34,8 @@ class CacheScores:
             ``[tokens]``.
         nll: by text, mean negative log-likelihood of the text's next token, nats.
         top1: by text, how often the likeliest token is the full cache's.
-        bits_per_element: of a quantised element, codes and parameters; None where nothing was quantised.
+        bits_per_element: of a quantised element (``methods.accounting.packed_bits_per_element``); None where nothing
+            was quantised.
         nbytes: bytes that the cache of one text holds at the end.
         token_nbytes: bytes that each further token takes (``methods.accounting.token_nbytes``); None where nothing was
             quantised that is to be.

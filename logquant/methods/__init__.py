@@ -16,6 +16,10 @@ from .partial import Partial
 from .kivi import KIVI
 from .oscar import OSCAR
 from .turboquant import TurboQuant
+from .kvarn import KVarN
+from .occam import OScaR
+from .kitty import Kitty
+from .nexusquant import NexusQuant
 from .quanto import Quanto
 from .hqq import HQQ
 from .streaming import Streaming
@@ -35,7 +39,11 @@ __all__ = [
     "Baseline",
     "CacheSpec",
     "Full",
+    "KVarN",
+    "Kitty",
     "LogQuant",
+    "NexusQuant",
+    "OScaR",
     "Partial",
     "Quanto",
     "Settings",

@@ -27,9 +27,9 @@ def cache_nbytes(cache: Cache) -> int:
 
 
 def packed_bits_per_element(cache: Cache) -> float | None:
-    """Bits a quantised key or value element takes, measured from codes and parameters in use and from column maps.
+    """Bits a quantised key or value element takes, measured: codes and parameters in use, column maps, positions.
 
-    None where nothing is quantised.
+    Positions are those of quantised tokens where the rule ``attention`` keeps them. None where nothing is quantised.
     """
     parts = [part for layer in cache.layers for part in packed_in(layer) or ()]
     nbytes = sum(part.nbytes + part.fixed_nbytes for part in parts)
@@ -83,6 +83,8 @@ def _of_logquant(layer: LogQuantLayer) -> list[Packed]:
     batch, heads, _, words = layer.held.storage.pages.shape
     elements = batch * heads * packed * (fmt.head_dim + fmt.value_dim)
     nbytes = batch * heads * (packed // fmt.page_tokens) * words * layer.held.storage.pages.itemsize
+    if chosen := layer.held.chosen:  # tokens that attention has chosen are at positions which nothing else tells
+        nbytes += chosen.packed[:, :packed].nbytes
     return [Packed(nbytes, elements, packed, layer.map_nbytes)]
 
 

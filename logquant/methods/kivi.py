@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from ..format import BITS
 from .layers.base import Baseline
-from .layers.minmax import MinMax
+from .layers.minmax import MinMax, PerChannel
 from .layers.quantized import QuantizingLayer
 from .registry import method
 
@@ -43,21 +43,6 @@ class KIVI(Baseline):
 
     def layer(self, config: PreTrainedConfig) -> KIVILayer:
         return KIVILayer(self)
-
-
-class PerChannel:
-    """Groups of ``group`` consecutive tokens of a channel."""
-
-    def __init__(self, bits: int, group: int) -> None:
-        self.minmax = MinMax(bits, group)
-
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of ``[B, H, n, D]``, n a multiple of the group: along dimension 2 are groups of tokens."""
-        codes, params = self.minmax.encode(x.unflatten(2, (-1, self.minmax.group)).transpose(3, 4))
-        return codes, params.squeeze(-2)
-
-    def decode(self, codes: Tensor, params: Tensor) -> Tensor:
-        return self.minmax.decode(codes, params.unsqueeze(-2)).transpose(3, 4).flatten(2, 3)
 
 
 class KIVILayer(QuantizingLayer):

@@ -15,7 +15,7 @@ from ..attention.view import View
 from ..attention.weights import attention_weights
 from ..format import BITS
 from ..ops.reference.hadamard import hadamard
-from .layers.base import Baseline
+from .layers.base import Baseline, need_powers_of_two
 from .layers.minmax import MinMax
 from .layers.quantized import QuantizingLayer
 from .registry import method
@@ -110,11 +110,8 @@ class OSCARLayer(QuantizingLayer):
         self._waits = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        need_powers_of_two("OSCAR", key_states, value_states)
         super().lazy_initialization(key_states, value_states)
-        for states in (key_states, value_states):
-            dim = states.shape[3]
-            if dim & (dim - 1) or dim < 16:
-                raise ValueError(f"OSCAR needs head dimensions that are powers of two from 16 on, got {dim}")
 
     def packed_tokens(self, tokens: int) -> tuple[int, int]:
         packed = max(0, tokens - self.settings.sinks - self.settings.recent)

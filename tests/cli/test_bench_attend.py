@@ -39,8 +39,14 @@ def test_bench_attend_times_every_contender(json_file):
         (("--context", "0"), "numbers must be at least 1, got '0'"),
         (("--heads", "3", "--kv-heads", "2"), "heads must be a multiple of kv_heads (2), got 3"),
         (("--bits", "5"), "bits must be 2, 4 or 8, got 5"),
-        (("--cache", "full"), "a LogQuant cache is needed: logquant, recent or paper; got 'full'"),
-        (("--cache", "kivi"), "a LogQuant cache is needed: logquant, recent or paper; got 'kivi'"),
+        (
+            ("--cache", "full"),
+            "a LogQuant cache is needed, one of logquant, small, fine, log, recent, paper; got 'full'",
+        ),
+        (
+            ("--cache", "kivi"),
+            "a LogQuant cache is needed, one of logquant, small, fine, log, recent, paper; got 'kivi'",
+        ),
         (("--cache", "logquant,paper"), "one cache is needed, got 'logquant,paper'"),
         (("--context", "1,,2"), "whole numbers separated by commas are needed, got '1,,2'"),
         (("--kv-heads", "0"), "kv_heads must be at least 1, got 0"),

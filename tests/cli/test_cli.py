@@ -10,7 +10,7 @@ from rich.console import Console
 
 import logquant
 from logquant.cli import interrupt, shared
-from logquant.methods import method_names
+from logquant.methods import method_names, parse_cache
 from tests.helpers.cli import refused, run, succeed
 
 WRITING = {
@@ -82,6 +82,9 @@ def test_info_does_not_wait_for_transformers():
 
 def test_names_of_caches_are_those_that_are_registered():
     assert list(shared.METHODS) == method_names()
+    of_packages = ("quanto", "hqq")  # made only where those are installed
+    kinds = {name: parse_cache(name) for name in shared.METHODS if name not in of_packages}
+    assert list(shared.OWN) == [name for name, spec in kinds.items() if spec.quantization is not None]
 
 
 @pytest.mark.parametrize("command", WRITING)

@@ -132,6 +132,7 @@ def test_batches_and_chunks_of_one_window_do_not_change_the_result(model, ids):
 
 ALL = (
     "full,logquant:window=32,recent,paper,kivi:group=16,residual=32,oscar:sinks=4,recent=32,turboquant:window=32,"
+    "kvarn:tile=16,sinks=4,iterations=2,occam:group=16,residual=32,kitty:residual=16,sinks=4,nexusquant:window=16,"
     "h2o:heavy=16,recent=16,streaming:recent=40,partial:window=32"
 )
 

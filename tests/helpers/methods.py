@@ -53,6 +53,12 @@ def minmax(group, bits=2):
     return [low + scale * min(max(round((x - low) / scale), 0), 2**bits - 1) for x in group]
 
 
+def walsh(dim):
+    """The orthonormal Hadamard matrix of Sylvester, float64 ``[dim, dim]``."""
+    signs = [[(-1) ** (i & j).bit_count() for j in range(dim)] for i in range(dim)]
+    return torch.tensor(signs).double() / dim**0.5
+
+
 # What all methods are tested with: settings that matter within some hundred tokens.
 NAMES = [
     "partial",
@@ -60,6 +66,10 @@ NAMES = [
     "turboquant",
     "turboquant:bits=4",
     "oscar:sinks=4,recent=64",
+    "kvarn:tile=64,sinks=4",
+    "occam:residual=64",
+    "kitty:residual=64,sinks=4",
+    "nexusquant",
     "streaming:recent=100",
     "h2o:heavy=50,recent=50",
 ]

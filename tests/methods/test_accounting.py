@@ -23,24 +23,31 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_caches_can_be_compared_at_equal_bytes_a_token():
     model = tiny_model()
     ids = torch.randint(256, (2, 330), generator=torch.Generator().manual_seed(6))
-    names = ["full", "logquant", "paper:bits=4", *NAMES]
+    names = ["full", "log", "logquant", "paper:bits=4", *NAMES]
     scores = evaluate(model, ids, [parse_cache(name) for name in names], prefill=300, chunk=29)
     by_name = {score.cache: score.token_nbytes for score in scores}
     heads = 2 * 2  # of two layers
     assert by_name["full"] == heads * 2 * 32 * 4
-    assert by_name["logquant"] == heads * LogQuantConfig().page_format(32).nbytes / 64
+    assert by_name["log"] == heads * LogQuantConfig().page_format(32).nbytes / 64
+    assert by_name["logquant"] == by_name["log"] + 2 * 2  # a position of 16 bits in each of two layers
     assert by_name["paper:bits=4"] == heads * LogQuantConfig.paper(bits=4).page_format(32).nbytes / 64
     assert by_name["kivi"] == heads * 2 * (32 * 2 / 8 + 4)
     assert by_name["partial"] == heads * 2 * (32 * 2 / 8 + 4)
     assert by_name["turboquant"] == heads * 2 * (32 * 2 / 8 + 2)
     assert by_name["turboquant:bits=4"] == heads * 2 * (32 * 4 / 8 + 2)
     assert by_name["oscar:sinks=4,recent=64"] == heads * 2 * (32 * 2 / 8 + 4)
+    key_tile, value_tile = 64 * 32 * 4 / 8 + 2 * (2 * 32 + 64), 64 * 32 * 2 / 8 + 2 * (32 + 2 * 64)
+    assert by_name["kvarn:tile=64,sinks=4"] == heads * (key_tile + value_tile) / 64
+    assert by_name["occam:residual=64"] == heads * 2 * (32 * 2 / 8 + 4) + 2 * 2  # the norm of a layer's keys
+    kitty = (32 + 8) * 2 / 8 + (32 * 4 + 8) / 64 + 32 * 2 / 8 + 4
+    assert by_name["kitty:residual=64,sinks=4"] == heads * kitty
+    assert by_name["nexusquant"] == heads * 2 * (32 * 18 / 64 + 2)
     assert by_name["streaming:recent=100"] == by_name["h2o:heavy=50,recent=50"] == 0
     unused = parse_cache("kivi").make(model.config)
     assert token_nbytes(unused) is None
 
 
-@pytest.mark.parametrize("name", ["logquant:window=32,key_columns=1.5", "paper:window=32"])
+@pytest.mark.parametrize("name", ["log:window=32,key_columns=1.5", "fine:window=32", "paper:window=32"])
 def test_bits_of_an_element_count_column_maps_and_bytes_of_a_token_do_not(name):
     model, spec = tiny_model(), parse_cache(name)
     cache = spec.make(model.config)
@@ -51,8 +58,10 @@ def test_bits_of_an_element_count_column_maps_and_bytes_of_a_token_do_not(name):
     assert packed > 0 and fmt.has_map == (name != "paper:window=32")
     # Of a KV head of one sequence.
     pages, key_map = packed // 32 * fmt.nbytes, 2 * fmt.key_columns if fmt.has_map else 0
-    assert packed_bits_per_element(cache) == pytest.approx(8 * (pages + key_map) / (packed * 2 * 32))
-    assert token_nbytes(cache, batch=2) == 2 * 2 * fmt.nbytes / 32  # two layers of two KV heads
+    position = 2 if name.startswith("fine") else 0  # the position of a token, for both heads
+    bits = 8 * (pages + key_map + packed * position / 2) / (packed * 2 * 32)
+    assert packed_bits_per_element(cache) == pytest.approx(bits)
+    assert token_nbytes(cache, batch=2) == 2 * (2 * fmt.nbytes / 32 + position)  # two layers of two KV heads
 
 
 class Exact(BaselineLayer):

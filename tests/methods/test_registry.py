@@ -17,23 +17,26 @@ from tests.helpers.models import tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OURS = ["logquant", "attention", "paper", "recent"]
+OURS = ["logquant", "small", "fine", "log", "recent", "paper"]
 LIBRARIES = ["quanto", "hqq"]
 
 
 def test_names_have_an_order_and_every_method_is_tested():
-    names = [*OURS, "partial", "kivi", "oscar", "turboquant", *LIBRARIES, "streaming", "h2o", "full"]
+    neighbours = ["partial", "kivi", "oscar", "turboquant", "kvarn", "occam", "kitty", "nexusquant"]
+    names = [*OURS, *neighbours, *LIBRARIES, "streaming", "h2o", "full"]
     assert method_names() == names
     tested = {name.partition(":")[0] for name in NAMES}
     assert set(names) - tested - {*OURS, *LIBRARIES, "full"} == set()
 
 
-def test_names_of_logquant_stand_for_its_rules():
+def test_names_of_logquant_stand_for_its_rules_and_sizes():
     assert [parse_cache(name).quantization for name in OURS] == [
         LogQuantConfig(),
-        LogQuantConfig(rule="attention"),
-        LogQuantConfig.paper(),
+        LogQuantConfig(key_columns=1.0),
+        LogQuantConfig(key_columns=1.5),
+        LogQuantConfig(rule="log"),
         LogQuantConfig(rule="recent"),
+        LogQuantConfig(rule="log", sinks=0, key_columns=1.0, param_bits=16),
     ]
     for name in OURS:
         with pytest.raises(ValueError, match=r"a setting must be one of bits, .*, got 'rule'"):

@@ -7,8 +7,8 @@ import torch
 
 from logquant.compat import as_argument
 from logquant.methods import Streaming
+from logquant.methods.layers.rope import rope_frequencies
 from logquant.methods.registry import parse_cache
-from logquant.methods.streaming import rope_frequencies
 from tests.helpers.methods import ARRIVALS, BATCH, DIM, HEADS, feed
 from tests.helpers.models import tiny_config, tiny_model
 

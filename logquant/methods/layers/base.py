@@ -5,11 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, runtime_checkable
 
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ...cache.sizes import tensors_in
 from ...config import LogQuantConfig
+
+
+def need_powers_of_two(method: str, *states: Tensor) -> None:
+    """Refuse keys or values ``[B, H, n, D]`` that the Hadamard transform of a method does not fit (ValueError)."""
+    for dim in (x.shape[3] for x in states):
+        if dim & (dim - 1) or dim < 16:
+            raise ValueError(f"{method} needs head dimensions that are powers of two from 16 on, got {dim}")
 
 
 class Settings(ABC):

@@ -1,4 +1,4 @@
-"""Asymmetric min-max quantisation with 16-bit parameters, as KIVI and OSCAR have it."""
+"""Asymmetric min-max quantisation with 16-bit parameters, as KIVI and others have it."""
 
 from __future__ import annotations
 
@@ -39,3 +39,18 @@ class MinMax(NamedTuple):
         groups = unpack_words(codes, self.bits).unflatten(-1, (-1, self.group))
         out: Tensor = (zero + scale * groups).flatten(-2)
         return out
+
+
+class PerChannel:
+    """Groups of ``group`` consecutive tokens of a channel."""
+
+    def __init__(self, bits: int, group: int) -> None:
+        self.minmax = MinMax(bits, group)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of ``[B, H, n, D]``, n a multiple of the group: along dimension 2 are groups of tokens."""
+        codes, params = self.minmax.encode(x.unflatten(2, (-1, self.minmax.group)).transpose(3, 4))
+        return codes, params.squeeze(-2)
+
+    def decode(self, codes: Tensor, params: Tensor) -> Tensor:
+        return self.minmax.decode(codes, params.unsqueeze(-2)).transpose(3, 4).flatten(2, 3)
