@@ -134,15 +134,22 @@ def bench_attend(
         return torch.randn(shape.batch, heads, tokens, shape.dim, generator=generator, device=device).to(dtype)
 
     q, k, v = random(shape.heads, 1), random(shape.kv_heads, shape.context), random(shape.kv_heads, shape.context)
-    packed, exact = split_positions(shape.context, quantization.window, quantization.rule, quantization.sinks)
+    counting = quantization.rule == "attention"
+    # Which tokens that rule keeps, random ones do not say; how many, their number does.
+    rule = "recent" if counting else quantization.rule
+    packed, exact = split_positions(shape.context, quantization.window, rule, quantization.sinks)
     fmt = quantization.page_format(shape.dim)
     key_map = columns.allocate(columns.variances(k, 2 * fmt.page_tokens), fmt) if fmt.has_map else None
     pages = ops.quantize(k, v, fmt, index=packed[None].to(device), key_map=key_map)
     window_k, window_v = (x[:, :, exact.to(device)].contiguous() for x in (k, v))
     scale = shape.dim**-0.5
+    given = window_k.new_zeros(window_k.shape[:3], dtype=torch.float32)
 
     def fused() -> Tensor:
-        return ops.attend(q, pages, window_k, window_v, fmt, scale=scale, key_map=key_map)[0]
+        options: dict[str, Any] = dict(scale=scale, key_map=key_map)
+        if counting:
+            return ops.observed_attend(q, pages, window_k, window_v, fmt, **options, attention=given)[0]
+        return ops.attend(q, pages, window_k, window_v, fmt, **options)[0]
 
     def dequantize(kind: torch.dtype, grouped: bool) -> Callable[[], Tensor]:
         def run() -> Tensor:
