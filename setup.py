@@ -53,7 +53,7 @@ if SANITIZE:
     FLAGS += ["-fno-sanitize-address-use-after-scope"]
 # For `make sanitize`, too: the library of CPU kernels that CMake has built, to link instead of compiling them again.
 CPU_KERNELS = os.environ.get("LOGQUANT_CPU_KERNELS")
-KERNELS = ["attend", "quantize", "evict", "dequantize"]  # those that take longest to compile first
+KERNELS = ["attend", "quantize", "evict", "dequantize", "page_scores"]  # those that take longest to compile first
 ATTEND_ONLY = ["avxvnni", "amx", "avx512bf16"]  # sets that share everything else with avx2 or avx512 (csrc/cpu/tasks.h)
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 INSTRUCTION_SETS = {"portable": []}

@@ -44,6 +44,13 @@ void evict(Tensor window_k, Tensor window_v, Tensor pages, const Fields& format,
   if (window_k.numel() > 0) cpu::kernels().evict(call.args, parallel_for);
 }
 
+Tensor page_scores(const Tensor& q, const Tensor& pages, const Fields& format, double scale,
+                   const OptionalTensor& key_map, const OptionalTensor& means, const OptionalTensor& mean_scales) {
+  const PageScoresCall call = page_scores_call(q, pages, format, scale, key_map, means, mean_scales);
+  if (call.scores.numel() > 0) cpu::kernels().page_scores(call.args, parallel_for);
+  return call.scores;
+}
+
 std::tuple<Tensor, Tensor, Tensor> attend(const Tensor& q, const Tensor& pages, const Tensor& window_k,
                                           const Tensor& window_v, const Fields& format, double scale, double softcap,
                                           const OptionalTensor& key_map, const OptionalTensor& positions,
@@ -72,6 +79,9 @@ STABLE_TORCH_LIBRARY(logquant, m) {
       "float softcap=0.0, Tensor? key_map=None, Tensor? positions=None, Tensor? mask=None, "
       "Tensor? query_positions=None, Tensor? sinks=None, Tensor? page_table=None, Tensor? lengths=None, "
       "Tensor? attention=None) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "page_scores(Tensor q, Tensor pages, int[] format, float scale, Tensor? key_map=None, Tensor? means=None, "
+      "Tensor? mean_scales=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(logquant, CPU, m) {
@@ -79,6 +89,7 @@ STABLE_TORCH_LIBRARY_IMPL(logquant, CPU, m) {
   m.impl("dequantize", TORCH_BOX(&dequantize));
   m.impl("evict_", TORCH_BOX(&evict));
   m.impl("attend", TORCH_BOX(&attend));
+  m.impl("page_scores", TORCH_BOX(&page_scores));
 }
 
 }  // namespace logquant

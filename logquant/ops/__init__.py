@@ -23,6 +23,7 @@ __all__ = [
     "extension_error",
     "has_cuda_kernels",
     "observed_attend",
+    "page_scores",
     "quantize",
     "register",
     "use_backend",
@@ -207,3 +208,34 @@ def observed_attend(
     """
     options = key_map, positions, mask, query_positions, sinks, page_table, lengths, attention
     return dispatch(reference.attend, (q, pages, window_k, window_v), (fmt, scale, softcap), options)
+
+
+def page_scores(
+    q: Tensor,
+    pages: Tensor,
+    fmt: PageFormat,
+    *,
+    scale: float,
+    key_map: Tensor | None = None,
+    means: Tensor | None = None,
+    mean_scales: Tensor | None = None,
+) -> Tensor:
+    """How much attention a query would pay to each page; see :func:`logquant.ops.reference.page_scores`.
+
+    Args:
+        q: queries ``[B, Hq, L, D]``, Hq a multiple of H.
+        pages: int32 ``[B, H, P, words]``; with ``means`` only their number counts.
+        fmt: the page format.
+        scale: factor of the scores, usually ``D ** -0.5``.
+        key_map: int16 ``[1 or B, 1 or H, C]``, the column map; needed unless C = D.
+        means: int8 ``[B, H, P, D]``: score the mean key of each page, and not the bound of its keys.
+        mean_scales: float32 ``[B, H, P]``, of ``means``.
+
+    Returns:
+        float32 ``[B, Hq, L, P]``; the largest number stands for what is none.
+
+    Raises:
+        ValueError: tensors on different devices.
+        RuntimeError: a wrong shape or dtype.
+    """
+    return dispatch(reference.page_scores, (q, pages), (fmt, scale), (key_map, means, mean_scales))

@@ -118,11 +118,23 @@ def _fake_attend(
     )
 
 
+def page_scores(
+    q: Tensor, pages: Tensor, fmt: PageFormat, scale: float, *args: Tensor | None, **kwargs: Tensor | None
+) -> Tensor:
+    scores: Tensor = torch.ops.logquant.page_scores.default(q, pages, fmt.fields(), scale, *args, **kwargs)
+    return scores
+
+
+def _fake_page_scores(q: Tensor, pages: Tensor, *_: Any, **__: Any) -> Tensor:
+    return q.new_empty((*q.shape[:3], pages.shape[2]), dtype=torch.float32)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "quantize": _fake_quantize,
     "dequantize": _fake_dequantize,
     "evict_": _fake_evict_,
     "attend": _fake_attend,
+    "page_scores": _fake_page_scores,
 }
 
 

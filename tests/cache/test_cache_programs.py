@@ -43,6 +43,7 @@ class PlainLayerRow(PlainRow):
             self.key_map = CALIBRATION.key_map(layer, self.format, HEADS, torch.device("cpu"))
         self.held: list[Tensor] = []
         self.packed: list[int] = []
+        self.means: list[Tensor] = []  # of each page, [D]
 
     def pack(self) -> None:
         """What the rule says is packed, and is not yet, is quantised: W tokens together, in its order."""
@@ -51,6 +52,7 @@ class PlainLayerRow(PlainRow):
         for first in range(len(self.packed), len(packed), self.format.page_tokens):
             page = [positions[c] for c in packed[first : first + self.format.page_tokens]]
             k, v = torch.stack([self.held[p] for p in page], 1)[:, None, None].unbind(0)
+            self.means.append(k[0, 0].mean(0))
             pages = reference.quantize(k, v, self.format, key_map=self.key_map)
             unpacked = torch.cat(reference.dequantize(pages, self.format, key_map=self.key_map), 1)
             for i, p in enumerate(page):
@@ -67,6 +69,7 @@ class PlainLayerRow(PlainRow):
         del self.held[len(self.real) :]
         self.decided = len(self.real)
         self.packed = self.packed[: len(self.layout()[0])]
+        del self.means[len(self.packed) // self.format.page_tokens :]
         self.pack()
 
     def dense(self) -> Tensor:
@@ -82,7 +85,9 @@ class CachePrograms(RuleBasedStateMachine):
 
     @initialize(
         rule=st.sampled_from(["log", "recent"]),
-        options=st.sampled_from([{"bits": 2}, {"bits": 8}, {"key_columns": 2.0, "calibration": CALIBRATION}]),
+        options=st.sampled_from(
+            [{"bits": 2}, {"bits": 8, "recall": "both(skip=1)"}, {"key_columns": 2.0, "calibration": CALIBRATION}]
+        ),
         batch=st.integers(1, 3),
     )
     def start(self, rule: str, options: dict[str, Any], batch: int) -> None:
@@ -203,6 +208,16 @@ class CachePrograms(RuleBasedStateMachine):
                 assert got[: own.packed].tolist() == packed
                 assert got[held.packed : held.packed + own.exact].tolist() == exact
                 assert torch.equal(x, row.dense())
+
+    @invariant()
+    def means_are_those_of_the_pages(self) -> None:
+        for layer, rows in zip(self.cache.layers, self.rows, strict=True) if hasattr(self, "cache") else ():
+            index = layer.held.storage.index if layer.is_initialized else None
+            assert (index is None) == (layer._index == 0 or self.config.recall is None or not layer.is_initialized)
+            for i, row in enumerate(rows if index else ()):
+                means = (index.means[i, 0] * index.scales[i, 0, :, None])[: len(row.means)]
+                want = torch.stack(row.means) if row.means else means
+                assert ((means - want).abs().amax(-1) <= want.abs().amax(-1) / 253).all()
 
     @invariant()
     def copies_are_as_they_were(self) -> None:

@@ -5,6 +5,7 @@ low-precision torch computation. The page is described in csrc/format.h, which :
 """
 
 from .attend import attend
+from .page_scores import page_scores
 from .quantize import dequantize, evict_, quantize
 
-__all__ = ["attend", "dequantize", "evict_", "quantize"]
+__all__ = ["attend", "dequantize", "evict_", "page_scores", "quantize"]
