@@ -109,8 +109,7 @@ void attend(const AttendArgs& args, const ParallelFor& parallel_for) {
 #define LOGQUANT_KERNELS_OF(attend_isa, isa)                                                             \
   Kernels {                                                                                              \
     #attend_isa, quantize<isa::quantize_page>, dequantize<isa::dequantize_page>, evict<isa::evict_head>, \
-        page_scores<isa::page_scores_task>,                                                              \
-        attend<attend_isa::attend_split, attend_isa::attend_merge>                                       \
+        page_scores<isa::page_scores_task>, attend<attend_isa::attend_split, attend_isa::attend_merge>   \
   }
 #define LOGQUANT_KERNELS(isa) LOGQUANT_KERNELS_OF(isa, isa)
 

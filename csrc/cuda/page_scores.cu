@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(kThreads, 8) score_pages(__grid_constant__ con
   for (int64_t p = int64_t{blockIdx.x} * kPagesPerBlock + warp; p < end; p += kWarps) {
     float sums[kRows] = {}, factor = 1.0f;
     if (a.means != nullptr) {
-      const int8_t* const mean = a.means + batch * a.means_batch_stride + kv_head * a.means_head_stride +
-                                 p * a.means_page_stride;
+      const int8_t* const mean =
+          a.means + batch * a.means_batch_stride + kv_head * a.means_head_stride + p * a.means_page_stride;
       factor = a.mean_scales.of(batch, kv_head)[p];
       for (int c = lane; c < dim; c += 32) {
         const float x = static_cast<float>(mean[c]);
