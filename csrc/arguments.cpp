@@ -289,6 +289,47 @@ PageScoresCall page_scores_call(const Tensor& q_in, const Tensor& pages_in, cons
   return call;
 }
 
+// ---------------------------------------------------------------------------------------------------- choose_pages
+ChoosePagesCall choose_pages_call(const Tensor& scores, const Tensor& counts, int64_t heads, int64_t most,
+                                  const OptionalTensor& others, const OptionalTensor& used) {
+  check_same_device(scores, "scores", {{"counts", &counts}}, {{"others", &others}, {"used", &used}});
+  LOGQUANT_CHECK(scores.dim() == 4, "scores must have shape [batch, query heads, queries, pages], got ",
+                 shape_of(scores));
+  check_dtype(scores, "scores", ScalarType::Float);
+  const int64_t batch = scores.size(0), query_heads = scores.size(1), queries = scores.size(2);
+  const int64_t page_count = scores.size(3);
+  LOGQUANT_CHECK(heads > 0 && query_heads % heads == 0, "scores must be of a multiple of ", heads,
+                 " query heads, got ", query_heads);
+  LOGQUANT_CHECK(most >= 0 && most <= page_count, "most must be at most ", page_count, " pages, got ", most);
+  check_broadcast(counts, "counts", ScalarType::Int, {batch, counts.dim() == 2 && counts.size(1) == 1 ? 1 : queries});
+  if (others) check_shape(*others, "others", ScalarType::Float, {batch, query_heads, queries, page_count});
+  if (used) check_shape(*used, "used", ScalarType::Int, {batch});
+  ChoosePagesCall call;
+  call.scores = torch::stable::contiguous(scores);
+  call.counts = counts;
+  call.others = contiguous(others);
+  call.used = used;
+  call.pages = torch::stable::new_empty(call.scores, {batch, heads, queries, most}, ScalarType::Int);
+  cpu::ChoosePagesArgs& args = call.args;
+  args.scores = static_cast<const float*>(call.scores.const_data_ptr());
+  if (call.others) args.others = static_cast<const float*>(call.others->const_data_ptr());
+  args.batch = batch;
+  args.heads = heads;
+  args.group = query_heads / heads;
+  args.queries = queries;
+  args.page_count = page_count;
+  args.counts = int32_data(counts);
+  args.counts_batch_stride = broadcast_stride(counts, 0);
+  args.counts_query_stride = broadcast_stride(counts, 1);
+  if (used) {
+    args.used = int32_data(*used);
+    args.used_stride = used->stride(0);
+  }
+  args.most = most;
+  args.pages = static_cast<int32_t*>(call.pages.data_ptr());
+  return call;
+}
+
 // --------------------------------------------------------------------------------------------------------- attend
 AttendCall attend_call(const Tensor& q_in, const Tensor& pages_in, const Tensor& window_k_in, const Tensor& window_v_in,
                        const Fields& fields, double scale, double softcap, const OptionalTensor& key_map,

@@ -11,6 +11,7 @@
 #include <optional>
 #include <vector>
 
+#include "cpu/choose_pages.h"
 #include "kernel_args.h"
 
 namespace logquant {
@@ -58,6 +59,13 @@ EvictCall evict_call(const Tensor& window_k, const Tensor& window_v, const Tenso
 PageScoresCall page_scores_call(const Tensor& q, const Tensor& pages, const Fields& fields, double scale,
                                 const OptionalTensor& key_map, const OptionalTensor& means,
                                 const OptionalTensor& mean_scales);
+struct ChoosePagesCall {
+  cpu::ChoosePagesArgs args;
+  Tensor scores, counts, pages;
+  OptionalTensor others, used;
+};
+ChoosePagesCall choose_pages_call(const Tensor& scores, const Tensor& counts, int64_t heads, int64_t most,
+                                  const OptionalTensor& others, const OptionalTensor& used);
 AttendCall attend_call(const Tensor& q, const Tensor& pages, const Tensor& window_k, const Tensor& window_v,
                        const Fields& format, double scale, double softcap, const OptionalTensor& key_map,
                        const OptionalTensor& positions, const OptionalTensor& mask,

@@ -51,6 +51,13 @@ Tensor page_scores(const Tensor& q, const Tensor& pages, const Fields& format, d
   return call.scores;
 }
 
+Tensor choose_pages(const Tensor& scores, const Tensor& counts, int64_t heads, int64_t most,
+                    const OptionalTensor& others, const OptionalTensor& used) {
+  const ChoosePagesCall call = choose_pages_call(scores, counts, heads, most, others, used);
+  if (call.pages.numel() > 0) cpu::choose_pages(call.args, parallel_for);
+  return call.pages;
+}
+
 std::tuple<Tensor, Tensor, Tensor> attend(const Tensor& q, const Tensor& pages, const Tensor& window_k,
                                           const Tensor& window_v, const Fields& format, double scale, double softcap,
                                           const OptionalTensor& key_map, const OptionalTensor& positions,
@@ -82,6 +89,9 @@ STABLE_TORCH_LIBRARY(logquant, m) {
   m.def(
       "page_scores(Tensor q, Tensor pages, int[] format, float scale, Tensor? key_map=None, Tensor? means=None, "
       "Tensor? mean_scales=None) -> Tensor");
+  m.def(
+      "choose_pages(Tensor scores, Tensor counts, int heads, int most, Tensor? others=None, Tensor? used=None) -> "
+      "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(logquant, CPU, m) {
@@ -90,6 +100,7 @@ STABLE_TORCH_LIBRARY_IMPL(logquant, CPU, m) {
   m.impl("evict_", TORCH_BOX(&evict));
   m.impl("attend", TORCH_BOX(&attend));
   m.impl("page_scores", TORCH_BOX(&page_scores));
+  m.impl("choose_pages", TORCH_BOX(&choose_pages));
 }
 
 }  // namespace logquant

@@ -104,7 +104,7 @@ __attribute__((noinline)) void score_pages(const PageScoresArgs& args, int64_t b
     }
   };
   for (int64_t p = first; p < end; p += kPages) {
-    for (int64_t next = p + kPagesAhead; next < p + kPagesAhead + kPages && next < end; ++next) {
+    for (int64_t next = p + kPagesAhead; next < p + kPagesAhead + kPages && next < args.page_count; ++next) {
       const char* const params = reinterpret_cast<const char*>(pages + next * args.pages.page_stride + f.key_params());
       for (int line = 0; line < bytes; line += 64) prefetch(params + line);
     }

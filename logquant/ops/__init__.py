@@ -18,6 +18,7 @@ from .registry import dispatch, register, use_backend
 __all__ = [
     "PageFormat",
     "attend",
+    "choose_pages",
     "dequantize",
     "evict_",
     "extension_error",
@@ -239,3 +240,33 @@ def page_scores(
         RuntimeError: a wrong shape or dtype.
     """
     return dispatch(reference.page_scores, (q, pages), (fmt, scale), (key_map, means, mean_scales))
+
+
+def choose_pages(
+    scores: Tensor,
+    counts: Tensor,
+    heads: int,
+    most: int,
+    *,
+    others: Tensor | None = None,
+    used: Tensor | None = None,
+) -> Tensor:
+    """The pages with the best scores, as the query heads of a KV head vote; see
+    :func:`logquant.ops.reference.choose_pages`.
+
+    Args:
+        scores: float32 ``[B, Hq, L, P]`` (:func:`page_scores`).
+        counts: int32 ``[1 or B, 1 or L]``, how many pages.
+        heads: KV heads; Hq is a multiple.
+        most: entries of the result, at least as many as the largest count.
+        others: scores of another kind, which choose the second half.
+        used: int32 ``[B]``, pages that each row has; all without it.
+
+    Returns:
+        int32 ``[B, heads, L, most]``: different pages in ascending order; those after a query's own count are P - 1.
+
+    Raises:
+        ValueError: tensors on different devices.
+        RuntimeError: a wrong shape or dtype.
+    """
+    return dispatch(reference.choose_pages, (scores, counts), (heads, most), (others, used))

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .chooser import Asked, votes_by_bounds
+from .chooser import Asked, choose, scores_by_bounds
 
 
 def bounds(asked: Asked, counts: Tensor, most: int) -> Tensor:
     """A :class:`logquant.recall.chooser.Chooser`."""
-    return votes_by_bounds(asked).topk(most, -1).indices
+    return choose(asked, counts, most, scores_by_bounds(asked))

@@ -27,7 +27,7 @@ class Recall(NamedTuple):
     page_index: PageIndex | None
 
     def counts(self, packed: tuple[int, ...], page_tokens: int, all_seen: Tensor | None) -> Tensor | None:
-        """How many pages each row reads for each query, int64 ``[1 or B, 1 or L]`` on the CPU; None: all read all.
+        """How many pages each row reads for each query, int32 ``[1 or B, 1 or L]`` on the CPU; None: all read all.
 
         Args:
             packed: packed tokens of each row, or of all rows alike.
@@ -39,7 +39,7 @@ class Recall(NamedTuple):
         wanted = [self.spec.count(n, page_tokens) for n in pages]
         if wanted == pages:
             return None
-        counts, whole = torch.tensor(wanted)[:, None], torch.tensor(pages)[:, None]
+        counts, whole = (torch.tensor(n, dtype=torch.int32)[:, None] for n in (wanted, pages))
         if all_seen is not None:
             counts = torch.where(all_seen, counts, whole)
             if torch.equal(counts, whole.expand_as(counts)):
@@ -47,14 +47,8 @@ class Recall(NamedTuple):
         return counts
 
     def tables(self, asked: Asked, counts: Tensor) -> Tensor:
-        """The pages that each KV head reads for each query, int64 ``[B, H, L, most]``, in their order; those after a
-        row's own ``counts`` mean nothing."""
-        most, pages = int(counts.max()), asked.pages.shape[2]
-        own = counts[:, None, :, None].to(asked.pages.device)
-        table = CHOOSERS[self.spec.chooser](asked, own, most)
-        if counts.numel() > 1:
-            table = table.masked_fill(torch.arange(most, device=table.device) >= own, pages)
-        return table.sort(-1).values.clamp(max=pages - 1)
+        """The pages that each KV head reads for each query: what a :class:`Chooser` returns."""
+        return CHOOSERS[self.spec.chooser](asked, counts.to(asked.pages.device), int(counts.max()))
 
     def attend(
         self,
@@ -131,7 +125,8 @@ class HeadsAsRows:
         blocks = (batch * heads - 1) * stored + count
         self.batch, self.heads = batch, heads
         self.blocks = pages.as_strided((blocks, 1, words), (words, words, 1))
-        self.first = stored * torch.arange(batch * heads, device=pages.device).view(batch, heads, 1)
+        first = torch.arange(0, batch * heads * stored, stored, dtype=torch.int32, device=pages.device)
+        self.first = first.view(batch, heads, 1)
 
     def flat(self, x: Tensor) -> Tensor:
         """``[B, H, ...]`` as ``[B * H, ...]``."""
@@ -153,7 +148,7 @@ class HeadsAsRows:
         packed = positions.shape[1] - slots
         every = positions.expand(self.batch, -1)[:, None].expand(-1, self.heads, -1)
         of_pages = every[..., :packed].unflatten(2, (-1, page_tokens))
-        own = of_pages.gather(2, chosen[..., None].expand(-1, -1, -1, page_tokens))
+        own = of_pages.gather(2, chosen[..., None].long().expand(-1, -1, -1, page_tokens))
         return self.flat(torch.cat([own.flatten(2), every[..., packed:]], 2))
 
     def attend(
@@ -178,7 +173,7 @@ class HeadsAsRows:
             "key_map": self.by_head(key_map, heads),
             "positions": self.positions(positions, chosen, fmt.page_tokens, window_k.shape[2]),
             "mask": self.by_head(mask, query_heads),
-            "page_table": self.flat(chosen + self.first).int(),
+            "page_table": self.flat(chosen + self.first),
             "lengths": None if lengths is None else lengths.repeat_interleave(heads, 0),
         }
         tensors = (

@@ -249,6 +249,9 @@ def page_scores(
     return scores
 
 
+choose_pages = reference.choose_pages  # has no kernel for CUDA
+
+
 MASK_KINDS = (None, torch.bool, *DTYPES)
 
 

@@ -23,14 +23,14 @@ FORMATS = [
 
 
 def chosen_of(problem: Problem, count: int) -> Tensor:
-    """Different pages for each KV head, int64 ``[B, H, count]``."""
+    """Different pages for each KV head, int32 ``[B, H, count]``."""
     batch, heads, pages, _ = problem.pages.shape
     noise = torch.rand(batch, heads, pages, generator=torch.Generator().manual_seed(1))
-    return noise.argsort(-1)[..., :count].sort(-1).values
+    return noise.argsort(-1)[..., :count].sort(-1).values.int()
 
 
 def taken(pages: Tensor, chosen: Tensor) -> Tensor:
-    return pages.gather(2, chosen[..., None].expand(-1, -1, -1, pages.shape[3]))
+    return pages.gather(2, chosen[..., None].long().expand(-1, -1, -1, pages.shape[3]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -67,7 +67,7 @@ def test_a_table_for_each_head(backend, fmt, dtype):
     for head in range(3):
         own, group = slice(head, head + 1), slice(2 * head, 2 * head + 2)
         packed = positions[:, : 9 * tokens].unflatten(1, (9, tokens))
-        of_chosen = packed.gather(1, chosen[:, head, :, None].expand(-1, -1, tokens)).flatten(1)
+        of_chosen = packed.gather(1, chosen[:, head, :, None].long().expand(-1, -1, tokens)).flatten(1)
         key_map = problem.key_map
         want = ops.observed_attend(
             problem.q[:, group],

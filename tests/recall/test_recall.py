@@ -72,7 +72,7 @@ def test_every_layer_and_head_reads_what_the_rule_chooses(calls, ids, chooser, r
             continue
         want = chosen_pages(RecallSpec(chooser, 0.4), view, call.query, call.scale)
         assert want.sum(-1).unique().tolist() == [3]
-        got = torch.zeros_like(want).scatter_(-1, tables[0], True)
+        got = torch.zeros_like(want).scatter_(-1, tables[0].long(), True)
         assert torch.equal(got, want)
         assert torch.allclose(out.double(), attention(view, call, want), rtol=1e-3, atol=3e-3)
 
