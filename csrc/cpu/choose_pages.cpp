@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <tuple>
+#include <functional>
 #include <utility>
 
 #include "tasks.h"
@@ -35,70 +35,98 @@ inline float log_of(float x) {
   return static_cast<float>(bits >> 23) * 0.69314718f + series;
 }
 
-// What share of its attention a KV head's query heads give each of `pages` pages on average, as a logarithm.
-// scores: of the first query head, those of the next are `stride` further. sums: scratch of that many floats.
-void vote(const float* scores, int64_t stride, int64_t group, int64_t pages, float* sums, float* votes) {
-  std::fill(votes, votes + pages, -INFINITY);
-  if (group == 1) {
-    std::copy(scores, scores + pages, votes);  // their order is that of the shares
-    return;
+// A KV head's query heads, and where their scores of `pages` pages are.
+struct HeadScores {
+  const float* first;
+  int64_t stride, group, pages;  // stride: to the scores of the next query head
+
+  const float* of(int64_t g) const { return first + g * stride; }
+};
+
+// e^(x - its maximum) into out; returns the maximum and the sum.
+std::pair<float, float> exponentials(const float* x, int64_t count, float* out) {
+  float top = -INFINITY, sum = 0.0f;
+  for (int64_t p = 0; p < count; ++p) top = std::max(top, x[p]);
+  for (int64_t p = 0; p < count; ++p) {
+    out[p] = exp_of(x[p] - top);
+    sum += out[p];
   }
-  const auto log_sum = [pages](const float* x) {
-    float top = -INFINITY, sum = 0.0f;
-    for (int64_t p = 0; p < pages; ++p) top = std::max(top, x[p]);
-    for (int64_t p = 0; p < pages; ++p) sum += exp_of(x[p] - top);
-    return top + log_of(sum);
-  };
-  std::fill(sums, sums + pages, 0.0f);
-  for (int64_t g = 0; g < group; ++g) {
-    const float* const own = scores + g * stride;
-    const float shift = log_sum(own);
-    for (int64_t p = 0; p < pages; ++p) {
-      const float share = own[p] - shift, top = std::max(votes[p], share);
-      sums[p] = sums[p] * exp_of(votes[p] - top) + exp_of(share - top);
-      votes[p] = top;
-    }
-  }
-  for (int64_t p = 0; p < pages; ++p) votes[p] += log_of(std::max(sums[p], 1.0f));
+  return {top, sum};
 }
 
-using Ranked = std::pair<float, int32_t>;  // minus the vote, page
-
-// Marks the best `count` of the first `pages` pages that are not marked yet.
-void mark_best(const float* votes, int64_t pages, int64_t count, Ranked* ranked, uint8_t* marked) {
-  int64_t left = 0;
-  for (int64_t p = 0; p < pages; ++p) {
-    if (!marked[p]) ranked[left++] = {-votes[p], static_cast<int32_t>(p)};
+// What share of its attention a KV head's query heads give each page, added up.
+void vote(const HeadScores& scores, float* scratch, float* votes) {
+  std::fill(votes, votes + scores.pages, 0.0f);
+  for (int64_t g = 0; g < scores.group; ++g) {
+    const float share = 1.0f / exponentials(scores.of(g), scores.pages, scratch).second;
+    for (int64_t p = 0; p < scores.pages; ++p) votes[p] += scratch[p] * share;
   }
-  count = std::min(count, left);
-  if (count < left) std::nth_element(ranked, ranked + count, ranked + left);
-  for (int64_t i = 0; i < count; ++i) marked[ranked[i].second] = 1;
+}
+
+// The logarithm of that, for shares that are too small for numbers.
+void vote_by_logarithm(const HeadScores& scores, float* scratch, float* votes) {
+  std::fill(votes, votes + scores.pages, -INFINITY);
+  for (int64_t g = 0; g < scores.group; ++g) {
+    const auto [top, sum] = exponentials(scores.of(g), scores.pages, scratch);
+    const float shift = top + log_of(sum);
+    for (int64_t p = 0; p < scores.pages; ++p) {
+      const float share = scores.of(g)[p] - shift, larger = std::max(votes[p], share);
+      votes[p] = larger + log_of(1.0f + exp_of(std::min(votes[p], share) - larger));
+    }
+  }
+}
+
+// Marks the `count` best of the pages that are not marked yet: of equal ones the first.
+void mark_best(const HeadScores& scores, int64_t count, float* votes, float* scratch, uint8_t* marked) {
+  constexpr float kCertain = 1e-30f;  // a share that is far from too small
+  const auto threshold = [&](const float* from) {
+    int64_t left = 0;
+    for (int64_t p = 0; p < scores.pages; ++p) {
+      scratch[left] = from[p];
+      left += !marked[p];
+    }
+    std::nth_element(scratch, scratch + count - 1, scratch + left, std::greater<>());
+    return scratch[count - 1];
+  };
+  if (count == 0) return;
+  const float* ranking = votes;
+  float least;
+  if (scores.group == 1) {
+    ranking = scores.first;  // their order is that of the shares
+    least = threshold(ranking);
+  } else {
+    vote(scores, scratch, votes);
+    least = threshold(votes);
+    if (!(least > kCertain)) {
+      vote_by_logarithm(scores, scratch, votes);
+      least = threshold(votes);
+    }
+  }
+  for (int64_t p = 0; p < scores.pages; ++p) count -= !marked[p] && ranking[p] > least;
+  for (int64_t p = 0; p < scores.pages; ++p) {
+    const bool ties = ranking[p] == least && count > 0 && !marked[p];
+    count -= ties;
+    marked[p] |= ties || ranking[p] > least;
+  }
 }
 
 void choose(const ChoosePagesArgs& args, int64_t task) {
   const int64_t query = task % args.queries, head = task / args.queries, batch = head / args.heads;
   const int64_t first = (head * args.group * args.queries + query) * args.page_count;
-  const int64_t stride = args.queries * args.page_count;
   const int64_t used = args.used == nullptr ? args.page_count : args.used[batch * args.used_stride];
   const int64_t pages = std::clamp<int64_t>(used, 0, args.page_count);
   const int64_t wanted = args.counts[batch * args.counts_batch_stride + query * args.counts_query_stride];
   const int64_t count = std::clamp<int64_t>(wanted, 0, std::min(pages, args.most));
-  const auto cut = [&](Arena arena) {
-    Ranked* const ranked = arena.take<Ranked>(args.page_count);
-    float* const votes = arena.take<float>(args.page_count);
-    float* const sums = arena.take<float>(args.page_count);
-    uint8_t* const marked = arena.take<uint8_t>(args.page_count);
-    return std::tuple(arena.used(), ranked, votes, sums, marked);
-  };
-  const auto [bytes, ranked, votes, sums, marked] = cut(Arena(thread_scratch(std::get<0>(cut(Arena(nullptr))))));
+  Arena arena(thread_scratch(3 * 64 + (2 * sizeof(float) + 1) * args.page_count));
+  float* const votes = arena.take<float>(args.page_count);
+  float* const scratch = arena.take<float>(args.page_count);
+  uint8_t* const marked = arena.take<uint8_t>(args.page_count);
   std::fill(marked, marked + args.page_count, 0);
-  const int64_t by_scores = args.others == nullptr ? count : (count + 1) / 2;
-  vote(args.scores + first, stride, args.group, pages, sums, votes);
-  mark_best(votes, pages, by_scores, ranked, marked);
-  if (args.others != nullptr) {
-    vote(args.others + first, stride, args.group, pages, sums, votes);
-    mark_best(votes, pages, count - by_scores, ranked, marked);
-  }
+  const auto mark = [&](const float* scores, int64_t best) {
+    mark_best({scores + first, args.queries * args.page_count, args.group, pages}, best, votes, scratch, marked);
+  };
+  mark(args.scores, args.others == nullptr ? count : (count + 1) / 2);
+  if (args.others != nullptr) mark(args.others, count / 2);
   int32_t* out = args.pages + task * args.most;
   int32_t* const end = out + args.most;
   for (int64_t p = 0; p < pages && out < end; ++p) {
