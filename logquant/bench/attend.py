@@ -70,18 +70,19 @@ class AttendResult:
 
     def as_dict(self) -> dict[str, Any]:
         fused = self.timings[FUSED]
-        recall = {}
+        speedups = {}
+        for key, group in (("dequantize", DEQUANTIZE), ("full", FULL)):
+            if any(name.startswith(group) for name in self.timings):
+                speedups[f"speedup_over_{key}"] = fused.speedup_over(self.fastest(group)[1]).as_dict()
         if RECALL in self.timings:
-            recall = {"speedup_with_recall": self.timings[RECALL].speedup_over(fused).as_dict()}
+            speedups["speedup_with_recall"] = self.timings[RECALL].speedup_over(fused).as_dict()
         return {
             **vars(self.shape),
             "packed_bytes": self.packed_nbytes,
             "full_bytes": self.full_nbytes,
             "relative_error": self.relative_error,
             "bytes_per_second": self.packed_nbytes / fused.median,
-            "speedup_over_dequantize": fused.speedup_over(self.fastest(DEQUANTIZE)[1]).as_dict(),
-            "speedup_over_full": fused.speedup_over(self.fastest(FULL)[1]).as_dict(),
-            **recall,
+            **speedups,
             "timings": {name: timing.as_dict() for name, timing in self.timings.items()},
         }
 
@@ -148,13 +149,14 @@ def bench_attend(
     rounds: int = 20,
     on_progress: Callable[[], None] = lambda: None,
     device: str = "cpu",
+    others: bool = True,
 ) -> AttendResult:
     """Time one call of every contender, each from cold caches; with ``recall``, also over the pages that it chooses,
     choosing included.
 
     torch's contenders run with ``enable_gqa`` and grouped, on a CPU in ``dtype`` and in all others: which is fastest
     depends on the machine, and a comparison with a slow form would be worth nothing. On a GPU, FlashAttention and
-    FlashInfer take part where they are installed.
+    FlashInfer take part where they are installed. Without ``others`` none of these is timed.
 
     Raises:
         RuntimeError: no compiled kernels for the device, or a fused result that is wrong.
@@ -195,10 +197,10 @@ def bench_attend(
         contenders[RECALL] = _recall(quantization, q, keys, (q, pages, window_k, window_v), key_map)
     kinds = dict.fromkeys((dtype,) if device == "cuda" else (dtype, *DTYPE_NAMES))
     forms = itertools.product(((DEQUANTIZE, dequantize), (FULL, full)), kinds, (0, 1))
-    for (group, make), kind, grouped in forms:
+    for (group, make), kind, grouped in forms if others else ():
         form = ("enable_gqa", "grouped")[grouped]
         contenders[f"{group}, {DTYPE_NAMES[kind]}, {form}"] = make(kind, bool(grouped))
-    if device == "cuda" and dtype != torch.float32:
+    if others and device == "cuda" and dtype != torch.float32:
         contenders |= _other_libraries(q, k, v)
 
     expected = dequantize(torch.float32, True)()
