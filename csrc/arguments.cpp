@@ -241,6 +241,95 @@ EvictCall evict_call(const Tensor& window_k, const Tensor& window_v, const Tenso
   return call;
 }
 
+// ---------------------------------------------------------------------------------------------------- page_scores
+PageScoresCall page_scores_call(const Tensor& q_in, const Tensor& pages_in, const Fields& fields, double scale,
+                                const OptionalTensor& key_map, const OptionalTensor& means_in,
+                                const OptionalTensor& mean_scales_in) {
+  const PageFormat format = checked_format(fields);
+  check_same_device(q_in, "q", {{"pages", &pages_in}},
+                    {{"key_map", &key_map}, {"means", &means_in}, {"mean_scales", &mean_scales_in}});
+  check_tokens(q_in, "q", format.head_dim);
+  check_pages(pages_in, format, 4);
+  const int64_t batch = q_in.size(0), query_heads = q_in.size(1), queries = q_in.size(2);
+  const int64_t kv_heads = pages_in.size(1), page_count = pages_in.size(2);
+  LOGQUANT_CHECK(pages_in.size(0) == batch, "pages must have q's batch size ", batch, ", got ", pages_in.size(0));
+  LOGQUANT_CHECK(kv_heads > 0 && query_heads % kv_heads == 0, "q must have a multiple of the pages' ", kv_heads,
+                 " heads, got ", query_heads);
+  LOGQUANT_CHECK(std::isfinite(scale), "scale must be finite, got ", scale);
+  LOGQUANT_CHECK(means_in.has_value() == mean_scales_in.has_value(), "means and mean_scales must be given together");
+  PageScoresCall call;
+  call.q = with_contiguous_last_dim(q_in);
+  call.pages = with_contiguous_last_dim(pages_in);
+  call.key_map = key_map;
+  PageScoresArgs& args = call.args;
+  args.format = format;
+  args.batch = batch;
+  args.kv_heads = kv_heads;
+  args.group = query_heads / kv_heads;
+  args.queries = queries;
+  args.q = tokens_view<Tokens>(call.q);
+  args.pages = pages_view<Pages>(call.pages);
+  args.page_count = page_count;
+  args.key_map = checked_key_map(key_map, format, batch, kv_heads);
+  args.scale = static_cast<float>(scale);
+  if (means_in) {
+    check_shape(*means_in, "means", ScalarType::Char, {batch, kv_heads, page_count, format.head_dim});
+    check_shape(*mean_scales_in, "mean_scales", ScalarType::Float, {batch, kv_heads, page_count});
+    call.means = with_contiguous_last_dim(*means_in);
+    call.mean_scales = with_contiguous_last_dim(*mean_scales_in);
+    args.means = static_cast<const int8_t*>(call.means->const_data_ptr());
+    args.means_batch_stride = call.means->stride(0);
+    args.means_head_stride = call.means->stride(1);
+    args.means_page_stride = call.means->stride(2);
+    args.mean_scales = {static_cast<const float*>(call.mean_scales->const_data_ptr()), call.mean_scales->stride(0),
+                        call.mean_scales->stride(1)};
+  }
+  call.scores = torch::stable::new_empty(call.q, {batch, query_heads, queries, page_count}, ScalarType::Float);
+  args.scores = static_cast<float*>(call.scores.data_ptr());
+  return call;
+}
+
+// ---------------------------------------------------------------------------------------------------- choose_pages
+ChoosePagesCall choose_pages_call(const Tensor& scores, const Tensor& counts, int64_t heads, int64_t most,
+                                  const OptionalTensor& others, const OptionalTensor& used) {
+  check_same_device(scores, "scores", {{"counts", &counts}}, {{"others", &others}, {"used", &used}});
+  LOGQUANT_CHECK(scores.dim() == 4, "scores must have shape [batch, query heads, queries, pages], got ",
+                 shape_of(scores));
+  check_dtype(scores, "scores", ScalarType::Float);
+  const int64_t batch = scores.size(0), query_heads = scores.size(1), queries = scores.size(2);
+  const int64_t page_count = scores.size(3);
+  LOGQUANT_CHECK(heads > 0 && query_heads % heads == 0, "scores must be of a multiple of ", heads, " query heads, got ",
+                 query_heads);
+  LOGQUANT_CHECK(most >= 0 && most <= page_count, "most must be at most ", page_count, " pages, got ", most);
+  check_broadcast(counts, "counts", ScalarType::Int, {batch, counts.dim() == 2 && counts.size(1) == 1 ? 1 : queries});
+  if (others) check_shape(*others, "others", ScalarType::Float, {batch, query_heads, queries, page_count});
+  if (used) check_shape(*used, "used", ScalarType::Int, {batch});
+  ChoosePagesCall call;
+  call.scores = torch::stable::contiguous(scores);
+  call.counts = counts;
+  call.others = contiguous(others);
+  call.used = used;
+  call.pages = torch::stable::new_empty(call.scores, {batch, heads, queries, most}, ScalarType::Int);
+  cpu::ChoosePagesArgs& args = call.args;
+  args.scores = static_cast<const float*>(call.scores.const_data_ptr());
+  if (call.others) args.others = static_cast<const float*>(call.others->const_data_ptr());
+  args.batch = batch;
+  args.heads = heads;
+  args.group = query_heads / heads;
+  args.queries = queries;
+  args.page_count = page_count;
+  args.counts = int32_data(counts);
+  args.counts_batch_stride = broadcast_stride(counts, 0);
+  args.counts_query_stride = broadcast_stride(counts, 1);
+  if (used) {
+    args.used = int32_data(*used);
+    args.used_stride = used->stride(0);
+  }
+  args.most = most;
+  args.pages = static_cast<int32_t*>(call.pages.data_ptr());
+  return call;
+}
+
 // --------------------------------------------------------------------------------------------------------- attend
 AttendCall attend_call(const Tensor& q_in, const Tensor& pages_in, const Tensor& window_k_in, const Tensor& window_v_in,
                        const Fields& fields, double scale, double softcap, const OptionalTensor& key_map,

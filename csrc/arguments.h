@@ -11,6 +11,7 @@
 #include <optional>
 #include <vector>
 
+#include "cpu/choose_pages.h"
 #include "kernel_args.h"
 
 namespace logquant {
@@ -35,6 +36,11 @@ struct EvictCall {
   Tensor window_k, window_v, pages;
   OptionalTensor key_map, key_weights, value_feedback;
 };
+struct PageScoresCall {
+  PageScoresArgs args;
+  Tensor q, pages, scores;
+  OptionalTensor key_map, means, mean_scales;
+};
 struct AttendCall {
   AttendArgs args;
   Tensor q, pages, window_k, window_v, out, lse, attention_out;
@@ -50,6 +56,16 @@ EvictCall evict_call(const Tensor& window_k, const Tensor& window_v, const Tenso
                      int64_t page, int64_t tokens, int64_t start, int64_t step, int64_t count,
                      const OptionalTensor& key_map, const OptionalTensor& key_weights,
                      const OptionalTensor& value_feedback);
+PageScoresCall page_scores_call(const Tensor& q, const Tensor& pages, const Fields& fields, double scale,
+                                const OptionalTensor& key_map, const OptionalTensor& means,
+                                const OptionalTensor& mean_scales);
+struct ChoosePagesCall {
+  cpu::ChoosePagesArgs args;
+  Tensor scores, counts, pages;
+  OptionalTensor others, used;
+};
+ChoosePagesCall choose_pages_call(const Tensor& scores, const Tensor& counts, int64_t heads, int64_t most,
+                                  const OptionalTensor& others, const OptionalTensor& used);
 AttendCall attend_call(const Tensor& q, const Tensor& pages, const Tensor& window_k, const Tensor& window_v,
                        const Fields& format, double scale, double softcap, const OptionalTensor& key_map,
                        const OptionalTensor& positions, const OptionalTensor& mask,

@@ -91,6 +91,22 @@ struct EvictArgs {
   int64_t tokens = 0, start = 0, step = 1, count = 0;
 };
 
+struct PageScoresArgs {
+  PageFormat format;
+  int64_t batch = 0, kv_heads = 0, group = 1, queries = 0;  // group: query heads of a KV head
+  Tokens q;                                                 // head_stride of a query head, token_stride of a query
+  Pages pages;
+  int64_t page_count = 0;
+  KeyMap key_map;
+  float scale = 1.0f;
+  // Mean keys [batch, KV head, page, channel], channels contiguous, and what they are in units of, [batch, KV head,
+  // page], contiguous; nullptr: bounds of the pages' keys are asked for.
+  const int8_t* means = nullptr;
+  int64_t means_batch_stride = 0, means_head_stride = 0, means_page_stride = 0;
+  PerHead<float> mean_scales;
+  float* scores = nullptr;  // [batch, query head, query, page], contiguous
+};
+
 struct AttendArgs {
   PageFormat format;
   int64_t batch = 0, kv_heads = 0, group = 1, queries = 0;  // group: query heads of a KV head

@@ -44,6 +44,20 @@ void evict(Tensor window_k, Tensor window_v, Tensor pages, const Fields& format,
   if (window_k.numel() > 0) cpu::kernels().evict(call.args, parallel_for);
 }
 
+Tensor page_scores(const Tensor& q, const Tensor& pages, const Fields& format, double scale,
+                   const OptionalTensor& key_map, const OptionalTensor& means, const OptionalTensor& mean_scales) {
+  const PageScoresCall call = page_scores_call(q, pages, format, scale, key_map, means, mean_scales);
+  if (call.scores.numel() > 0) cpu::kernels().page_scores(call.args, parallel_for);
+  return call.scores;
+}
+
+Tensor choose_pages(const Tensor& scores, const Tensor& counts, int64_t heads, int64_t most,
+                    const OptionalTensor& others, const OptionalTensor& used) {
+  const ChoosePagesCall call = choose_pages_call(scores, counts, heads, most, others, used);
+  if (call.pages.numel() > 0) cpu::choose_pages(call.args, parallel_for);
+  return call.pages;
+}
+
 std::tuple<Tensor, Tensor, Tensor> attend(const Tensor& q, const Tensor& pages, const Tensor& window_k,
                                           const Tensor& window_v, const Fields& format, double scale, double softcap,
                                           const OptionalTensor& key_map, const OptionalTensor& positions,
@@ -72,6 +86,12 @@ STABLE_TORCH_LIBRARY(logquant, m) {
       "float softcap=0.0, Tensor? key_map=None, Tensor? positions=None, Tensor? mask=None, "
       "Tensor? query_positions=None, Tensor? sinks=None, Tensor? page_table=None, Tensor? lengths=None, "
       "Tensor? attention=None) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "page_scores(Tensor q, Tensor pages, int[] format, float scale, Tensor? key_map=None, Tensor? means=None, "
+      "Tensor? mean_scales=None) -> Tensor");
+  m.def(
+      "choose_pages(Tensor scores, Tensor counts, int heads, int most, Tensor? others=None, Tensor? used=None) -> "
+      "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(logquant, CPU, m) {
@@ -79,6 +99,8 @@ STABLE_TORCH_LIBRARY_IMPL(logquant, CPU, m) {
   m.impl("dequantize", TORCH_BOX(&dequantize));
   m.impl("evict_", TORCH_BOX(&evict));
   m.impl("attend", TORCH_BOX(&attend));
+  m.impl("page_scores", TORCH_BOX(&page_scores));
+  m.impl("choose_pages", TORCH_BOX(&choose_pages));
 }
 
 }  // namespace logquant

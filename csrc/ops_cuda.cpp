@@ -77,6 +77,14 @@ void evict(Tensor window_k, Tensor window_v, Tensor pages, const Fields& format,
   if (window_k.numel() > 0) check_launch(cuda::evict(call.args, launch.stream()), "evict_");
 }
 
+Tensor page_scores(const Tensor& q, const Tensor& pages, const Fields& format, double scale,
+                   const OptionalTensor& key_map, const OptionalTensor& means, const OptionalTensor& mean_scales) {
+  const Launch launch(q);
+  const PageScoresCall call = page_scores_call(q, pages, format, scale, key_map, means, mean_scales);
+  if (call.scores.numel() > 0) check_launch(cuda::page_scores(call.args, launch.stream()), "page_scores");
+  return call.scores;
+}
+
 std::tuple<Tensor, Tensor, Tensor> attend(const Tensor& q, const Tensor& pages, const Tensor& window_k,
                                           const Tensor& window_v, const Fields& format, double scale, double softcap,
                                           const OptionalTensor& key_map, const OptionalTensor& positions,
@@ -102,6 +110,7 @@ STABLE_TORCH_LIBRARY_IMPL(logquant, CUDA, m) {
   m.impl("dequantize", TORCH_BOX(&dequantize));
   m.impl("evict_", TORCH_BOX(&evict));
   m.impl("attend", TORCH_BOX(&attend));
+  m.impl("page_scores", TORCH_BOX(&page_scores));
 }
 
 }  // namespace logquant

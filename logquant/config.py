@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .format import BITS, PAGE_TOKENS, PARAM_BITS, PageFormat
+from .recall_spec import RecallSpec
 from .rule import RULES, Rule
 
 
@@ -46,6 +47,9 @@ class LogQuantConfig:
         calibration: what says which channels get the columns, the same for every sequence: a
             :class:`logquant.quantizer.calibration.Calibration` of the model, or its file, which the cache reads. By
             default each sequence says it.
+        recall: given, a decode step reads only those pages that its query asks for: ``"both"``, ``"means"`` or
+            ``"bounds"``, which say how they are chosen, with settings in brackets (:mod:`logquant.recall_spec`), as in
+            ``"both(pages=0.25)"``. By default all pages are read.
 
     Raises:
         ValueError: naming the field, what it was and what it must be.
@@ -62,6 +66,7 @@ class LogQuantConfig:
     key_columns: float | None = None
     param_bits: int = 8
     calibration: KeyMaps | str | os.PathLike[str] | None = None
+    recall: str | None = None
 
     @classmethod
     def paper(cls, **changes: Any) -> LogQuantConfig:
@@ -136,6 +141,9 @@ class LogQuantConfig:
             "calibration",
             "a Calibration, the path of its file, or None",
         )
+        need(self.recall is None or isinstance(self.recall, str), "recall", "a text or None")
+        if self.recall is not None:
+            RecallSpec.parse(self.recall)
 
     @property
     def page_size(self) -> int:
@@ -165,3 +173,10 @@ class LogQuantConfig:
     def allocates_bits(self, fmt: PageFormat) -> bool:
         """Whether each sequence finds the bit allocation of its keys by itself, for pages of this format."""
         return fmt.has_map and self.calibration is None
+
+    def recall_spec(self, layer: int) -> RecallSpec | None:
+        """What layer ``layer`` of a model reads of its pages; None if that is all of them."""
+        if self.recall is None:
+            return None
+        spec = RecallSpec.parse(self.recall)
+        return spec if layer >= spec.skip else None

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .cache.sizes import choice_nbytes, head_nbytes, window_capacity
+from .cache.sizes import choice_nbytes, head_nbytes, index_nbytes, window_capacity
 from .methods.registry import CacheSpec
 
 _MOST_TOKENS = 1 << 40
@@ -96,6 +96,7 @@ def sequence_nbytes(
             head = head_nbytes(
                 spec.quantization, tokens, shape.dim, itemsize=itemsize, decoding=decoding, query_heads=shape.group
             )
+            head += index_nbytes(spec.quantization, tokens, shape.dim, i)
             nbytes += choice_nbytes(spec.quantization, tokens, shape.count, decoding=decoding)
         else:
             head = kept * 2 * shape.dim * itemsize

@@ -28,7 +28,7 @@ def noted(cache) -> int:
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(REFUSED)))
-@pytest.mark.parametrize("name", ["full", "logquant:window=32", "paper"])
+@pytest.mark.parametrize("name", ["full", "logquant:window=32", "paper", "logquant:recall=both(pages=0.5;skip=1)"])
 def test_bytes_predicted_are_those_held(family, name):
     config = family_config(family)
     if family == "gpt_neox":

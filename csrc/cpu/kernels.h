@@ -22,6 +22,7 @@ struct Kernels {
   void (*quantize)(const QuantizeArgs&, const ParallelFor&);
   void (*dequantize)(const DequantizeArgs&, const ParallelFor&);
   void (*evict)(const EvictArgs&, const ParallelFor&);
+  void (*page_scores)(const PageScoresArgs&, const ParallelFor&);
   void (*attend)(const AttendArgs&, const ParallelFor&);
 };
 

@@ -55,6 +55,12 @@ struct AttendPlan {
   int64_t window_score_count(const AttendArgs& args) const { return args.batch * args.kv_heads * rows * window_stride; }
 };
 
+// Pages of a KV head in one task of page_scores, and how many tasks that makes.
+inline constexpr int64_t kPagesPerTask = 64;
+inline int64_t page_score_parts(const PageScoresArgs& args) {
+  return (args.page_count + kPagesPerTask - 1) / kPagesPerTask;
+}
+
 #define LOGQUANT_DECLARE_ATTEND(isa)                                               \
   namespace isa {                                                                  \
   void attend_split(const AttendArgs& args, const AttendPlan& plan, int64_t task); \
@@ -66,6 +72,7 @@ struct AttendPlan {
   void quantize_page(const QuantizeArgs& args, int64_t task); /* batch * head * page */ \
   void dequantize_page(const DequantizeArgs& args, int64_t task);                       \
   void evict_head(const EvictArgs& args, int64_t task); /* batch * head */              \
+  void page_scores_task(const PageScoresArgs& args, int64_t task);                      \
   }
 
 LOGQUANT_DECLARE_TASKS(portable)

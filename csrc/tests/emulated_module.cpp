@@ -122,6 +122,22 @@ const char* emulated_evict(const int64_t* numbers) {
   return guarded([&] { return cuda::evict(a, nullptr); });
 }
 
+const char* emulated_page_scores(const int64_t* numbers) {
+  Reader in(numbers);
+  logquant::PageScoresArgs a;
+  a.format = in.format();
+  in.strides(a.batch, a.kv_heads, a.group, a.queries, a.page_count);
+  in.tokens(a.q);
+  in.pages(a.pages);
+  in.per_head(a.key_map);
+  a.scale = in.real();
+  a.means = in.pointer<const int8_t>();
+  in.strides(a.means_batch_stride, a.means_head_stride, a.means_page_stride);
+  in.per_head(a.mean_scales);
+  a.scores = in.pointer<float>();
+  return guarded([&] { return cuda::page_scores(a, nullptr); });
+}
+
 cuda::AttendArgs attend_args(Reader& in) {
   cuda::AttendArgs a;
   a.format = in.format();

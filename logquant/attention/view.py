@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..format import PageFormat
+from ..recall.reading import Recall
 from .call import AttentionCall
 from .exact import exact_attention
 from .gradients import records, refusing_gradients
@@ -84,9 +85,11 @@ class Layout(Protocol):
     """Where the tokens of each row are (:class:`logquant.cache.layout.Rows`)."""
 
     length: int
+    packed_counts: tuple[int, ...]
 
     @property
     def alike(self) -> bool: ...
+    def all_seen(self, mask: Tensor) -> Tensor: ...
     def positions(self, device: torch.device, new: int = 0) -> Tensor: ...
     def lengths(self, device: torch.device, page_tokens: int, window_tokens: int) -> Tensor | None: ...
     def real_positions(self, mask: Tensor | None, new: int, batch: int) -> Tensor | None: ...
@@ -118,6 +121,7 @@ class KVView(View):
         units: those that pages and exact tokens are in.
         severed: whether packed tokens came with a gradient, which is lost.
         given: float32 ``[B, H, exact]``, what queries have given to exact tokens that came before; None if nobody asks.
+        recall: which of the pages are read by few queries; None: all.
 
     Attributes:
         given_after: ``[B, H, N]``, the same of all exact tokens once the operator that counts it has attended to this
@@ -141,11 +145,12 @@ class KVView(View):
         units: Units = AS_THEY_ARE,
         severed: bool = False,
         given: Tensor | None = None,
+        recall: Recall | None = None,
     ) -> None:
         super().__init__(layer, keys, values, new)
         self.pages, self.fmt, self.key_map, self.rows = pages, fmt, key_map, rows
         self.plain, self.units, self.severed = plain, units, severed
-        self.given = given
+        self.given, self.recall = given, recall
         self.given_after: Tensor | None = None
         self.version = layer.version
         self._dense: tuple[Tensor, Tensor] | None = None
@@ -209,13 +214,24 @@ class KVView(View):
         )
         dtype = self.keys.dtype
         tensors = q if q.dtype == dtype else q.to(dtype), self.pages, self.keys, self.values
-        if self.given is None or queries > HEARD:
+        counts = self._recalled(mask, queries)
+        if counts is not None:
+            assert self.recall is not None
+            out, self.given_after = self.recall.attend(*tensors, self.fmt, counts, given=self.given, **options)
+        elif self.given is None or queries > HEARD:
             out, _ = ops.attend(*tensors, self.fmt, **options)
         else:
             out, _, self.given_after = ops.observed_attend(*tensors, self.fmt, **options, attention=self.given)
         if self.units.value:
             out = scaled(out, self.units.value)
         return out if out.dtype == q.dtype else out.to(q.dtype)
+
+    def _recalled(self, mask: Tensor | None, queries: int) -> Tensor | None:
+        """How many pages are read for each query (:meth:`Recall.counts`); None if all are."""
+        if self.recall is None or not self.pages.shape[2] or queries > MAX_FUSED_QUERIES:
+            return None
+        all_seen = None if mask is None else self.rows.all_seen(mask)
+        return self.recall.counts(self.rows.packed_counts, self.fmt.page_tokens, all_seen)
 
     def _is_fused(self, queries: int) -> bool:
         if queries <= MAX_FUSED_QUERIES:

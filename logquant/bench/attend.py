@@ -15,10 +15,14 @@ from torch import Tensor
 from .. import ops
 from ..config import LogQuantConfig
 from ..quantizer import columns
+from ..recall.index import PageIndex
+from ..recall.reading import Recall
+from ..recall_spec import RecallSpec
 from ..rule import split_positions
 from .timing import ColdCache, Timing, clock_of, time_interleaved
 
 FUSED = "logquant attend"
+RECALL = "logquant attend, recall"
 DEQUANTIZE = "dequantize + SDPA"
 FULL = "SDPA, full cache"
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -66,14 +70,19 @@ class AttendResult:
 
     def as_dict(self) -> dict[str, Any]:
         fused = self.timings[FUSED]
+        speedups = {}
+        for key, group in (("dequantize", DEQUANTIZE), ("full", FULL)):
+            if any(name.startswith(group) for name in self.timings):
+                speedups[f"speedup_over_{key}"] = fused.speedup_over(self.fastest(group)[1]).as_dict()
+        if RECALL in self.timings:
+            speedups["speedup_with_recall"] = self.timings[RECALL].speedup_over(fused).as_dict()
         return {
             **vars(self.shape),
             "packed_bytes": self.packed_nbytes,
             "full_bytes": self.full_nbytes,
             "relative_error": self.relative_error,
             "bytes_per_second": self.packed_nbytes / fused.median,
-            "speedup_over_dequantize": fused.speedup_over(self.fastest(DEQUANTIZE)[1]).as_dict(),
-            "speedup_over_full": fused.speedup_over(self.fastest(FULL)[1]).as_dict(),
+            **speedups,
             "timings": {name: timing.as_dict() for name, timing in self.timings.items()},
         }
 
@@ -102,6 +111,29 @@ def _other_libraries(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], 
     return found
 
 
+def _recall(
+    quantization: LogQuantConfig,
+    q: Tensor,
+    packed_keys: Tensor,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    key_map: Tensor | None,
+) -> Callable[[], Tensor]:
+    """Attention over the pages that a query chooses, if there are more."""
+    assert quantization.recall is not None
+    fmt = quantization.page_format(q.shape[3])
+    recall = Recall(RecallSpec.parse(quantization.recall), PageIndex.of(packed_keys, fmt.page_tokens))
+    options: dict[str, Any] = dict.fromkeys(("given", "positions", "mask", "query_positions", "sinks", "lengths"))
+
+    def run() -> Tensor:
+        counts = recall.counts((packed_keys.shape[2],), fmt.page_tokens, None)
+        scale = q.shape[3] ** -0.5
+        if counts is None:
+            return ops.attend(*tensors, fmt, scale=scale, key_map=key_map)[0]
+        return recall.attend(*tensors, fmt, counts, scale=scale, softcap=0.0, key_map=key_map, **options)[0]
+
+    return run
+
+
 def _check_kernels(device: str) -> None:
     if reason := ops.extension_error():
         raise RuntimeError(f"there is nothing to measure: {reason}")
@@ -117,12 +149,14 @@ def bench_attend(
     rounds: int = 20,
     on_progress: Callable[[], None] = lambda: None,
     device: str = "cpu",
+    others: bool = True,
 ) -> AttendResult:
-    """Time one call of every contender, each from cold caches.
+    """Time one call of every contender, each from cold caches; with ``recall``, also over the pages that it chooses,
+    choosing included.
 
     torch's contenders run with ``enable_gqa`` and grouped, on a CPU in ``dtype`` and in all others: which is fastest
     depends on the machine, and a comparison with a slow form would be worth nothing. On a GPU, FlashAttention and
-    FlashInfer take part where they are installed.
+    FlashInfer take part where they are installed. Without ``others`` none of these is timed.
 
     Raises:
         RuntimeError: no compiled kernels for the device, or a fused result that is wrong.
@@ -165,12 +199,15 @@ def bench_attend(
         return lambda: _sdpa(kind_q, kind_k, kind_v, grouped)
 
     contenders: dict[str, Callable[[], Tensor]] = {FUSED: fused}
+    if quantization.recall is not None:
+        keys = k.index_select(2, packed.to(device))
+        contenders[RECALL] = _recall(quantization, q, keys, (q, pages, window_k, window_v), key_map)
     kinds = dict.fromkeys((dtype,) if device == "cuda" else (dtype, *DTYPE_NAMES))
     forms = itertools.product(((DEQUANTIZE, dequantize), (FULL, full)), kinds, (0, 1))
-    for (group, make), kind, grouped in forms:
+    for (group, make), kind, grouped in forms if others else ():
         form = ("enable_gqa", "grouped")[grouped]
         contenders[f"{group}, {DTYPE_NAMES[kind]}, {form}"] = make(kind, bool(grouped))
-    if device == "cuda" and dtype != torch.float32:
+    if others and device == "cuda" and dtype != torch.float32:
         contenders |= _other_libraries(q, k, v)
 
     expected = dequantize(torch.float32, True)()

@@ -36,7 +36,8 @@ class ChosenRows:
         self._rows, self._chosen = rows, chosen
         self.length = rows.length
         self.alike = rows.alike
-        self.lengths, self.real_positions = rows.lengths, rows.real_positions
+        self.packed_counts = rows.packed_counts
+        self.lengths, self.real_positions, self.all_seen = rows.lengths, rows.real_positions, rows.all_seen
 
     def positions(self, device: torch.device, new: int = 0) -> Tensor:
         """As :meth:`logquant.cache.layout.Rows.positions`, of each row of the batch."""

@@ -10,6 +10,7 @@ from ..attention.view import Layout
 from ..quantizer.advice import Advice, Leaving
 from ..quantizer.feedback import Attention, select
 from ..quantizer.queries import MAP_QUERIES
+from ..recall.index import PageIndex
 from ..rule import evicted_slots
 from .layout import Move, Rows
 from .sizes import window_capacity, window_slots
@@ -18,6 +19,8 @@ from .uncommitted import Exact
 
 # Pages are quantised in portions of about this size, so that a long prompt's never exist twice.
 _PORTION_NBYTES = 1 << 20
+# And their mean keys are taken of so many tokens at a time, a multiple of every page's.
+_PORTION_TOKENS = 1 << 10
 
 
 class Commit:
@@ -65,6 +68,7 @@ class Commit:
         self._step_options = [self._options(m, self._attention(keys, m, padded), slice(None)) for m in self._steps]
         for m in others:
             self._quantize(keys, values, m, self._attention(keys, m, padded))
+        self._index = storage.index and self._indexed(storage.index, keys, moves, after)
         self._stays = [
             (m.rows, _staying(x[m.rows], m), window)
             for m in others
@@ -87,7 +91,23 @@ class Commit:
         for rows, stay, window in self._stays:
             window[rows, :, : stay.shape[2]] = stay
         self._storage.replace(self._pages, self._window_k, self._window_v)
+        self._storage.index = self._index
         self._storage.severed |= self._severs
+
+    def _indexed(self, index: PageIndex, keys: Tensor, moves: list[Move], after: Rows) -> PageIndex:
+        """The index with the pages of the tokens that leave."""
+        page_tokens = self._storage.format.page_tokens
+        pages = after.packed // page_tokens
+        leaves = [m for m in moves if m.leaving.shape[1]]
+        if not leaves:
+            return index if index.pages == pages else index.resized(pages)
+        index = index.resized(pages)
+        for m in leaves:
+            for first in range(0, m.leaving.shape[1], _PORTION_TOKENS):
+                leaving = m.leaving[:, first : first + _PORTION_TOKENS]
+                own = PageIndex.of(select(keys[m.rows], leaving), page_tokens)
+                index.write(m.rows, (m.packed + first) // page_tokens, own)
+        return index
 
     def _make_room(self, exact: Exact, before: Rows, after: Rows, allocator: Allocator) -> None:
         """A page store and a window with room for the tokens afterwards, that hold what they hold now."""

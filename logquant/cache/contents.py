@@ -14,6 +14,8 @@ from ..attention.units import AS_THEY_ARE
 from ..attention.view import KVView, View
 from ..config import LogQuantConfig
 from ..format import PageFormat
+from ..recall.reading import Recall
+from ..recall_spec import RecallSpec
 from .drafts import Speculation
 from .held import Held
 from .layout import Rows
@@ -33,6 +35,7 @@ class LayerContents(CacheLayerMixin):
         uncommitted: tokens that have come but not taken their places.
         speculation: of tokens that may be taken back; None if none may.
         version: another number whenever what attention would see has changed.
+        recall: what a query reads of the pages; None: all.
     """
 
     is_compileable = False
@@ -46,6 +49,7 @@ class LayerContents(CacheLayerMixin):
     uncommitted: Uncommitted | None
     speculation: Speculation | None
     version: int
+    recall: RecallSpec | None
     dtype: torch.dtype
     _empty: Rows
     _length: int
@@ -150,6 +154,7 @@ class LayerContents(CacheLayerMixin):
             units=storage.units if self.rows.length else AS_THEY_ARE,
             severed=storage.severed,
             given=self.held.chosen and self.held.chosen.given,
+            recall=None if self.recall is None else Recall(self.recall, storage.index),
         )
 
     def _real_positions(self, uncommitted: Uncommitted) -> Tensor | None:

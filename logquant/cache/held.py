@@ -51,7 +51,7 @@ class Held:
         """
         advice = Advice.initial(config, fmt, calibration_of(config), layer, keys)
         chosen = Chosen.nothing(config, rows, keys) if config.rule == "attention" else None
-        return Held(Storage.empty(config, fmt, keys, values), rows, advice, chosen)
+        return Held(Storage.empty(config, fmt, keys, values, layer), rows, advice, chosen)
 
     @property
     def layout(self) -> Layout:
@@ -193,7 +193,7 @@ class Held:
         Raises:
             ValueError: tensors that are missing, or do not fit each other, the cache's settings or ``rows``.
         """
-        storage = Storage.restored(config, rows, tensors, Units(*described.get("units", ())))
+        storage = Storage.restored(config, rows, layer, tensors, Units(*described.get("units", ())))
         assert rows is not None
         held = Held.empty(config, storage.format, rows, layer, storage.window_k, storage.window_v)
         advice = held.advice.restored(tensors, described, storage.window_k)

@@ -45,6 +45,7 @@ class LogQuantLayer(LayerContents):
         # Not super().__init__(): keys and values are properties here.
         self.config = config
         self._index = index
+        self.recall = config.recall_spec(index)
         self.shared = shared or Shared()
         self._empty = rows or Rows((Slots(config.window, config.rule, config.sinks),))
         self.version = 0

@@ -354,6 +354,21 @@ class Rows(Memo):
             lambda: torch.tensor(used, dtype=torch.int32).to(device),
         )
 
+    def all_seen(self, mask: Tensor) -> Tensor:
+        """Whether a query sees all tokens that its row holds, each as it is, bool ``[1 or batch, 1 or queries]``.
+
+        Args:
+            mask: as for :meth:`real_positions`, which has not refused it; on any device, the result is on the CPU.
+        """
+
+        def make() -> Tensor:
+            seen = mask[..., : self.length]
+            seen = seen if mask.dtype == torch.bool else seen == 0
+            tokens = torch.tensor([s.tokens for s in self.slots], device=mask.device)
+            return (seen.sum(-1) == tokens[:, None, None]).all(1).cpu()
+
+        return self.once("all seen", _SameTensor(mask), make)
+
     def real_positions(self, mask: Tensor | None, new: int, batch: int) -> Tensor | None:
         """Which of ``new`` positions hold a token: those that some query of theirs sees.
 

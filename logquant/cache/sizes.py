@@ -88,6 +88,17 @@ def choice_nbytes(config: LogQuantConfig, tokens: int, kv_heads: int, *, decodin
     return packed * position_dtype(tokens).itemsize + 4 * exact * (1 + kv_heads)
 
 
+def index_nbytes(config: LogQuantConfig, tokens: int, head_dim: int, layer: int) -> int:
+    """Bytes of the mean keys that layer ``layer`` keeps for one KV head of one sequence of ``tokens`` tokens.
+
+    Those are what ``recall`` chooses pages by (:mod:`logquant.recall.index`).
+    """
+    spec = config.recall_spec(layer)
+    if spec is None or not spec.uses_means:
+        return 0
+    return packed_tokens(config, tokens) // config.page_size * (head_dim + 4)
+
+
 def position_dtype(length: int) -> torch.dtype:
     """The smallest type that holds positions below ``length``."""
     return torch.int16 if length <= torch.iinfo(torch.int16).max else torch.int32

@@ -14,6 +14,7 @@ from ..attention.view import unpacked
 from ..config import LogQuantConfig
 from ..format import DTYPES, PageFormat
 from ..modes import lasting
+from ..recall.index import PageIndex
 from .layout import Rows
 from .sizes import store_pages, window_slots
 
@@ -64,6 +65,7 @@ class Storage:
         fmt: the page format.
         window_k, window_v, pages: the tensors.
         units: those that keys and values are in.
+        index: of the pages, where a query chooses among them by one; it may be of more pages than hold tokens.
 
     Attributes:
         graph_start: the first position whose token belongs to a graph of autograd.
@@ -78,18 +80,19 @@ class Storage:
         window_v: Tensor,
         pages: Tensor,
         units: Units = AS_THEY_ARE,
+        index: PageIndex | None = None,
     ) -> None:
         self.config, self.format = config, fmt
         self.window_k, self.window_v = window_k, window_v
-        self.units = units
+        self.units, self.index = units, index
         self.graph_start = NO_GRAPH
         self.severed = False
         self._own(pages)
 
     @staticmethod
     @lasting
-    def empty(config: LogQuantConfig, fmt: PageFormat, keys: Tensor, values: Tensor) -> Storage:
-        """For tokens like these, ``[B, H, n, D]`` and ``[B, H, n, Dv]``."""
+    def empty(config: LogQuantConfig, fmt: PageFormat, keys: Tensor, values: Tensor, layer: int) -> Storage:
+        """For tokens like these of layer ``layer``, ``[B, H, n, D]`` and ``[B, H, n, Dv]``."""
         batch, heads, _, head_dim = keys.shape
         return Storage(
             config,
@@ -97,6 +100,7 @@ class Storage:
             keys.new_empty(batch, heads, 0, head_dim),
             values.new_empty(batch, heads, 0, values.shape[-1]),
             keys.new_empty(batch, heads, 0, fmt.words, dtype=torch.int32),
+            index=PageIndex.empty(keys) if _keeps_means(config, layer) else None,
         )
 
     def _own(self, pages: Tensor) -> None:
@@ -186,15 +190,15 @@ class Storage:
     @lasting
     def copy(self) -> Storage:
         """A storage with a window of its own and the same page store."""
-        return self._with(self.window_k.clone(), self.window_v.clone(), self.pages)
+        return self._with(self.window_k.clone(), self.window_v.clone(), self.pages, self.index)
 
     def snapshot(self) -> Storage:
         """A storage with the same tensors; nothing is written over what it holds of the pages."""
-        return self._with(self.window_k, self.window_v, self.pages)
+        return self._with(self.window_k, self.window_v, self.pages, self.index)
 
-    def _with(self, window_k: Tensor, window_v: Tensor, pages: Tensor) -> Storage:
+    def _with(self, window_k: Tensor, window_v: Tensor, pages: Tensor, index: PageIndex | None) -> Storage:
         """Another storage with these tensors; it shares the page store, if that is the same."""
-        twin = Storage(self.config, self.format, window_k, window_v, pages, self.units)
+        twin = Storage(self.config, self.format, window_k, window_v, pages, self.units, index)
         twin.graph_start, twin.severed = self.graph_start, self.severed
         if pages is self.pages:
             twin._sharers = self._sharers
@@ -204,7 +208,8 @@ class Storage:
     @lasting
     def map(self, function: Callable[[Tensor], Tensor]) -> Storage:
         """Another storage, with ``function`` applied to every tensor."""
-        return self._with(function(self.window_k), function(self.window_v), function(self.pages))
+        index = self.index and self.index.map(function)
+        return self._with(function(self.window_k), function(self.window_v), function(self.pages), index)
 
     @lasting
     def crop(self, before: Rows, after: Rows, sources: list[Tensor], key_map: Tensor | None) -> None:
@@ -222,6 +227,9 @@ class Storage:
         store, windows = self.pages, (self.window_k, self.window_v)
         if 2 * pages_left < store.shape[2]:
             store = store[:, :, :pages_left].clone()
+        index = self.index
+        if index is not None and pages_left < index.pages:
+            index = index.resized(pages_left)
         if any((source < held.packed).any() for held, source in zip(rows, sources, strict=True)):
             window_k, window_v = (w.clone() for w in self.window_with_room(before, after.exact))
             for row, (held, source) in enumerate(zip(rows, sources, strict=True)):
@@ -238,6 +246,7 @@ class Storage:
                     window[of].index_copy_(2, to_stay, old[of].index_select(2, stays))
                     window[of].index_copy_(2, to_return, back.index_select(2, place))
             windows = window_k, window_v
+        self.index = index
         self.replace(store, *windows)
 
     @lasting
@@ -254,18 +263,25 @@ class Storage:
     def state(self, rows: Rows) -> dict[str, Tensor]:
         """The parts of the tensors that hold something, by name."""
         pages, *windows = self.used_pages(rows), *(w[:, :, : rows.exact] for w in (self.window_k, self.window_v))
+        index = self.index and self.index.resized(pages.shape[2])
         if not rows.alike:
             # Slots of shorter rows are empty: whatever lies there is nobody's business.
             pages, *windows = (t.clone() for t in (pages, *windows))
             for row, slots in enumerate(rows.slots):
-                pages[row, :, slots.packed // self.format.page_tokens :] = 0
+                for of_pages in (pages, *(index or ())):
+                    of_pages[row, :, slots.packed // self.format.page_tokens :] = 0
                 for window in windows:
                     window[row, :, slots.exact :] = 0
-        return dict(zip(("pages", "window_k", "window_v"), (pages, *windows), strict=True))
+        tensors = dict(zip(("pages", "window_k", "window_v"), (pages, *windows), strict=True))
+        return tensors | (index.state() if index else {})
 
     @staticmethod
     def restored(
-        config: LogQuantConfig, rows: Rows | None, tensors: Mapping[str, Tensor], units: Units = AS_THEY_ARE
+        config: LogQuantConfig,
+        rows: Rows | None,
+        layer: int,
+        tensors: Mapping[str, Tensor],
+        units: Units = AS_THEY_ARE,
     ) -> Storage:
         """What :meth:`state` gave.
 
@@ -293,7 +309,8 @@ class Storage:
                 f"pages {list(pages.shape)}, window_k {list(window_k.shape)} and window_v {list(window_v.shape)} do "
                 "not fit each other and the settings of the cache"
             )
-        return Storage(config, fmt, window_k, window_v, pages, units)
+        index = PageIndex.restored(tensors, pages, fmt.head_dim) if _keeps_means(config, layer) else None
+        return Storage(config, fmt, window_k, window_v, pages, units, index)
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "_sharers"}
@@ -305,7 +322,14 @@ class Storage:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors; a page store that copies share counts for each."""
-        return self.window_k.nbytes + self.window_v.nbytes + self.pages.nbytes
+        index = self.index.nbytes if self.index else 0
+        return self.window_k.nbytes + self.window_v.nbytes + self.pages.nbytes + index
+
+
+def _keeps_means(config: LogQuantConfig, layer: int) -> bool:
+    """Whether a layer chooses among its pages by their mean keys."""
+    spec = config.recall_spec(layer)
+    return spec is not None and spec.uses_means
 
 
 def _write_after(into: Tensor, new: Tensor, rows: Rows) -> None:

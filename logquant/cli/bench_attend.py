@@ -50,9 +50,13 @@ def command(
     dtype: Annotated[Dtype, typer.Option(help="Of queries and exact tokens.")] = Dtype.bfloat16,
     rounds: Annotated[int, typer.Option(min=3, help="Timed calls of each contender.")] = 20,
     device: Annotated[Device, typer.Option(help="Where attention runs.")] = Device.cpu,
+    others: Annotated[bool, typer.Option(help="Whether torch's contenders are timed, too.")] = True,
     json_file: Json = None,
 ) -> None:
-    """Time one token's attention: fused, dequantise + SDPA, and SDPA over a full cache; with cold caches."""
+    """Time one token's attention: fused, dequantise + SDPA, and SDPA over a full cache; with cold caches.
+
+    A cache with recall, as logquant:recall=both(pages=0.25), is timed with and without it.
+    """
     arguments = dict(locals())
     contexts, batches = number_list("--context", context), number_list("--batch", batch)
     spec = one_cache("--cache", cache)
@@ -78,7 +82,7 @@ def command(
         for shape in shapes:
             if interrupted():
                 break
-            results.append(bench_attend(shape, quantization, dtype.torch, rounds, advance, device.value))
+            results.append(bench_attend(shape, quantization, dtype.torch, rounds, advance, device.value, others))
     for result in results:
         _table(result, bandwidth).show()
     if results:

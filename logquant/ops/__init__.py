@@ -18,11 +18,13 @@ from .registry import dispatch, register, use_backend
 __all__ = [
     "PageFormat",
     "attend",
+    "choose_pages",
     "dequantize",
     "evict_",
     "extension_error",
     "has_cuda_kernels",
     "observed_attend",
+    "page_scores",
     "quantize",
     "register",
     "use_backend",
@@ -207,3 +209,64 @@ def observed_attend(
     """
     options = key_map, positions, mask, query_positions, sinks, page_table, lengths, attention
     return dispatch(reference.attend, (q, pages, window_k, window_v), (fmt, scale, softcap), options)
+
+
+def page_scores(
+    q: Tensor,
+    pages: Tensor,
+    fmt: PageFormat,
+    *,
+    scale: float,
+    key_map: Tensor | None = None,
+    means: Tensor | None = None,
+    mean_scales: Tensor | None = None,
+) -> Tensor:
+    """How much attention a query would pay to each page; see :func:`logquant.ops.reference.page_scores`.
+
+    Args:
+        q: queries ``[B, Hq, L, D]``, Hq a multiple of H.
+        pages: int32 ``[B, H, P, words]``; with ``means`` only their number counts.
+        fmt: the page format.
+        scale: factor of the scores, usually ``D ** -0.5``.
+        key_map: int16 ``[1 or B, 1 or H, C]``, the column map; needed unless C = D.
+        means: int8 ``[B, H, P, D]``: score the mean key of each page, and not the bound of its keys.
+        mean_scales: float32 ``[B, H, P]``, of ``means``.
+
+    Returns:
+        float32 ``[B, Hq, L, P]``; the largest number stands for what is none.
+
+    Raises:
+        ValueError: tensors on different devices.
+        RuntimeError: a wrong shape or dtype.
+    """
+    return dispatch(reference.page_scores, (q, pages), (fmt, scale), (key_map, means, mean_scales))
+
+
+def choose_pages(
+    scores: Tensor,
+    counts: Tensor,
+    heads: int,
+    most: int,
+    *,
+    others: Tensor | None = None,
+    used: Tensor | None = None,
+) -> Tensor:
+    """The pages with the best scores, as the query heads of a KV head vote; see
+    :func:`logquant.ops.reference.choose_pages`.
+
+    Args:
+        scores: float32 ``[B, Hq, L, P]`` (:func:`page_scores`).
+        counts: int32 ``[1 or B, 1 or L]``, how many pages.
+        heads: KV heads; Hq is a multiple.
+        most: entries of the result, at least as many as the largest count.
+        others: scores of another kind, which choose the second half.
+        used: int32 ``[B]``, pages that each row has; all without it.
+
+    Returns:
+        int32 ``[B, heads, L, most]``: different pages in ascending order; those after a query's own count are P - 1.
+
+    Raises:
+        ValueError: tensors on different devices.
+        RuntimeError: a wrong shape or dtype.
+    """
+    return dispatch(reference.choose_pages, (scores, counts), (heads, most), (others, used))

@@ -118,17 +118,45 @@ def _fake_attend(
     )
 
 
+def page_scores(
+    q: Tensor, pages: Tensor, fmt: PageFormat, scale: float, *args: Tensor | None, **kwargs: Tensor | None
+) -> Tensor:
+    scores: Tensor = torch.ops.logquant.page_scores.default(q, pages, fmt.fields(), scale, *args, **kwargs)
+    return scores
+
+
+def _fake_page_scores(q: Tensor, pages: Tensor, *_: Any, **__: Any) -> Tensor:
+    return q.new_empty((*q.shape[:3], pages.shape[2]), dtype=torch.float32)
+
+
+def choose_pages(
+    scores: Tensor, counts: Tensor, heads: int, most: int, *args: Tensor | None, **kwargs: Tensor | None
+) -> Tensor:
+    pages: Tensor = torch.ops.logquant.choose_pages.default(scores, counts, heads, most, *args, **kwargs)
+    return pages
+
+
+def _fake_choose_pages(scores: Tensor, _: Tensor, heads: int, most: int, *__: Any, **___: Any) -> Tensor:
+    return scores.new_empty((scores.shape[0], heads, scores.shape[2], most), dtype=torch.int32)
+
+
+# Elsewhere than on a CPU, a few kernels of torch do as well.
+_PLAIN = ("choose_pages",)
 _FAKES: dict[str, Callable[..., Any]] = {
     "quantize": _fake_quantize,
     "dequantize": _fake_dequantize,
     "evict_": _fake_evict_,
     "attend": _fake_attend,
+    "page_scores": _fake_page_scores,
+    "choose_pages": _fake_choose_pages,
 }
 
 
 def _fallback(name: str) -> Callable[..., Any]:
     """What the dispatcher runs where the tensors' device has no kernel for an operator."""
     function = getattr(reference, name)
+    if name in _PLAIN:
+        return function  # type: ignore[no-any-return]
     schema = getattr(torch.ops.logquant, name).default._schema
     at = [argument.name for argument in schema.arguments].index("format")
 

@@ -1,7 +1,8 @@
-"""Backends, each with the operators' four functions, and which of them runs.
+"""Backends, each with the operators' six functions, and which of them runs.
 
-A backend is whatever has ``quantize``, ``dequantize``, ``evict_`` and ``attend`` with the arguments of
-:mod:`logquant.ops.reference`: that package itself, :mod:`logquant.ops.compiled`, and what others :func:`register`.
+A backend is whatever has ``quantize``, ``dequantize``, ``evict_``, ``attend``, ``page_scores`` and ``choose_pages``
+with the arguments of :mod:`logquant.ops.reference`: that package itself, :mod:`logquant.ops.compiled`, and what others
+:func:`register`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Result = TypeVar("Result")
 
 
 class Backend(Protocol):
-    """The four functions, each with the arguments of the one of that name in :mod:`logquant.ops.reference`."""
+    """The six functions, each with the arguments of the one of that name in :mod:`logquant.ops.reference`."""
 
     def quantize(self, *args: Any, **kwargs: Any) -> Tensor: ...
 
@@ -28,6 +29,10 @@ class Backend(Protocol):
     def evict_(self, *args: Any, **kwargs: Any) -> None: ...
 
     def attend(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def page_scores(self, *args: Any, **kwargs: Any) -> Tensor: ...
+
+    def choose_pages(self, *args: Any, **kwargs: Any) -> Tensor: ...
 
 
 _backends: dict[str, Backend] = {"reference": reference, "compiled": compiled}

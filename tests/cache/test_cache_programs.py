@@ -48,6 +48,7 @@ class PlainLayerRow(PlainRow):
             self.key_map = CALIBRATION.key_map(layer, self.format, HEADS, torch.device("cpu"))
         self.held: list[Tensor] = []
         self.packed: list[int] = []
+        self.means: list[Tensor] = []  # of each page, [D]
 
     def pack(self) -> None:
         """What the rule says is packed, and is not yet, is quantised: W tokens together, in its order."""
@@ -60,6 +61,7 @@ class PlainLayerRow(PlainRow):
     def quantize(self, page: list[int]) -> None:
         """The tokens of a page, in order, are held as it holds them."""
         k, v = torch.stack([self.held[p] for p in page], 1)[:, None, None].unbind(0)
+        self.means.append(k[0, 0].mean(0))
         pages = reference.quantize(k, v, self.format, key_map=self.key_map)
         unpacked = torch.cat(reference.dequantize(pages, self.format, key_map=self.key_map), 1)
         for i, p in enumerate(page):
@@ -75,6 +77,7 @@ class PlainLayerRow(PlainRow):
         del self.held[len(self.real) :]
         self.decided = len(self.real)
         self.packed = self.packed[: len(self.layout()[0])]
+        del self.means[len(self.packed) // self.format.page_tokens :]
         self.pack()
 
     def dense(self) -> Tensor:
@@ -156,6 +159,7 @@ class ChosenLayerRow(PlainLayerRow):
         self.decided = len(self.real)
         left = evictions(self.decided, self.window, self.sinks) * self.window
         self.packed = self.packed[:left]
+        del self.means[left // self.format.page_tokens :]
         self.exact = sorted(set(self.real) - set(self.packed))
         if self.sums is not None:
             self.sums = {column: self.sums.get(column, 0.0) for column in self.exact}
@@ -166,7 +170,9 @@ class CachePrograms(RuleBasedStateMachine):
 
     @initialize(
         rule=st.sampled_from(RULES),
-        options=st.sampled_from([{"bits": 2}, {"bits": 8}, {"key_columns": 2.0, "calibration": CALIBRATION}]),
+        options=st.sampled_from(
+            [{"bits": 2}, {"bits": 8, "recall": "both(skip=1)"}, {"key_columns": 2.0, "calibration": CALIBRATION}]
+        ),
         batch=st.integers(1, 3),
     )
     def start(self, rule: str, options: dict[str, Any], batch: int) -> None:
@@ -304,6 +310,16 @@ class CachePrograms(RuleBasedStateMachine):
             for got, row, x in zip(self.tables(layer), rows, dense, strict=True):
                 assert got == row.layout()
                 assert torch.equal(x, row.dense())
+
+    @invariant()
+    def means_are_those_of_the_pages(self) -> None:
+        for layer, rows in zip(self.cache.layers, self.rows, strict=True) if hasattr(self, "cache") else ():
+            index = layer.held.storage.index if layer.is_initialized else None
+            assert (index is None) == (layer._index == 0 or self.config.recall is None or not layer.is_initialized)
+            for i, row in enumerate(rows if index else ()):
+                means = (index.means[i, 0] * index.scales[i, 0, :, None])[: len(row.means)]
+                want = torch.stack(row.means) if row.means else means
+                assert ((means - want).abs().amax(-1) <= want.abs().amax(-1) / 253).all()
 
     @invariant()
     def copies_are_as_they_were(self) -> None:

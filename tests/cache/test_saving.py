@@ -40,7 +40,15 @@ def filled(model, ids, **options) -> LogQuantCache:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"bits": 4, "rule": "recent", "window": 32}, {"key_bits": 8}, {"rule": "log"}], ids=str
+    "options",
+    [
+        {},
+        {"bits": 4, "rule": "recent", "window": 32},
+        {"key_bits": 8},
+        {"rule": "log"},
+        {"recall": "both(skip=1)"},
+    ],
+    ids=str,
 )
 def test_a_loaded_cache_is_the_saved_one(model, ids, tmp_path, options):
     cache = filled(model, ids, **options)

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from logquant import machine
-from logquant.bench.attend import DEQUANTIZE, FULL, FUSED
+from logquant.bench.attend import DEQUANTIZE, FULL, FUSED, RECALL
 from tests.helpers.cli import run, succeed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,6 +72,16 @@ def test_bench_attend_takes_the_settings_of_its_cache(json_file):
         succeed("bench", "attend", *shape, "--cache", cache, "--json", json_file)
         read[cache] = json.loads(json_file.read_text())["results"][0]["packed_bytes"]
     assert read["logquant:bits=8"] > 1.2 * read["logquant"]
+
+
+def test_bench_attend_times_recall(json_file):
+    shape = ("--heads", 4, "--kv-heads", 2, "--dim", 64, "--context", "1000", "--rounds", 3)
+    cache = "logquant:recall=both(pages=0.25)"
+    output = succeed("bench", "attend", *shape, "--cache", cache, "--no-others", "--json", json_file).output
+    (row,) = json.loads(json_file.read_text())["results"]
+    samples = (row["timings"][name]["samples"] for name in (FUSED, RECALL))
+    assert row["speedup_with_recall"]["samples"] == [every / own for every, own in zip(*samples, strict=True)]
+    assert RECALL in output and list(row["timings"]) == [FUSED, RECALL]
 
 
 def test_bench_attend_does_not_time_the_reference(monkeypatch):

@@ -87,7 +87,7 @@ def build(name: str, objects: Objects, flags: list[str], *, shared: bool) -> Pat
 def library() -> ctypes.CDLL:
     glue = plain("emulator/emulator.cpp", "tests/emulated_module.cpp")
     lib = ctypes.CDLL(str(build("kernels.so", sources() | glue, FLAGS, shared=True)))
-    for name in ("quantize", "dequantize", "evict", "attend", "attend_path"):
+    for name in ("quantize", "dequantize", "evict", "page_scores", "attend", "attend_path"):
         getattr(lib, f"emulated_{name}").restype = ctypes.c_char_p
     lib.emulated_attend_workspace.restype = ctypes.c_int64
     return lib
@@ -226,6 +226,30 @@ def evict_(
     numbers = [*_format(fmt), *_tokens(window_k), *_tokens(window_v), *_pages(target), *_per_head(key_map)]
     numbers += [*_per_head(key_weights), *_per_head(value_feedback)]
     _call("evict", [*numbers, *window_k.shape[:2], tokens, start, step, count])
+
+
+def page_scores(
+    q: Tensor,
+    pages: Tensor,
+    fmt: PageFormat,
+    scale: float,
+    key_map: Tensor | None = None,
+    means: Tensor | None = None,
+    mean_scales: Tensor | None = None,
+) -> Tensor:
+    q, pages = _dense(q), _dense(pages)
+    batch, kv_heads, count, _ = pages.shape
+    scores = torch.full((*q.shape[:3], count), torch.nan)
+    numbers = [*_format(fmt), batch, kv_heads, q.shape[1] // kv_heads, q.shape[2], count, *_tokens(q), *_pages(pages)]
+    numbers += [*_per_head(key_map), _float(scale)]
+    numbers += [0] * 4 if means is None else [means.data_ptr(), *means.stride()[:3]]
+    numbers += [0] * 3 if mean_scales is None else [mean_scales.data_ptr(), *mean_scales.stride()[:2]]
+    if scores.numel():
+        _call("page_scores", [*numbers, scores.data_ptr()])
+    return scores
+
+
+choose_pages = reference.choose_pages  # has no kernel for CUDA
 
 
 MASK_KINDS = (None, torch.bool, *DTYPES)

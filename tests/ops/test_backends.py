@@ -15,7 +15,7 @@ from logquant.ops import compiled, reference, registry
 from tests.helpers.backends import OnDevice
 from tests.helpers.problems import Problem
 
-OPERATORS = ["quantize", "dequantize", "evict_", "attend"]
+OPERATORS = ["quantize", "dequantize", "evict_", "attend", "page_scores", "choose_pages"]
 
 
 # ------------------------------------------------------------------------------------------------- torch's own checks
@@ -29,6 +29,8 @@ def opcheck_arguments() -> dict[str, tuple[Any, ...]]:
         "dequantize": (problem.pages, fields, torch.bfloat16),
         "evict_": (*window, problem.pages.clone(), fields, 1, 192, 1, 2, 64),
         "attend": (problem.q, problem.pages, problem.window_k, problem.window_v, fields, 0.125),
+        "page_scores": (problem.q, problem.pages, fields, 0.125),
+        "choose_pages": (torch.randn(2, 4, 1, 9), torch.tensor([[3]], dtype=torch.int32), 2, 3),
     }
 
 

@@ -20,7 +20,7 @@ if cubins.nvcc() is None:
 needs_cuobjdump = pytest.mark.skipif(sass.cuobjdump() is None, reason="needs cuobjdump")
 
 # Registers that the occupancy written beside each kernel allows; of the others, 255.
-REGISTERS = {"quantize": 64, "evict": 64, "dequantize": 64, "attend": 48, "attend_general": 128}
+REGISTERS = {"quantize": 64, "evict": 64, "dequantize": 64, "attend": 48, "attend_general": 128, "page_scores": 64}
 # Warp instructions of the page loop a cached token and KV head: fp16 and bf16 models with up to 8 query rows, then with
 # 9 to 16 (of both warps, where two share a page). GOALS: 8 rows of plain formats by head dim; 16 rows may take 1.6
 # times as much, 1.25 key columns a channel 1.25 times.

@@ -29,7 +29,7 @@ def _identity_map(fmt: PageFormat, device: torch.device | None = None) -> Tensor
     return (4 * torch.arange(fmt.head_dim, dtype=torch.int16, device=device)).view(1, 1, -1)
 
 
-def _columns(key_map: Tensor | None, fmt: PageFormat, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def columns_of(key_map: Tensor | None, fmt: PageFormat, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Of a column map: channel and digit of every column ``[b, h, C]``, and columns of every channel ``[b, h, D]``."""
     if key_map is None:
         if fmt.key_columns != fmt.head_dim:
@@ -177,7 +177,7 @@ def quantize(
         rows = index.long().expand(k.shape[0], -1)[:, None, :, None]
         k = k.gather(2, rows.expand(-1, k.shape[1], -1, k.shape[3]))
         v = v.gather(2, rows.expand(-1, v.shape[1], -1, v.shape[3]))
-    channel, digit, columns = (t.unsqueeze(2) for t in _columns(key_map, fmt, k.device))
+    channel, digit, columns = (t.unsqueeze(2) for t in columns_of(key_map, fmt, k.device))
     k = k.float().unflatten(2, (-1, fmt.page_tokens))  # [B, H, P, G, D]
     v = v.float().unflatten(2, (-1, fmt.page_tokens)).unflatten(-1, (-1, fmt.value_group))  # [B, H, P, G, groups, Gv]
 
@@ -192,7 +192,7 @@ def quantize(
     return torch.cat([key_codes.flatten(-2), key_params, value_codes.flatten(-2), value_params], -1)
 
 
-def _unpack_params(words: Tensor, fmt: PageFormat, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+def unpack_params(words: Tensor, fmt: PageFormat, columns: Tensor | None) -> tuple[Tensor, Tensor]:
     """Scale and zero of keys (with the columns of each channel) or of values, float32, flat along the last dim."""
     if (fmt.value_param_bits if columns is None else fmt.key_param_bits) == 16:
         scale, zero = unpack_half(words).unflatten(-1, (2, -1)).unbind(-2)
@@ -225,19 +225,19 @@ def dequantize(
     Returns:
         Keys ``[B, H, P*G, D]`` and values ``[B, H, P*G, Dv]``.
     """
-    channel, digit, columns = (t.unsqueeze(2).unsqueeze(2) for t in _columns(key_map, fmt, pages.device))
+    channel, digit, columns = (t.unsqueeze(2).unsqueeze(2) for t in columns_of(key_map, fmt, pages.device))
     key_codes, key_params, value_codes, value_params = pages.split(fmt.sections, -1)
 
     digits = unpack_words(key_codes.unflatten(-1, (fmt.page_tokens, -1)), fmt.key_bits)
     weighted = (digits << (fmt.key_bits * digit).int()).float()
     code = torch.zeros(*weighted.shape[:-1], fmt.head_dim, device=pages.device)
     code.scatter_add_(-1, channel.expand_as(weighted), weighted)
-    scale, zero = (p.unsqueeze(3) for p in _unpack_params(key_params, fmt, columns.squeeze(2)))  # [B, H, P, 1, D]
+    scale, zero = (p.unsqueeze(3) for p in unpack_params(key_params, fmt, columns.squeeze(2)))  # [B, H, P, 1, D]
     keys = (zero + scale * code).flatten(2, 3)
 
     rows = value_codes.unflatten(-1, (-1, fmt.value_dim)).transpose(-1, -2)  # [B, H, P, Dv, G*b/32]
     code = unpack_words(rows, fmt.value_bits).transpose(-1, -2).unflatten(-1, (-1, fmt.value_group)).float()
-    params = (p.unflatten(-1, (-1, fmt.page_tokens)) for p in _unpack_params(value_params, fmt, None))
+    params = (p.unflatten(-1, (-1, fmt.page_tokens)) for p in unpack_params(value_params, fmt, None))
     scale, zero = (p.transpose(-1, -2).unsqueeze(-1) for p in params)  # [B, H, P, G, groups, 1]
     values = (zero + scale * code).flatten(-2).flatten(2, 3)
     if fmt.hadamard_block > 1:
