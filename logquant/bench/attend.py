@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from ..quantizer import columns
 from ..recall.index import PageIndex
 from ..recall.reading import Recall
 from ..recall_spec import RecallSpec
-from ..rule import split_positions
+from ..rule import COUNTED, split_positions
 from .timing import ColdCache, Timing, clock_of, time_interleaved
 
 FUSED = "logquant attend"
@@ -134,6 +135,20 @@ def _recall(
     return run
 
 
+def _split(quantization: LogQuantConfig, tokens: int) -> tuple[Tensor, Tensor]:
+    """Packed and exact positions. Which tokens attention would keep, random ones do not say; how many, their number."""
+    rule = quantization.rule if quantization.rule in COUNTED else "recent"
+    return split_positions(tokens, quantization.window, rule, quantization.sinks)
+
+
+def _operator(quantization: LogQuantConfig, window: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+    """What a decoding step calls: under the rule ``attention`` it counts that, too."""
+    if quantization.rule in COUNTED:
+        return ops.attend
+    given = window.new_zeros(window.shape[:3], dtype=torch.float32)
+    return functools.partial(ops.observed_attend, attention=given)
+
+
 def _check_kernels(device: str) -> None:
     if reason := ops.extension_error():
         raise RuntimeError(f"there is nothing to measure: {reason}")
@@ -168,22 +183,16 @@ def bench_attend(
         return torch.randn(shape.batch, heads, tokens, shape.dim, generator=generator, device=device).to(dtype)
 
     q, k, v = random(shape.heads, 1), random(shape.kv_heads, shape.context), random(shape.kv_heads, shape.context)
-    counting = quantization.rule == "attention"
-    # Which tokens that rule keeps, random ones do not say; how many, their number does.
-    rule = "recent" if counting else quantization.rule
-    packed, exact = split_positions(shape.context, quantization.window, rule, quantization.sinks)
+    packed, exact = _split(quantization, shape.context)
     fmt = quantization.page_format(shape.dim)
     key_map = columns.allocate(columns.variances(k, 2 * fmt.page_tokens), fmt) if fmt.has_map else None
     pages = ops.quantize(k, v, fmt, index=packed[None].to(device), key_map=key_map)
     window_k, window_v = (x[:, :, exact.to(device)].contiguous() for x in (k, v))
     scale = shape.dim**-0.5
-    given = window_k.new_zeros(window_k.shape[:3], dtype=torch.float32)
+    attend = _operator(quantization, window_k)
 
     def fused() -> Tensor:
-        options: dict[str, Any] = dict(scale=scale, key_map=key_map)
-        if counting:
-            return ops.observed_attend(q, pages, window_k, window_v, fmt, **options, attention=given)[0]
-        return ops.attend(q, pages, window_k, window_v, fmt, **options)[0]
+        return attend(q, pages, window_k, window_v, fmt, scale=scale, key_map=key_map)[0]
 
     def dequantize(kind: torch.dtype, grouped: bool) -> Callable[[], Tensor]:
         def run() -> Tensor:
