@@ -123,18 +123,22 @@ inline void check_broadcast(const Tensor& t, const char* name, ScalarType type, 
   check_dtype(t, name, type);
 }
 
-// The ten integers of a format (format.h), from an operator call.
+// The eleven integers of a format (format.h), from an operator call.
 inline PageFormat checked_format(const std::vector<int64_t>& fields) {
-  LOGQUANT_CHECK(fields.size() == kFormatFields, "format must have ", kFormatFields, " fields, got ", fields.size());
-  LOGQUANT_CHECK(fields[0] == kFormatVersion, "format version must be ", kFormatVersion, ", got ", fields[0]);
+  // Version 1 has no fine_values, and nothing else differs.
+  const int count = !fields.empty() && fields[0] == 1 ? kFormatFields - 1 : kFormatFields;
+  LOGQUANT_CHECK(fields.size() == static_cast<size_t>(count), "format must have ", count, " fields, got ",
+                 fields.size());
+  LOGQUANT_CHECK(fields[0] == 1 || fields[0] == kFormatVersion, "format version must be 1 or ", kFormatVersion,
+                 ", got ", fields[0]);
   for (const int64_t field : fields) {
     LOGQUANT_CHECK(field >= 0 && field <= (1 << 20), "format fields must lie between 0 and 2^20, got ", field);
   }
   PageFormat format;
-  int* const members[] = {&format.head_dim,    &format.value_dim,      &format.page_tokens,
-                          &format.key_bits,    &format.value_bits,     &format.key_columns,
-                          &format.value_group, &format.key_param_bits, &format.value_param_bits};
-  for (int i = 0; i < 9; ++i) *members[i] = static_cast<int>(fields[i + 1]);
+  int* const members[] = {&format.head_dim,         &format.value_dim,   &format.page_tokens, &format.key_bits,
+                          &format.value_bits,       &format.key_columns, &format.value_group, &format.key_param_bits,
+                          &format.value_param_bits, &format.fine_values};
+  for (int i = 0; i < count - 1; ++i) *members[i] = static_cast<int>(fields[i + 1]);
   const char* error = format_error(format);
   LOGQUANT_CHECK(error == nullptr, error);
   return format;

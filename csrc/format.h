@@ -1,7 +1,7 @@
 // The page: G consecutive evicted tokens of one KV head, self-contained and contiguous.
 //
 // Nothing else in csrc/ knows a bit position or a section offset; logquant/format.py mirrors this file.
-// All words are 32-bit, little-endian. Format version 1, sections in this order:
+// All words are 32-bit, little-endian. Format version 2, sections in this order:
 //
 //   part          shape in words        word
 //   key codes     [G][C*b/32]           32/b consecutive columns of one token
@@ -10,6 +10,7 @@
 //   value codes   [G*b/32][Dv]          32/b consecutive tokens of one channel
 //   value params  [2][Dv/Gv][G/2]       planar: fp16 scale[Dv/Gv][G], then fp16 zero, of a token over Gv channels
 //                 or [Dv/Gv][G/4]       8 bits: scale byte[Dv/Gv][G]
+//   fine digits   [Dv/32][16]           (with fine values) those of two channels, c and c + 16
 //
 // Every word runs along the axis that attention sums over. With element e of a word at bit_position(b, e), the
 // expression (word >> b*i) & lane_mask(b) yields elements 2i and 2i+1 as two 16-bit lanes: a half2 operand of
@@ -27,6 +28,11 @@
 //     digit i counts scale * 2^(b*(i-n) + 2). The zero byte (signed) counts eighths of the stored scale.
 //   * Values are rotated before they are quantised: blocks of hadamard_block() channels become their orthonormal
 //     Walsh-Hadamard transform, which is its own inverse. Code c stands for scale * (c - (2^b - 1) / 2).
+//
+// Fine values: the last two tokens of every word of value codes have values of 2b = 4 bits. The words above hold the
+// low digits of their codes, the fine digits are the high ones: eight elements a channel, two of each row of words. So
+// the low digits of a fine pair are the highest bits of both halves of a word; shifted by eight they are next to the
+// byte into which one byte permutation brings the high digits, and together are one code.
 #pragma once
 
 #include <cstdint>
@@ -44,7 +50,7 @@
 
 namespace logquant {
 
-inline constexpr int kFormatVersion = 1;
+inline constexpr int kFormatVersion = 2;
 inline constexpr int kWordBits = 32;
 inline constexpr int kMaxHeadDim = 1024;
 // A channel's code, all its columns together.
@@ -53,6 +59,8 @@ inline constexpr int kMaxCodeBits = 8;
 inline constexpr float kParamMax = 65504.0f;
 // Stored as the zero of a group that holds a NaN or an infinity, so that attention over it returns NaN.
 inline constexpr uint16_t kPoison = 0x7E00;
+// How many of a page's 64 tokens can have fine values.
+inline constexpr int kFineValues = 8;
 // Largest block of channels that are rotated together.
 inline constexpr int kMaxHadamard = 64;
 // block^-1/2, of blocks of 16, 32 and 64.
@@ -108,6 +116,7 @@ struct PageFormat {
   int value_group = 0;  // Gv
   int key_param_bits = 16;
   int value_param_bits = 16;
+  int fine_values = 0;  // tokens whose values have twice the bits
 
   // Digit `digit` of a channel with `columns` columns weighs 2^digit_exponent stored scales.
   template <class Int>  // or vectors of them
@@ -131,8 +140,21 @@ struct PageFormat {
   LOGQUANT_HOST_DEVICE constexpr int key_params() const { return page_tokens * key_code_words(); }
   LOGQUANT_HOST_DEVICE constexpr int value_codes() const { return key_params() + head_dim * key_param_bits / 16; }
   LOGQUANT_HOST_DEVICE constexpr int value_params() const { return value_codes() + value_code_rows() * value_dim; }
-  LOGQUANT_HOST_DEVICE constexpr int words() const {
+  LOGQUANT_HOST_DEVICE constexpr int fine_digits() const {
     return value_params() + value_groups() * page_tokens / (value_param_bits == 8 ? 4 : 1);
+  }
+  LOGQUANT_HOST_DEVICE constexpr int words() const { return fine_digits() + fine_values * value_dim / 16; }
+
+  // Fine values: of a token; the word of a channel's fine digits, and where in it those of a token lie.
+  LOGQUANT_HOST_DEVICE constexpr bool is_fine(int token) const { return fine_values > 0 && token % 16 >= 14; }
+  LOGQUANT_HOST_DEVICE constexpr int value_code_bits(int token) const {
+    return is_fine(token) ? 2 * value_bits : value_bits;
+  }
+  LOGQUANT_HOST_DEVICE constexpr int fine_word(int channel) const {
+    return fine_digits() + channel / 32 * 16 + channel % 16;
+  }
+  LOGQUANT_HOST_DEVICE constexpr int fine_position(int channel, int token) const {
+    return bit_position(value_bits, channel / 16 % 2 * 8 + token / 16 * 2 + token % 2);
   }
 
   // Elements (fp16, or bytes of keys) from the start of a parameter section to its zeros.
@@ -144,8 +166,8 @@ struct PageFormat {
 
 // The order of a format that travels as a list of integers through operator schemas and files:
 // version, head_dim, value_dim, page_tokens, key_bits, value_bits, key_columns, value_group,
-// key_param_bits, value_param_bits.
-inline constexpr int kFormatFields = 10;
+// key_param_bits, value_param_bits, fine_values.
+inline constexpr int kFormatFields = 11;
 
 // nullptr if the numbers describe a valid page, else what is wrong.
 constexpr const char* format_error(const PageFormat& f) {
@@ -163,6 +185,12 @@ constexpr const char* format_error(const PageFormat& f) {
     return "value_group must be a multiple of 16 that divides value_dim";
   if (f.key_param_bits != 8 && f.key_param_bits != 16) return "key_param_bits must be 8 or 16";
   if (f.value_param_bits != 8 && f.value_param_bits != 16) return "value_param_bits must be 8 or 16";
+  const bool can_be_fine =
+      f.page_tokens == 64 && f.value_bits == 2 && f.value_param_bits == 8 && f.value_group % 32 == 0;
+  if (f.fine_values != 0 && !(f.fine_values == kFineValues && can_be_fine))
+    return "fine_values must be 0, or 8 with page_tokens 64, value_bits 2, value_param_bits 8 and a value_group that "
+           "is "
+           "a multiple of 32";
   return nullptr;
 }
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .format import BITS, PAGE_TOKENS, PARAM_BITS, PageFormat
+from .format import BITS, PAGE_TOKENS, PARAM_BITS, PageFormat, fine_tokens
 from .recall_spec import RecallSpec
 from .rule import RULES, Rule
 
@@ -44,6 +44,8 @@ class LogQuantConfig:
             that a head has a multiple of 16.
         param_bits: 8 stores scales in 8 bits, fits them and rotates values, as the newest queries tell, which are kept
             (:mod:`logquant.quantizer.queries`); 16 stores the range of the elements.
+        fine_values: how many tokens of a page, the most attended, have values of 4 bits: 0, or 8 with the rule
+            ``"attention"``, pages of 64 tokens, and ``value_bits`` 2 and ``param_bits`` 8.
         calibration: what says which channels get the columns, the same for every sequence: a
             :class:`logquant.quantizer.calibration.Calibration` of the model, or its file, which the cache reads. By
             default each sequence says it.
@@ -65,6 +67,7 @@ class LogQuantConfig:
     sinks: int = 4
     key_columns: float | None = None
     param_bits: int = 8
+    fine_values: int = 0
     calibration: KeyMaps | str | os.PathLike[str] | None = None
     recall: str | None = None
 
@@ -131,6 +134,12 @@ class LogQuantConfig:
             f"a number above 0, up to {most} (8 / key_bits)",
         )
         need(is_count(self.param_bits) and self.param_bits in PARAM_BITS, "param_bits", "8 or 16")
+        can_be_fine = (self.rule, self.page_tokens, self.value_bits, self.param_bits) == ("attention", 64, 2, 8)
+        need(
+            is_count(self.fine_values) and (self.fine_values == 0 or (self.fine_values == 8 and can_be_fine)),
+            "fine_values",
+            "0, or 8 with rule 'attention', page_tokens 64, value_bits 2 and param_bits 8",
+        )
         need(
             self.calibration is None or columns != 1,
             "calibration",
@@ -151,6 +160,13 @@ class LogQuantConfig:
         assert self.page_tokens is not None
         return self.page_tokens
 
+    @property
+    def ranks(self) -> list[int]:
+        """Of each token of a page, which it is by attention, 0 being the most attended: fine values go to the first."""
+        fine = fine_tokens(self.page_size) if self.fine_values else []
+        order = fine + [t for t in range(self.page_size) if t not in fine]
+        return sorted(range(self.page_size), key=order.__getitem__)
+
     def page_format(self, head_dim: int, value_dim: int | None = None) -> PageFormat:
         """The format of the pages of one KV head.
 
@@ -168,6 +184,7 @@ class LogQuantConfig:
             value_group=self.value_group or 0,
             key_param_bits=self.param_bits,
             value_param_bits=self.param_bits,
+            fine_values=self.fine_values,
         )
 
     def allocates_bits(self, fmt: PageFormat) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PARAM_BITS = (8, 16)
 MAX_HADAMARD = 64
 MAX_HEAD_DIM = 1024
@@ -27,6 +27,11 @@ def default_value_group(value_dim: int, step: int = 16) -> int:
     return min(groups, key=lambda g: (max(g / 64, 64 / g), -g))
 
 
+def fine_tokens(page_tokens: int) -> list[int]:
+    """The tokens of a page that can have fine values: the last two of every word of value codes (csrc/format.h)."""
+    return [t for t in range(page_tokens) if t % 16 >= 14]
+
+
 @dataclass(frozen=True)
 class PageFormat:
     """The layout of one page: ``page_tokens`` tokens of one KV head (csrc/format.h).
@@ -41,6 +46,8 @@ class PageFormat:
             default the one nearest to 64 (with ``value_param_bits`` 8: that the largest Hadamard block divides).
         key_param_bits: 16 (min-max: fp16 scale and zero) or 8 (MSE-searched: logarithmic scale, zero in eighths).
         value_param_bits: 16 (min-max) or 8 (MSE-searched: Hadamard-rotated values, a logarithmic scale, no zero).
+        fine_values: how many tokens of a page have values of 4 bits (:attr:`fine_tokens`): 0, or 8 where a page has 64
+            tokens, values of 2 bits with 8-bit parameters, and a ``value_group`` that is a multiple of 32.
 
     Raises:
         ValueError: naming the field, what it was and what it must be.
@@ -55,6 +62,7 @@ class PageFormat:
     value_group: int = 0
     key_param_bits: int = 16
     value_param_bits: int = 16
+    fine_values: int = 0
 
     def __post_init__(self) -> None:
         def need(ok: bool, field: str, what: str) -> None:
@@ -84,6 +92,12 @@ class PageFormat:
             "value_group",
             f"a multiple of 16 that divides value_dim ({self.value_dim})",
         )
+        can_be_fine = (self.page_tokens, self.value_bits, self.value_param_bits) == (64, 2, 8)
+        need(
+            self.fine_values == 0 or (self.fine_values == 8 and can_be_fine and self.value_group % 32 == 0),
+            "fine_values",
+            "0, or 8 with page_tokens 64, value_bits 2, value_param_bits 8 and a value_group that is a multiple of 32",
+        )
 
     @property
     def has_map(self) -> bool:
@@ -103,6 +117,11 @@ class PageFormat:
         return self.value_dim // self.value_group
 
     @property
+    def fine_tokens(self) -> tuple[int, ...]:
+        """The tokens of a page whose values have 4 bits (:func:`fine_tokens`)."""
+        return tuple(fine_tokens(self.page_tokens)) if self.fine_values else ()
+
+    @property
     def mse_searched(self) -> bool:
         """Whether parameters of keys or values are searched, not the range of the elements."""
         return self.key_param_bits == 8 or self.value_param_bits == 8
@@ -113,13 +132,14 @@ class PageFormat:
         return largest_block(self.value_group) if self.value_param_bits == 8 else 1
 
     @property
-    def sections(self) -> tuple[int, int, int, int]:
-        """Words of the four parts of a page: key codes, key params, value codes, value params."""
+    def sections(self) -> tuple[int, int, int, int, int]:
+        """Words of the five parts of a page: key codes, key params, value codes, value params, fine digits."""
         return (
             self.page_tokens * self.key_code_words,
             self.head_dim * self.key_param_bits // 16,
             self.value_code_rows * self.value_dim,
             self.value_groups * self.page_tokens // (4 if self.value_param_bits == 8 else 1),
+            self.fine_values * self.value_dim // 16,
         )
 
     @property
@@ -138,7 +158,7 @@ class PageFormat:
         return 32 * self.words / (self.page_tokens * (self.head_dim + self.value_dim))
 
     def fields(self) -> list[int]:
-        """The ten integers that describe a format in operator schemas and files (csrc/format.h)."""
+        """The eleven integers that describe a format in operator schemas and files (csrc/format.h)."""
         # Not dataclasses.astuple, which copies: every operator call of every layer comes by here.
         return [
             FORMAT_VERSION,
@@ -151,14 +171,16 @@ class PageFormat:
             self.value_group,
             self.key_param_bits,
             self.value_param_bits,
+            self.fine_values,
         ]
 
     @classmethod
     def from_fields(cls, fields: list[int]) -> PageFormat:
-        """The inverse of :meth:`fields`."""
-        if len(fields) != 10:
-            raise ValueError(f"format must have 10 fields, got {len(fields)}")
+        """The inverse of :meth:`fields`, and of those of version 1, which has no ``fine_values``."""
+        count = 10 if fields[:1] == [1] else 11
+        if len(fields) != count:
+            raise ValueError(f"format must have {count} fields, got {len(fields)}")
         version, *own = fields
-        if version != FORMAT_VERSION:
-            raise ValueError(f"format version must be {FORMAT_VERSION}, got {version}")
+        if version not in (1, FORMAT_VERSION):
+            raise ValueError(f"format version must be 1 or {FORMAT_VERSION}, got {version}")
         return cls(*own)

@@ -105,6 +105,11 @@ def test_parameters_saturate():
             r"value_group must be a multiple of 16 that divides value_dim \(64\), got 24",
         ),
         (dict(head_dim=64, value_group=48), "value_group must be a multiple of 16"),
+        (dict(head_dim=64, fine_values=8), "fine_values must be 0, or 8 with .* value_param_bits 8"),
+        (dict(head_dim=64, value_param_bits=8, fine_values=4), "fine_values must be 0, or 8 with .*, got 4"),
+        (dict(head_dim=64, value_param_bits=8, page_tokens=32, fine_values=8), "8 with page_tokens 64"),
+        (dict(head_dim=64, value_param_bits=8, value_bits=4, fine_values=8), "8 with .* value_bits 2"),
+        (dict(head_dim=80, value_param_bits=8, fine_values=8), "a value_group that is a multiple of 32, got 8"),
     ],
 )
 def test_bad_formats(fields, message):
@@ -143,6 +148,39 @@ def test_searched_parameters_lose_less_than_the_range_does(fmt, seed, weighted):
     step = groups.amax(4) * block**0.5 / (2**fmt.value_bits - 1) * 2 ** (3 / 16)
     error = ((values - v) ** 2).unflatten(3, (-1, fmt.value_group)).mean(4)
     assert (error <= 1.01 * step**2 + 1e-9).all()
+
+
+def test_fine_values():
+    """Eight tokens of a page lose 20 times less; the others are stored as without them, bit for bit."""
+    plain = PageFormat(64, 96, value_group=96, value_param_bits=8)
+    fine = dataclasses.replace(plain, fine_values=8)
+    assert fine.fine_tokens == (14, 15, 30, 31, 46, 47, 62, 63) and plain.fine_tokens == ()
+    k, v = torch.randn(2, 3, 192, 64), torch.randn(2, 3, 192, 96)
+    pages = {fmt: reference.quantize(k, v, fmt) for fmt in (plain, fine)}
+    error = {
+        fmt: (reference.dequantize(pages[fmt], fmt)[1] - v).square().unflatten(2, (-1, 64)).mean((0, 1, 2, 4))
+        for fmt in (plain, fine)
+    }
+    has = torch.zeros(64, dtype=torch.bool)
+    has[list(fine.fine_tokens)] = True
+    assert torch.equal(error[plain][~has], error[fine][~has])
+    assert (error[fine][has] < error[plain][has] / 8).all()
+
+
+def test_where_fine_digits_lie():
+    """The high digits of channels c and c + 16 share a word, and are where they would be as 16 elements of it."""
+    fmt = PageFormat(64, value_group=32, value_param_bits=8, fine_values=8)
+    v = hadamard(torch.randint(0, 16, (64, 64)) - 7.5, 32)
+    page = reference.quantize(torch.zeros(1, 1, 64, 64), v.view(1, 1, 64, 64), fmt)[0, 0, 0]
+    low = unpack_words(page[fmt.key_code_words * 64 + 64 :][: 4 * 64].view(4, 64).t(), 2)
+    high = unpack_words(page[-32:].view(2, 16, 1), 2).unflatten(-1, (2, 8)).transpose(1, 2).reshape(64, 8)
+    codes = low[:, list(fmt.fine_tokens)] + 4 * high
+    _, values = reference.dequantize(page.view(1, 1, 1, -1), fmt)
+    rotated = hadamard(values[0, 0], 32)[list(fmt.fine_tokens)].unflatten(-1, (2, 32))
+    scales = words.unpack_bytes(page[-64:-32].view(2, 16), signed=False)
+    assert codes.max() > 12 and codes.min() < 3
+    scale = words.byte_scale(scales)[:, list(fmt.fine_tokens)].t()
+    assert torch.allclose(rotated / scale.unsqueeze(-1) + 7.5, codes.t().float().unflatten(-1, (2, 32)), atol=1e-4)
 
 
 def test_a_channel_without_columns_keeps_its_mean():
@@ -193,11 +231,18 @@ def test_scale_bytes():
 
 
 @pytest.mark.parametrize(
-    ("dim", "columns", "group", "block", "bits"),
-    [(64, 80, 64, 64, 2.4375), (80, 96, 80, 16, 2.375), (128, 160, 64, 64, 2.4375), (256, 320, 64, 64, 2.4375)],
+    ("dim", "columns", "group", "block", "bits", "fine"),
+    [
+        (64, 80, 64, 64, 2.4375, 0),
+        (80, 96, 80, 16, 2.375, 0),
+        (128, 160, 64, 64, 2.4375, 0),
+        (256, 320, 64, 64, 2.4375, 0),
+        (64, 80, 64, 64, 2.5625, 8),
+        (128, 160, 64, 64, 2.5625, 8),
+    ],
 )
-def test_sizes_of_searched_pages(dim, columns, group, block, bits):
-    fmt = PageFormat(dim, key_columns=columns, key_param_bits=8, value_param_bits=8)
+def test_sizes_of_searched_pages(dim, columns, group, block, bits, fine):
+    fmt = PageFormat(dim, key_columns=columns, key_param_bits=8, value_param_bits=8, fine_values=fine)
     assert (fmt.value_group, fmt.hadamard_block, fmt.bits_per_element) == (group, block, bits)
     assert all(section % 4 == 0 for section in fmt.sections), "every section starts at a multiple of 16 bytes"
 
@@ -207,11 +252,18 @@ def test_fields_round_trip(fmt):
     assert PageFormat.from_fields(fmt.fields()) == fmt
 
 
+def test_fields_of_version_1():
+    """Programs that were exported hold such lists."""
+    fields = [1, 64, 64, 64, 2, 2, 80, 64, 8, 8]
+    assert PageFormat.from_fields(fields) == PageFormat(64, key_columns=80, key_param_bits=8, value_param_bits=8)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ([1, 64], "format must have 10 fields, got 2"),
-        ([9, 64, 64, 64, 2, 2, 64, 64, 16, 16], "format version must be 1, got 9"),
+        ([], "format must have 11 fields, got 0"),
+        ([9, 64, 64, 64, 2, 2, 64, 64, 16, 16, 0], "format version must be 1 or 2, got 9"),
         ([1, 64, 64, 64, 2, 2, 64, 64, 4, 16], "key_param_bits must be 8 or 16, got 4"),
         ([1, 64, 64, 64, 2, 2, 64, 64, 8, 12], "value_param_bits must be 8 or 16, got 12"),
     ],

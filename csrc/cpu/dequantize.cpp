@@ -59,10 +59,14 @@ void dequantize_values(const PageFormat& f, const int32_t* page, void* out, int6
   for (int row = 0; row < f.value_code_rows(); ++row) {
     for (int c = 0; c < f.value_dim; c += kLanes) {
       const I32 word = load(page + f.value_codes() + row * f.value_dim + c);
+      const I32 fine = f.fine_values > 0 ? load(page + f.fine_word(c)) : splat(0);
       const int group = c / f.value_group;
       for (int e = 0; e < kElements; ++e) {
         const int t = row * kElements + e, param = group * f.page_tokens + t;
-        const I32 code = shift_right(word, bit_position(bits, e)) & static_cast<int>(code_mask(bits));
+        I32 code = shift_right(word, bit_position(bits, e)) & static_cast<int>(code_mask(bits));
+        if (f.is_fine(t)) {
+          code |= (shift_right(fine, f.fine_position(c, t)) & static_cast<int>(code_mask(bits))) << bits;
+        }
         const F32 x = splat(zero[param]) + splat(scale[param]) * to_float(code);
         if (f.hadamard_block() > 1) {
           store(rotated + e * f.value_dim + c, x);

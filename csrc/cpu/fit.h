@@ -118,9 +118,9 @@ struct ValueFit {
 };
 
 // x: [count][kLanes], finite. Byte 0 if they are too large to be squared.
-LOGQUANT_INLINE ValueFit fit_values(const float* x, int count, float levels) {
+LOGQUANT_INLINE ValueFit fit_values(const float* x, int count, F32 levels) {
   const auto x_at = [&](int i) __attribute__((always_inline)) { return load(x + i * kLanes); };
-  const F32 most = splat(levels), middle = splat(0.5f * levels);
+  const F32 most = levels, middle = 0.5f * levels;
   F32 high = splat(0.0f);
   for (int i = 0; i < count; ++i) high = max(abs(x_at(i)), high);
 

@@ -35,7 +35,14 @@ LOGQUANT_INLINE Params key_params_at(const PageFormat& f, const int32_t* page, i
   return byte_params(load_u8(p), to_float(zero), kZeroUnit);
 }
 
-LOGQUANT_INLINE float value_zero_steps(int bits) { return -0.5f * static_cast<float>(code_mask(bits)); }
+// Middles of the codes of 16 tokens, the last two of which have fine values.
+alignas(64) inline constexpr float kFineMiddles[16] = {1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f,
+                                                       1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 7.5f, 7.5f};
+
+// The middles of the codes of kLanes tokens from t on, a multiple of kLanes.
+LOGQUANT_INLINE F32 value_middles(const PageFormat& f, int t) {
+  return f.fine_values > 0 ? load(kFineMiddles + t % 16) : splat(0.5f * static_cast<float>(code_mask(f.value_bits)));
+}
 
 // i: [group][token]
 LOGQUANT_INLINE Params value_params_at(const PageFormat& f, const int32_t* page, int i) {
@@ -44,7 +51,7 @@ LOGQUANT_INLINE Params value_params_at(const PageFormat& f, const int32_t* page,
     return {load_half(p), load_half(p + f.value_zeros())};
   }
   const uint8_t* const p = reinterpret_cast<const uint8_t*>(page + f.value_params()) + i;
-  return byte_params(load_u8(p), splat(value_zero_steps(f.value_bits)), 1.0f);
+  return byte_params(load_u8(p), -value_middles(f, i % f.page_tokens), 1.0f);
 }
 
 // What digit `digit` of a channel with `columns` columns weighs, in units of the stored scale.

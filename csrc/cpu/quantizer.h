@@ -185,17 +185,22 @@ template <int bits, class XAt>
 LOGQUANT_INLINE void pack_values(const PageFormat& f, int group, const float* scale, const float* inverse,
                                  const float* zero, int32_t* page, XAt&& x_at) {
   constexpr int kElements = elements_per_word(bits);
-  const F32 levels = splat(static_cast<float>(code_mask(bits)));
   const int first = group * f.value_group, last = first + f.value_group;
   for (int row = 0; row < f.value_code_rows(); ++row) {
     for (int c = first; c < last; c += kLanes) {
-      I32 word = splat(0);
+      I32 word = splat(0), fine = splat(0);
       for (int e = 0; e < kElements; ++e) {
         const int t = row * kElements + e;
-        word |= code_of(x_at(t, c), splat(scale[t]), splat(inverse[t]), splat(zero[t]), levels)
-                << bit_position(bits, e);
+        const F32 levels = splat(static_cast<float>(code_mask(f.value_code_bits(t))));
+        const I32 code = code_of(x_at(t, c), splat(scale[t]), splat(inverse[t]), splat(zero[t]), levels);
+        word |= (code & static_cast<int>(code_mask(bits))) << bit_position(bits, e);
+        if (f.is_fine(t)) fine |= (code >> bits) << f.fine_position(c, t);
       }
       store(page + f.value_codes() + row * f.value_dim + c, word);
+      if (f.fine_values == 0) continue;
+      int32_t* const at = page + f.fine_word(c);
+      const bool is_first = row == 0 && c / 16 % 2 == 0;  // of the two channels, and their rows, that share the word
+      store(at, is_first ? fine : load(at) | fine);
     }
   }
 }
@@ -249,7 +254,6 @@ LOGQUANT_INLINE void feed_back(const PageFormat& f, int group, const float* scal
                                const float* zero, const int32_t* counts, const float* feedback, float* errors,
                                float* x) {
   const int tokens = f.page_tokens, dim = f.value_dim;
-  const F32 levels = splat(static_cast<float>(code_mask(bits)));
   const auto run = [&](auto vectors, int c) __attribute__((always_inline)) {
     for (int t = 0; t < tokens; ++t) {
       F32 own[vectors];
@@ -260,6 +264,7 @@ LOGQUANT_INLINE void feed_back(const PageFormat& f, int group, const float* scal
         for (int i = 0; i < vectors; ++i) own[i] -= factor * load(error + i * kLanes);
       }
       const F32 s = splat(scale[t]), z = splat(zero[t]);
+      const F32 levels = splat(static_cast<float>(code_mask(f.value_code_bits(t))));
       for (int i = 0; i < vectors; ++i) {
         store(x + t * dim + c + i * kLanes, own[i]);
         const F32 code = to_float(code_of(own[i], s, splat(inverse[t]), z, levels));
@@ -323,7 +328,7 @@ void quantize_rotated_values(const PageFormat& f, const PageSource& source, cons
           for (int i = 0; i < kLanes; ++i) store(x + (c + i) * kLanes, square[i]);
         }
         const I32 good = load(counts + t);
-        const ValueFit best = fit_values(x, f.value_group, static_cast<float>(code_mask(bits)));
+        const ValueFit best = fit_values(x, f.value_group, 2.0f * value_middles(f, t));
         store_u8(scale_bytes + group * tokens + t, select(good, best.byte, splat(kPoisonScale)));
         store(scale + t, select(good, best.scale, splat(0.0f)));
         store(inverse + t, 1.0f / best.scale);

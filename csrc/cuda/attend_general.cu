@@ -126,7 +126,7 @@ class GeneralAttention {
         const uint32_t word = page[f.value_codes() + row * f.value_dim + c];
         for (int e = 0; e < value_elements; ++e) {
           const int t = row * value_elements + e;
-          const float code = static_cast<float>(extract(word, f.value_bits, e));
+          const float code = static_cast<float>(value_code(f, page, word, c, t));
           const Params p = value_params_at(f, page, group + t);
           add(acc, t, fmaf(p.scale, code, p.zero));
         }

@@ -94,7 +94,7 @@ LOGQUANT_DEVICE void dequantize_values(const PageFormat& f, const uint32_t* page
         p.scale *= unit;
         p.zero *= unit;
 #pragma unroll
-        for (int k = 0; k < 4; ++k) x.x[k] = restored(p, extract(word[k], bits, e));
+        for (int k = 0; k < 4; ++k) x.x[k] = restored(p, value_code(f, page, word[k], c + k, from + t));
       }
       if (block > 1) x = rotated(x, block);
       if (own) store4(out + t * stride + c, x, aligned);

@@ -36,7 +36,14 @@ LOGQUANT_DEVICE Params value_params_at(const PageFormat& f, const uint32_t* page
     return {half_to_float(p[0]), half_to_float(p[f.value_zeros()])};
   }
   const uint8_t* const p = reinterpret_cast<const uint8_t*>(page + f.value_params()) + i;
-  return byte_params(p[0], -0.5f * static_cast<float>(code_mask(f.value_bits)), 1.0f);
+  return byte_params(p[0], -0.5f * static_cast<float>(code_mask(f.value_code_bits(i % f.page_tokens))), 1.0f);
+}
+
+// The code of token t and channel c, whose word of value codes is `word`.
+LOGQUANT_DEVICE uint32_t value_code(const PageFormat& f, const uint32_t* page, uint32_t word, int c, int t) {
+  const uint32_t code = extract(word, f.value_bits, t % elements_per_word(f.value_bits));
+  if (!f.is_fine(t)) return code;
+  return code | (page[f.fine_word(c)] >> f.fine_position(c, t) & code_mask(f.value_bits)) << f.value_bits;
 }
 
 // What digit `digit` of a channel with `columns` columns weighs, in units of the stored scale.

@@ -98,6 +98,11 @@ constexpr FeedbackTile feedback_tile(const PageFormat& f) {
   return tile;
 }
 
+// Whether a block works on a tile: with feedback, and for fine values, whose digits share words across rows.
+LOGQUANT_HOST_DEVICE constexpr bool needs_feedback_tile(const PageFormat& f, bool feedback) {
+  return f.value_param_bits == 8 && (feedback || f.fine_values > 0);
+}
+
 // Shared memory of quantize_keys and quantize_values, in bytes.
 inline int quantizer_shared(const PageFormat& f, bool feedback) {
   const int range = 4 * kQuantizeThreads * static_cast<int>(sizeof(Range));
@@ -106,8 +111,8 @@ inline int quantizer_shared(const PageFormat& f, bool feedback) {
   const int keys =
       f.head_dim * static_cast<int>(sizeof(Group) + 2 * sizeof(float)) + (f.key_param_bits == 16 ? range : key_fit);
   const int values = f.value_param_bits == 16 ? f.value_groups() * f.page_tokens * static_cast<int>(sizeof(Group))
-                     : feedback               ? feedback_bytes(f, feedback_tile(f))
-                                              : value_fit_warps(f) * value_fit_bytes(f);
+                     : needs_feedback_tile(f, feedback) ? feedback_bytes(f, feedback_tile(f))
+                                                        : value_fit_warps(f) * value_fit_bytes(f);
   return keys > values ? keys : values;
 }
 
@@ -339,19 +344,24 @@ LOGQUANT_DEVICE float less_errors(float x, const float* factors, const float (&e
   return x;
 }
 
-// Codes the first of kFeedbackTokens tokens of a channel, then the next. x: [token], `pitch` apart; factors: [later
-// token][token], from the first of the tokens on.
+// The largest code of a value of token t.
+LOGQUANT_DEVICE float value_levels(const PageFormat& f, int t) {
+  return static_cast<float>(code_mask(f.value_code_bits(t)));
+}
+
+// Codes the first of kFeedbackTokens tokens of a channel, then the next. x, groups: [token], x `pitch` apart; factors:
+// [later token][token]; all from `first` of the page on, the first of the tokens.
 template <int token = 0>
-LOGQUANT_DEVICE void feed_back_among(float* x, int pitch, const Group* groups, float levels, const float* factors,
-                                     float (&errors)[kFeedbackTokens]) {
+LOGQUANT_DEVICE void feed_back_among(const PageFormat& f, float* x, int pitch, const Group* groups, int first,
+                                     const float* factors, float (&errors)[kFeedbackTokens]) {
   if constexpr (token < kFeedbackTokens) {
     const float own = less_errors<token>(x[token * pitch], factors + token * kFeedbackTokens, errors);
     const Group group = groups[token];
-    const float code = static_cast<float>(code_of(own, group, levels));
+    const float code = static_cast<float>(code_of(own, group, value_levels(f, first + token)));
     const float error = __fsub_rn(own, __fadd_rn(group.zero, __fmul_rn(group.scale, code)));
     errors[token] = group.scale > 0.0f ? error : 0.0f;  // a poisoned group has none
     x[token * pitch] = own;
-    feed_back_among<token + 1>(x, pitch, groups, levels, factors, errors);
+    feed_back_among<token + 1>(f, x, pitch, groups, first, factors, errors);
   }
 }
 
@@ -364,7 +374,6 @@ LOGQUANT_DEVICE void feed_back_among(float* x, int pitch, const Group* groups, f
 template <class GroupsAt>
 LOGQUANT_DEVICE void feed_back(const PageFormat& f, float* x, int pitch, int channels, int tokens, GroupsAt groups_at,
                                const float* feedback, float* factors) {
-  const float levels = static_cast<float>(code_mask(f.value_bits));
   for (int first = 0; first < tokens; first += kFeedbackTokens) {
     const int later = tokens - first;
     for (int i = threadIdx.x; i < kFeedbackTokens * later; i += kQuantizeThreads) {
@@ -375,7 +384,7 @@ LOGQUANT_DEVICE void feed_back(const PageFormat& f, float* x, int pitch, int cha
     for (int c = threadIdx.x; c < channels; c += kQuantizeThreads) {
       float* const own = x + first * pitch + c;
       float errors[kFeedbackTokens];
-      feed_back_among(own, pitch, groups_at(c) + first, levels, factors, errors);
+      feed_back_among(f, own, pitch, groups_at(c) + first, first, factors, errors);
       for (int s = kFeedbackTokens; s < later; s += 4) {
 #pragma unroll
         for (int i = s; i < s + 4; ++i) {
@@ -387,8 +396,29 @@ LOGQUANT_DEVICE void feed_back(const PageFormat& f, float* x, int pitch, int cha
   }
 }
 
-// The same with feedback. Three rounds: scales are fitted to the values, then to what feedback with these makes of
-// them, and then codes come from feedback with the new scales.
+// Words of fine digits of `channels` channels, from channel `first` of the page on; the others as for feed_back. A
+// thread takes a word.
+template <class GroupsAt>
+LOGQUANT_DEVICE void pack_fine_digits(const PageFormat& f, const float* x, int pitch, int channels, int first,
+                                      GroupsAt groups_at, uint32_t* page) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < channels / 2; i += kQuantizeThreads) {
+    const int low = i / 16 * 32 + i % 16;
+    uint32_t word = 0;
+    for (int c = low; c <= low + 16; c += 16) {
+      for (int t = 0; t < f.page_tokens; ++t) {
+        if (!f.is_fine(t)) continue;
+        const uint32_t code = code_of(x[t * pitch + c], groups_at(c)[t], value_levels(f, t));
+        word |= code >> f.value_bits << f.fine_position(first + c, t);
+      }
+    }
+    page[f.fine_word(first + low)] = word;
+  }
+}
+
+// The same with feedback, and for fine values also without, for their digits are packed once all rows are coded. Three
+// rounds: scales are fitted to the values, then to what feedback with these makes of them, and then codes come from
+// feedback with the new scales. Without feedback, the second is left out.
 template <class T, class Rows>
 LOGQUANT_DEVICE void quantize_fed_back_values(const PageFormat& f, const PageSource<T, Rows>& source,
                                               const FeedbackTile& tile, const float* feedback, uint32_t* page,
@@ -396,7 +426,6 @@ LOGQUANT_DEVICE void quantize_fed_back_values(const PageFormat& f, const PageSou
   const int bits = f.value_bits, elements = elements_per_word(bits), tokens = f.page_tokens;
   const int pitch = fit_pitch(tile.strip), row_pitch = fit_pitch(tile.span);
   const int self = threadIdx.x, lane = self % 32, warp = self / 32;
-  const float levels = static_cast<float>(code_mask(bits));
   float* const x = reinterpret_cast<float*>(shared);                                   // [token][channel of the strip]
   float* const factors = x + tokens * pitch;                                           // [later token][token]
   Group* const groups = reinterpret_cast<Group*>(factors + tokens * kFeedbackTokens);  // [round][group][token]
@@ -405,10 +434,11 @@ LOGQUANT_DEVICE void quantize_fed_back_values(const PageFormat& f, const PageSou
 
   for (int span = 0; span < f.value_dim; span += tile.span) {
 #pragma unroll 1
-    for (int round = 0; round < 3; ++round) {
+    for (int round = 0; round < 3; round += feedback == nullptr ? 2 : 1) {
       const bool last = round == 2;
       const int step = last ? tokens : tile.rows;
-      const Group* const old = groups + (last ? tile.groups * tokens : 0);  // of the round before
+      const Group* const old =
+          groups + (last && feedback != nullptr ? tile.groups * tokens : 0);  // of the round before
       for (int from = 0; from < tokens; from += step) {
         const int until = from + step;
         for (int strip = 0; strip < tile.span; strip += tile.strip) {
@@ -425,7 +455,7 @@ LOGQUANT_DEVICE void quantize_fed_back_values(const PageFormat& f, const PageSou
             if (j < total) store4(x + t * pitch + c, four, true);
           }
           __syncthreads();
-          if (round > 0) {
+          if (round > 0 && feedback != nullptr) {
             const auto groups_at = [&](int c) { return old + (strip + c) / f.value_group * tokens; };
             feed_back(f, x, pitch, tile.strip, until, groups_at, feedback, factors);
           }
@@ -436,8 +466,15 @@ LOGQUANT_DEVICE void quantize_fed_back_values(const PageFormat& f, const PageSou
               const Group* const own = old + (strip + c) / f.value_group * tokens + row * elements;
               const float* const at = x + row * elements * pitch + c;
               uint32_t word = 0;
-              for (int e = 0; e < elements; ++e) word |= place(code_of(at[e * pitch], own[e], levels), bits, e);
+              for (int e = 0; e < elements; ++e) {
+                const uint32_t code = code_of(at[e * pitch], own[e], value_levels(f, row * elements + e));
+                word |= place(code & code_mask(bits), bits, e);
+              }
               page[f.value_codes() + row * f.value_dim + span + strip + c] = word;
+            }
+            if (f.fine_values > 0) {
+              const auto groups_at = [&](int c) { return old + (strip + c) / f.value_group * tokens; };
+              pack_fine_digits(f, x, pitch, tile.strip, span + strip, groups_at, page);
             }
             __syncthreads();
           } else if (!tile.whole()) {
@@ -452,6 +489,7 @@ LOGQUANT_DEVICE void quantize_fed_back_values(const PageFormat& f, const PageSou
         if (last) continue;
         for (int i = warp * kFitGroups; i < tile.groups * step; i += kQuantizeWarps * kFitGroups) {
           const int group = i / step, t = i % step + lane / kFitLanes, part = lane % kFitLanes;
+          const float levels = value_levels(f, from + t);
           Fit fit = fit_values({rows + t * row_pitch + group * f.value_group + part, nullptr, f.value_group}, levels);
           // Poisoned is what was: large factors make numbers of any size, and more.
           const int at = group * tokens + from + t;
@@ -473,7 +511,7 @@ LOGQUANT_DEVICE void quantize_values(const PageFormat& f, const PageSource<T, Ro
                                      const float* feedback, uint32_t* page, unsigned char* shared) {
   if (f.value_param_bits == 16) {
     quantize_plain_values(f, source, page, shared);
-  } else if (feedback == nullptr) {
+  } else if (!needs_feedback_tile(f, feedback != nullptr)) {
     quantize_rotated_values(f, source, page, shared);
   } else {
     quantize_fed_back_values(f, source, tile, feedback, page, shared);

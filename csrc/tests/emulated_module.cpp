@@ -32,7 +32,7 @@ class Reader {
   logquant::PageFormat format() {
     logquant::PageFormat f;
     for (int* field : {&f.head_dim, &f.value_dim, &f.page_tokens, &f.key_bits, &f.value_bits, &f.key_columns,
-                       &f.value_group, &f.key_param_bits, &f.value_param_bits}) {
+                       &f.value_group, &f.key_param_bits, &f.value_param_bits, &f.fine_values}) {
       *field = static_cast<int>(number());
     }
     return f;

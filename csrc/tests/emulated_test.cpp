@@ -189,6 +189,11 @@ PageFormat fitted(PageFormat f) {
   f.key_param_bits = f.value_param_bits = 8;
   return f;
 }
+PageFormat fine(PageFormat f) {
+  f = fitted(f);
+  f.fine_values = kFineValues;
+  return f;
+}
 
 }  // namespace
 
@@ -205,10 +210,13 @@ int main(int argc, char** argv) {
   run(format(128, 128, 64, 2, 2, 128), 9, 40, 4, 1, "tensor");
   run(fitted(format(64, 64, 64, 2, 2, 80)), 9, 1, 4, 3, "tensor");
   run(fitted(format(256, 256, 64, 2, 2, 320)), 5, 20, 4, 3, "tensor");  // two warps share a page
+  run(fine(format(64, 64, 64, 2, 2, 80)), 9, 1, 4, 3, "tensor");
   run(format(80, 96, 32, 4, 2, 80), 5, 33, 1, 2, "general");
   run(format(96, 64, 128, 2, 8, 112), 3, 70, 2, 33, "prefill");
   run(fitted(format(80, 96, 32, 4, 8, 96)), 5, 33, 1, 2, "general");
   run(fitted(format(96, 64, 128, 2, 2, 112)), 3, 70, 2, 33, "prefill");
+  run(fine(format(96, 64, 64, 2, 2, 112)), 3, 70, 2, 33, "prefill");
+  run(fine(format(80, 96, 64, 4, 2, 96)), 5, 33, 1, 2, "general");
   run({64, 256, 128, 2, 2, 64, 256, 8, 8}, 2, 1, 1, 1, "general");  // more than values are fed back at once
   std::puts("1 passed, 0 failed");
   return 0;

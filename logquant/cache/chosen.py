@@ -161,7 +161,8 @@ class Chosen(NamedTuple):
         leaving, middle = order[:, :count].sort(1).values, order[:, count:].sort(1).values
         pages = leaving.unflatten(1, (-1, self.config.page_size))
         own = weight.gather(1, leaving).view_as(pages)
-        leaving = pages.gather(2, own.argsort(dim=2, descending=True, stable=True)).flatten(1)
+        by_rank = pages.gather(2, own.argsort(dim=2, descending=True, stable=True))
+        leaving = (by_rank[..., self.config.ranks] if self.config.fine_values else by_rank).flatten(1)
         slots = torch.arange(tokens, device=weight.device).expand(len(weight), -1)
         return leaving, torch.cat([slots[:, :sinks], middle, slots[:, newest:]], 1)
 

@@ -20,9 +20,11 @@ def formats() -> dict[str, PageFormat]:
     found = {}
     text = (CUDA / "instantiations" / "formats.def").read_text()
     for name, numbers in re.findall(r"^LOGQUANT_FORMAT\((\w+), ([\d, ]+)\)$", text, re.MULTILINE):
-        dim, value_dim, columns, key_bits, value_bits, page_tokens, group, param_bits = map(int, numbers.split(", "))
+        dim, value_dim, columns, key_bits, value_bits, page_tokens, group, param_bits, fine = map(
+            int, numbers.split(", ")
+        )
         found[name] = PageFormat(
-            dim, value_dim, page_tokens, key_bits, value_bits, columns, group, param_bits, param_bits
+            dim, value_dim, page_tokens, key_bits, value_bits, columns, group, param_bits, param_bits, fine
         )
     return found
 

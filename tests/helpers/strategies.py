@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,7 +25,7 @@ def formats(draw: st.DrawFn, searched: bool = True) -> PageFormat:
         columns = 16 * draw(st.integers(1, head_dim * (8 // key_bits) // 16))
     groups = [g for g in range(16, value_dim + 1, 16) if value_dim % g == 0]
     param_bits = st.sampled_from(PARAM_BITS)
-    return PageFormat(
+    fmt = PageFormat(
         head_dim,
         value_dim,
         draw(st.sampled_from(PAGE_TOKENS)),
@@ -34,6 +36,10 @@ def formats(draw: st.DrawFn, searched: bool = True) -> PageFormat:
         draw(param_bits) if searched else 16,
         draw(param_bits) if searched else 16,
     )
+    if searched and value_dim % 32 == 0 and draw(st.integers(0, 3)) == 3:
+        group = fmt.value_group if fmt.value_group % 32 == 0 else 0
+        return replace(fmt, page_tokens=64, value_bits=2, value_group=group, value_param_bits=8, fine_values=8)
+    return fmt
 
 
 def tokens(

@@ -216,8 +216,10 @@ def test_attention(attention, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ([], "format must have 10 fields, got 0"),
-        ([2, 64, 64, 64, 2, 2, 64, 64, 16, 16], "format version must be 1, got 2"),
+        ([], "format must have 11 fields, got 0"),
+        ([2, 64, 64, 64, 2, 2, 64, 64, 16, 16], "format must have 11 fields, got 10"),
+        ([1, 64, 64, 64, 2, 2, 64, 64, 16, 16, 0], "format must have 10 fields, got 11"),
+        ([3, 64, 64, 64, 2, 2, 64, 64, 16, 16, 0], "format version must be 1 or 2, got 3"),
         ([1, 65, 64, 64, 2, 2, 64, 64, 16, 16], "head_dim must be a multiple of 16 between 16 and 1024"),
         ([1, 64, 0, 64, 2, 2, 64, 64, 16, 16], "value_dim must be a multiple of 16"),
         ([1, 64, 64, 16, 2, 2, 64, 64, 16, 16], "page_tokens must be 32, 64 or 128"),
@@ -227,6 +229,14 @@ def test_attention(attention, message):
         ([1, 64, 64, 64, 8, 2, 80, 64, 16, 16], "key_columns must leave every channel a code of at most 8 bits"),
         ([1, 64, 64, 64, 2, 2, 64, 48, 16, 16], "value_group must be a multiple of 16 that divides value_dim"),
         ([1, 64, 64, 64, 2, 2, 64, 64, 4, 16], "key_param_bits must be 8 or 16"),
+        ([2, 64, 64, 64, 2, 2, 64, 64, 8, 8, 4], "fine_values must be 0, or 8 with page_tokens 64"),
+        ([2, 64, 64, 32, 2, 2, 64, 64, 8, 8, 8], "fine_values must be 0, or 8 with page_tokens 64"),
+        ([2, 64, 64, 64, 2, 4, 64, 64, 8, 8, 8], "fine_values must be 0, or 8 with .* value_bits 2"),
+        ([2, 64, 64, 64, 2, 2, 64, 64, 8, 16, 8], "fine_values must be 0, or 8 with .* value_param_bits 8"),
+        (
+            [2, 64, 96, 64, 2, 2, 64, 48, 8, 8, 8],
+            "fine_values must be 0, or 8 with .* a value_group that is a multiple",
+        ),
         ([1, -64, 64, 64, 2, 2, 64, 64, 16, 16], "format fields must lie between 0 and 2"),
         ([1, 2**40, 64, 64, 2, 2, 64, 64, 16, 16], "format fields must lie between 0 and 2"),
     ],
@@ -234,6 +244,14 @@ def test_attention(attention, message):
 def test_formats(fields, message):
     """The compiled operators do not trust that a format came from a PageFormat."""
     check_error(lambda: torch.ops.logquant.quantize(tokens(64), tokens(64), fields), message)
+
+
+def test_fields_of_version_1():
+    """Programs that were exported hold such lists."""
+    fields = [1, 64, 64, 64, 2, 2, 64, 64, 16, 16]
+    k = tokens(64)
+    want = ops.quantize(k, k, FMT)
+    assert torch.equal(torch.ops.logquant.quantize(k, k, fields), want)
 
 
 def test_devices_must_agree():

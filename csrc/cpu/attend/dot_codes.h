@@ -52,15 +52,38 @@ constexpr float max_int16_code(int count) {
 template <int NR>
 constexpr int kDotVectors = kAccumulators / NR < 4 ? kAccumulators / NR : 4;
 
+// The high digits of the last pair of elements of each word, where they have codes of twice the bits (format.h). With
+// fine = NoFineDigits there are none.
+struct NoFineDigits {
+  static constexpr bool kAny = false;
+};
+struct FineDigits {
+  static constexpr bool kAny = true;
+  const PageFormat& f;
+  const int32_t* page;
+  int channel;
+
+  // Of kLanes channels from `channel` + c on: those of the first word, so that they are above low digits at bit `low`
+  // of both halves. Those of each next word are 2 bits further up.
+  LOGQUANT_INLINE I32 load_above(int c, int low) const {
+    const I32 digits = load(page + f.fine_word(channel + c));
+    const int up = low + f.value_bits - f.fine_position(channel + c, 0);
+    return up < 0 ? shift_right(digits, -up) : digits << up;
+  }
+};
+
 // Dot products with kVectors vectors of lanes, down `count` words of each lane, which lie `stride` words apart;
 // finish(r, k, sum) takes the results. Between words it prefetches `lines` cache lines.
-template <int NR, int bits, int kVectors, class Finish>
+template <int NR, int bits, int kVectors, class Fine, class Finish>
 LOGQUANT_INLINE void dot_codes(const int32_t* words, int count, int64_t stride, const int16_t* row_codes,
-                               int codes_per_row, Prefetcher& next_page, int lines, Finish&& finish) {
+                               int codes_per_row, const Fine& fine, Prefetcher& next_page, int lines, Finish&& finish) {
   constexpr int kPairs = 16 / bits;  // pairs of elements in a word
   constexpr int kSums = kSumsPerVector<NR, bits>;
   const int32_t* const row_pairs = reinterpret_cast<const int32_t*>(row_codes);
-  I32 sum[kSums][NR][kVectors] = {};
+  I32 sum[kSums][NR][kVectors] = {}, fine_digits[kVectors];
+  if constexpr (Fine::kAny) {
+    for (int k = 0; k < kVectors; ++k) fine_digits[k] = fine.load_above(k * kLanes, bits * ((kPairs - 1) % kSums));
+  }
   for (int w = 0; w < count; ++w) {
     next_page.fetch(lines);
     I32 x[kVectors];
@@ -70,6 +93,12 @@ LOGQUANT_INLINE void dot_codes(const int32_t* words, int count, int64_t stride, 
       constexpr int kMask = static_cast<int>(lane_mask(bits)) << (bits * kPlace);
       I32 codes[kVectors];
       for (int k = 0; k < kVectors; ++k) codes[k] = (kShift == 0 ? x[k] : shift_right(x[k], kShift)) & kMask;
+      if constexpr (Fine::kAny && i == kPairs - 1) {
+        for (int k = 0; k < kVectors; ++k) {
+          codes[k] |= fine_digits[k] & (kMask << bits);
+          fine_digits[k] = shift_right(fine_digits[k], bits);
+        }
+      }
       for (int r = 0; r < NR; ++r) {
         const I32 pair = splat(row_pairs[r * (codes_per_row / 2) + w * kPairs + i]);
         for (int k = 0; k < kVectors; ++k) sum[kPlace][r][k] = dot_pairs(sum[kPlace][r][k], codes[k], pair);

@@ -100,7 +100,8 @@ LOGQUANT_INLINE void key_scores(const PageFormat& f, const int32_t* key_words, c
                                 Prefetcher& next_page, int lines) {
   const auto block = [&](auto vectors, int t) __attribute__((always_inline)) {
     dot_codes<NR, bits, vectors>(key_words + t, f.key_code_words(), f.page_tokens, queries.q_codes, f.key_columns,
-                                 next_page, lines, [&](int r, int k, F32 sum) __attribute__((always_inline)) {
+                                 NoFineDigits{}, next_page, lines,
+                                 [&](int r, int k, F32 sum) __attribute__((always_inline)) {
                                    store(scores + r * kUnitTokens + t + k * kLanes,
                                          fma(sum, splat(queries.score_scale[r]), splat(queries.score_zero[r])));
                                  });

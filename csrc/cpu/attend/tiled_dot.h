@@ -51,6 +51,28 @@ class TiledDot {
   // Calls each() once a vector of words.
   template <class Each>
   LOGQUANT_INLINE void unpack(const int32_t* words, Each&& each) const {
+    unpack_with(words, [](auto, int64_t, int64_t, I32 codes) { return codes; }, each);
+  }
+
+  // The same of a page's values.
+  template <class Each>
+  LOGQUANT_INLINE void unpack_values(const PageFormat& f, const int32_t* page, Each&& each) const {
+    const int32_t* const words = page + f.value_codes();
+    if (f.fine_values == 0) return unpack(words, each);
+    unpack_with(
+        words,
+        [&](auto bits, int64_t w, int64_t lane, I32 codes) __attribute__((always_inline)) {
+          // The high digits come next to the low ones, in the upper byte of both halves.
+          const int c = static_cast<int>(lane);
+          const I32 fine = shift_right(load(page + f.fine_word(c)), f.fine_position(c, static_cast<int>(16 * w)));
+          return codes | (fine & static_cast<int>(lane_mask(bits))) << (8 + bits);
+        },
+        each);
+  }
+
+  // last_row(bits, word, lane, codes): what becomes of the last row of bytes that a vector of words makes.
+  template <class LastRow, class Each>
+  LOGQUANT_INLINE void unpack_with(const int32_t* words, LastRow&& last_row, Each&& each) const {
     with_bits(bits_, [&](auto bits) __attribute__((always_inline)) {
       constexpr int kPlaces = 8 / bits, kMask = static_cast<int>(byte_mask(bits));
       const int64_t count = words_, lanes = lanes_, tiles_size = steps_ * kTileRows * kLanes;
@@ -61,7 +83,8 @@ class TiledDot {
           each();
           const I32 x = load(words + lane);
           unroll<kPlaces>([&](auto i) __attribute__((always_inline)) {
-            store(rows + i * kLanes, (i == 0 ? x : shift_right(x, bits * i)) & kMask);
+            const I32 codes = (i == 0 ? x : shift_right(x, bits * i)) & kMask;
+            store(rows + i * kLanes, i == kPlaces - 1 ? last_row(bits, w, lane, codes) : codes);
           });
         }
       }

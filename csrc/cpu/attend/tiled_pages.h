@@ -92,7 +92,7 @@ __attribute__((noinline)) void add_tiled_pages(const AttendArgs& args, TaskRows 
     tiles.keys.split(queries.q_codes);
     if (p > first) add_tiled_values(f, tiles, folded, acc);  // the previous page's
     tiles.keys.multiply();
-    tiles.values.unpack(page + f.value_codes(), fetch_line);
+    tiles.values.unpack_values(f, page, fetch_line);
     tiled_key_scores(f, tiles, queries, scores.weights);
     const bool biased = has_bias && load_bias(args, rows, p * f.page_tokens, f.page_tokens, scores.bias);
     softmax<NR>(args, f.page_tokens, biased, scores, acc);

@@ -29,11 +29,23 @@ struct FoldedWeights {
   }
 };
 
+// The sum of the codes of fine tokens, the last two of every 16, times what the middle of a fine code is above that of
+// another, in units of the latter.
+template <int bits>
+LOGQUANT_INLINE I32 excess_of_fine(const int16_t* codes, int tokens) {
+  constexpr int kExcess = (code_mask(2 * bits) - code_mask(bits)) / code_mask(bits);
+  I32 sum = splat(0), excess = splat(0);
+  excess[kLanes - 1] = kExcess << 16 | kExcess;
+  for (int t = 16; t <= tokens; t += 16) {
+    sum = dot_pairs(sum, load(reinterpret_cast<const int32_t*>(codes + t) - kLanes), excess);
+  }
+  return sum;
+}
+
 // Folds the value scales of a group into the weights; sums up the zeros, and what rounding took, as for queries.
 template <int NR, int bits>
 LOGQUANT_INLINE void fold_group(const PageFormat& f, const int32_t* page, bool biased, int group, const float* weights,
                                 const FoldedWeights& folded, const Accumulator& acc) {
-  constexpr float kMiddle = 0.5f * static_cast<float>(code_mask(bits));
   const int tokens = f.page_tokens, groups = f.value_groups();
   float* const scale = folded.scale + group * FoldedWeights::kScales;
   int16_t* const codes = folded.codes + group * NR * tokens;
@@ -44,7 +56,7 @@ LOGQUANT_INLINE void fold_group(const PageFormat& f, const int32_t* page, bool b
   for (int t = 0; t < tokens; t += kLanes) {
     const auto [scale_t, zero_t] = value_params_at(f, page, group * tokens + t);
     store(folded.value_scale + t, scale_t);
-    const F32 middle = fma(scale_t, splat(kMiddle), zero_t);
+    const F32 middle = fma(scale_t, value_middles(f, t), zero_t);
     const bool counts = !symmetric || any_above(zero_t, splat(kInfinity));
     for (int r = 0; r < NR; ++r) {
       const F32 weight = load(weights + r * kUnitTokens + t);
@@ -63,10 +75,18 @@ LOGQUANT_INLINE void fold_group(const PageFormat& f, const int32_t* page, bool b
   });
   for (int r = 0; r < NR; ++r) {
     const F32 factor = splat(inverse[r]);
-    const I32 sum = round_to_codes(codes + r * tokens, tokens, [&](int t) __attribute__((always_inline)) {
+    I32 sum = round_to_codes(codes + r * tokens, tokens, [&](int t) __attribute__((always_inline)) {
       return load(weights + r * kUnitTokens + t) * load(folded.value_scale + t) * factor;
     });
-    store(acc.zero_sums + (r * groups + group) * kLanes, fma(to_float(sum), splat(-kMiddle * scale[r]), zero_sums[r]));
+    F32 middles = splat(0.5f * static_cast<float>(code_mask(bits)));
+    if (f.fine_values > 0) {
+      if constexpr (kLanes == 16) {
+        middles = value_middles(f, 0);  // a lane's tokens are alike
+      } else {
+        sum += excess_of_fine<bits>(codes + r * tokens, tokens);
+      }
+    }
+    store(acc.zero_sums + (r * groups + group) * kLanes, fma(to_float(sum), middles * -scale[r], zero_sums[r]));
   }
 }
 
@@ -86,12 +106,18 @@ LOGQUANT_INLINE void add_values(const PageFormat& f, const int32_t* page, const 
   for (int group = 0; group < f.value_groups(); ++group) {
     const float* const scale = folded.scale + group * FoldedWeights::kScales;
     const auto block = [&](auto vectors, int c) __attribute__((always_inline)) {
-      dot_codes<NR, bits, vectors>(page + f.value_codes() + c, f.value_code_rows(), f.value_dim,
-                                   folded.codes + group * NR * f.page_tokens, f.page_tokens, next_page, lines,
-                                   [&](int r, int k, F32 sum) __attribute__((always_inline)) {
-                                     float* const p = acc.sums + r * f.value_dim + c + k * kLanes;
-                                     store(p, fma(sum, splat(scale[r]), load(p)));
-                                   });
+      const auto dot = [&](const auto& fine) __attribute__((always_inline)) {
+        dot_codes<NR, bits, vectors>(page + f.value_codes() + c, f.value_code_rows(), f.value_dim,
+                                     folded.codes + group * NR * f.page_tokens, f.page_tokens, fine, next_page, lines,
+                                     [&](int r, int k, F32 sum) __attribute__((always_inline)) {
+                                       float* const p = acc.sums + r * f.value_dim + c + k * kLanes;
+                                       store(p, fma(sum, splat(scale[r]), load(p)));
+                                     });
+      };
+      if constexpr (bits == 2) {
+        if (f.fine_values > 0) return dot(FineDigits{f, page, c});
+      }
+      dot(NoFineDigits{});
     };
     int c = group * f.value_group;
     const int end = c + f.value_group;

@@ -63,6 +63,32 @@ struct CodeWords {
   const uint32_t x, y, shifted_x, shifted_y;
 };
 
+// The same of words whose last pair is fine (format.h). fine_low, fine_high: the words of fine digits, shifted so that
+// this pair's are in bytes 0 and 2. They come above the low digits, where a shift by eight has no use for what was
+// there.
+template <int bits>
+struct FineCodeWords {
+  LOGQUANT_DEVICE FineCodeWords(uint32_t low, uint32_t high, uint32_t fine_low, uint32_t fine_high)
+      : x(low), y(high), shifted_x(joined(low, fine_low)), shifted_y(joined(high, fine_high)) {}
+  LOGQUANT_DEVICE void pairs(FragmentA& to, int i) const {
+    to[0] = pair(x, shifted_x, i);
+    to[1] = pair(y, shifted_y, i);
+    to[2] = pair(x, shifted_x, i + 1);
+    to[3] = pair(y, shifted_y, i + 1);
+  }
+  const uint32_t x, y, shifted_x, shifted_y;
+
+ private:
+  static constexpr int kLast = 16 / bits - 1, kPosition = 8 - bits;
+  static LOGQUANT_DEVICE uint32_t joined(uint32_t word, uint32_t fine) { return ptx::select_bytes(word, fine, 0x6341); }
+  static LOGQUANT_DEVICE uint32_t pair(uint32_t word, uint32_t shifted, int i) {
+    if (i != kLast) return code_pair<bits>(word, shifted, i);
+    const uint32_t mask = lane_mask(2 * bits) << kPosition;
+    return LOGQUANT_NORMAL_CODES ? ptx::sub_f16x2(ptx::and_or(shifted, mask, 0x64006400u), 0x64006400u)
+                                 : shifted & mask;
+  }
+};
+
 // Both halves 2^(bits * (i % (8 / bits))), or its inverse, or its negative.
 template <int bits>
 LOGQUANT_DEVICE constexpr uint32_t digit_weights(int i) {
@@ -75,6 +101,12 @@ LOGQUANT_DEVICE constexpr uint32_t inverse_digit_weights(int i) {
 template <int bits>
 LOGQUANT_DEVICE constexpr uint32_t negative_digit_weights(int i) {
   return digit_weights<bits>(i) | 0x80008000u;
+}
+
+// The same of a word's last four pairs with codes of two bits, of which the last is fine: there times 7.5 / 1.5, the
+// middles of such codes.
+LOGQUANT_DEVICE constexpr uint32_t negative_fine_weights(int i) {
+  return i < 3 ? negative_digit_weights<2>(i) : 0xDD00DD00u;  // -2^6 * 5
 }
 
 // Of n pairs of fp16, each half; a NaN stays one.

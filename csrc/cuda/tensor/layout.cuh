@@ -88,7 +88,8 @@ struct Layout {
   static constexpr int kKeyZeros = S::kFitted ? kScales : Columns::skewed(2 * S::kDim);
   static constexpr int kValues = kKeyParams + (S::kFitted ? kScales + S::kDim : Columns::skewed(4 * S::kDim));
   static constexpr int kValueParams = kValues + kValueBlocks * kValuePitch;
-  static constexpr int kStage = kValueParams + (S::kFitted ? 0 : 4 * S::kGroups * S::kTokens);
+  static constexpr int kFineDigits = kValueParams + (S::kFitted ? 0 : 4 * S::kGroups * S::kTokens);
+  static constexpr int kStage = kFineDigits + (S::kFine ? kFineValues * S::kValueDim / 4 : 0);
 
   // Fitted parameters of a team's page as fp16: the scales of keys and of values, zeros, zeros with the mean of the
   // codes, and scales by column.
@@ -97,10 +98,12 @@ struct Layout {
   static constexpr int kUnpackedBytes = round_up(kColumnScales + Columns::skewed(2 * S::kColumns), 16);
 
   // Constants: a row of ones, one of zeros; a quad of negative digit weights of values and one of ones, with seven
-  // quads of zeros before and after each (sums.cuh); a quad of negative digit weights of keys.
+  // quads of zeros before and after each (sums.cuh); a quad of negative digit weights of keys. With fine values, a quad
+  // of the negative digit weights of a word's last four pairs, also between zeros.
   static constexpr int kZeroRow = 2 * S::kTokens, kNegativeValueWeights = 4 * S::kTokens + 7 * 16;
   static constexpr int kOnes = kNegativeValueWeights + 8 * 16, kNegativeKeyWeights = kOnes + 8 * 16;
-  static constexpr int kConstants = kNegativeKeyWeights + 16;
+  static constexpr int kNegativeFineWeights = kNegativeKeyWeights + 8 * 16;
+  static constexpr int kConstants = S::kFine ? kNegativeFineWeights + 8 * 16 : kNegativeKeyWeights + 16;
 
   // Tables of q. Of fitted formats, q by channel and q' by column; of plain ones, where they are the same, both by
   // column.

@@ -92,6 +92,7 @@ class PageRing {
       copy<S::kDim, kAny, kAny>(thread, to + L::kKeyParams, 4 * f.key_params());
       copy<S::kGroups * S::kTokens, kAny, kAny>(thread, to + L::kKeyParams + S::kDim, 4 * f.value_params());
       copy<S::kDim, kAny, kAny>(thread, to + L::kKeyParams + L::kKeyZeros, 4 * f.key_params() + f.key_zeros());
+      copy<L::kStage - L::kFineDigits, kAny, kAny>(thread, to + L::kFineDigits, 4 * f.fine_digits());
     } else {
       constexpr int kSkew = L::Columns::kSkew ? L::Columns::kSkew : 4 * S::kDim;
       copy<4 * S::kDim, kSkew, kSkew + 16>(thread, to + L::kKeyParams, 4 * f.key_params());

@@ -68,8 +68,10 @@ class WeightSums {
   // of a pair.
   LOGQUANT_DEVICE void subtract_scaled(const Thread& thread, int u, int group, const uint32_t* scaled, bool others) {
     const int row = kScalesApart || S::kFitted ? group : S::kGroups + 1 + group;
+    // Of every eight pairs the last is fine.
     sum_pairs(thread, kScalesApart ? means_even[u] : even[u], kScalesApart ? means_odd[u] : odd[u],
-              L::kNegativeValueWeights + lane_of_group[others], row, scaled);
+              L::kNegativeValueWeights + lane_of_group[others], row, scaled,
+              S::kFine ? L::kNegativeFineWeights - L::kNegativeValueWeights : 0);
   }
 
   LOGQUANT_DEVICE void rescale(int u, int r, float factor) {
@@ -185,13 +187,14 @@ class WeightSums {
   }
 
   // Adds the sum of constants (digit weights or ones) times pairs to row `row`: its lanes read the constants, which are
-  // at `constants` for g = 0, others zeros beside them.
+  // at `constants` for g = 0, others zeros beside them. Of every second four pairs, those at `constants` + to_second.
   LOGQUANT_DEVICE void sum_pairs(const Thread& thread, float (&to_even)[4], float (&to_odd)[4], int constants, int row,
-                                 const uint32_t* pairs) const {
+                                 const uint32_t* pairs, int to_second = 0) const {
     FragmentA operand;
     assign(operand, read<uint4>(thread.shared + constants - 16 * row));
 #pragma unroll
     for (int n = 0; n < K::kTokenPairs; n += 4) {
+      if (to_second != 0 && n % 8 == 4) assign(operand, read<uint4>(thread.shared + constants + to_second - 16 * row));
       ptx::mma<__half>(to_even, operand, {pairs[n], pairs[n + 1]});
       ptx::mma<__half>(to_odd, operand, {pairs[n + 2], pairs[n + 3]});
     }

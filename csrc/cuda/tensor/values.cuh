@@ -19,10 +19,10 @@ LOGQUANT_DEVICE int page_channel(int g, int j, int h) {
 }
 
 // The m-tile j of O. weights(u, i): pair i of p' of the rows' tile u. word(f, h): the f-th word of this lane's channel
-// in the tile's half h.
-template <class K, class Weights, class Word>
+// in the tile's half h; fine(h): its fine digits.
+template <class K, class Weights, class Word, class Fine>
 LOGQUANT_DEVICE void add_value_tile(const ThreadInfo<K>& thread, OnlineSoftmax<K>& softmax, int j,
-                                    const Weights& weights, const Word& word) {
+                                    const Weights& weights, const Word& word, const Fine& fine) {
   using Words = typename Layout<K>::ValueWords;
   constexpr int b = K::PageShape::kValueBits;
   constexpr int kPairs = Words::kWhole ? 16 / b : 8 / b;  // of a word that are this lane's
@@ -30,16 +30,24 @@ LOGQUANT_DEVICE void add_value_tile(const ThreadInfo<K>& thread, OnlineSoftmax<K
   for (int f = 0; f < Words::kCount; ++f) {
     uint32_t x = word(f, 0), y = word(f, 1);
     if constexpr (!Words::kWhole) x >>= 8 * (thread.t % 2), y >>= 8 * (thread.t % 2);
-    const CodeWords<b> codes(x, y);
+    const auto add = [&](const auto& codes) __attribute__((always_inline)) {
 #pragma unroll
-    for (int n = 0; n < kPairs; n += 2) {
-      FragmentA values;
-      codes.pairs(values, n);
+      for (int n = 0; n < kPairs; n += 2) {
+        FragmentA values;
+        codes.pairs(values, n);
 #pragma unroll
-      for (int u = 0; u < K::kTiles; ++u) {
-        const FragmentB p = {weights(u, f * kPairs + n), weights(u, f * kPairs + n + 1)};
-        ptx::mma<__half>(softmax.out[u * K::kOwnTiles + j], values, p);
+        for (int u = 0; u < K::kTiles; ++u) {
+          const FragmentB p = {weights(u, f * kPairs + n), weights(u, f * kPairs + n + 1)};
+          ptx::mma<__half>(softmax.out[u * K::kOwnTiles + j], values, p);
+        }
       }
+    };
+    if constexpr (K::PageShape::kFine) {
+      static_assert(Words::kWhole == 1 &&
+                    Words::kCount == 1);  // a lane has the rows of words that its fine digits are of
+      add(FineCodeWords<b>(x, y, fine(0), fine(1)));
+    } else {
+      add(CodeWords<b>(x, y));
     }
   }
 }
@@ -58,16 +66,28 @@ LOGQUANT_DEVICE void add_values(const ThreadInfo<K>& thread, OnlineSoftmax<K>& s
     const unsigned char* const words =
         stage + L::kValues + thread.value_offset() + 64 * K::first_warps_tile(j) + (wide ? 16 : 8) * thread.g;
     if (wide) {
+      uint4 fine = {};
+      if constexpr (K::PageShape::kFine) {
+        fine = read<uint4>(stage + L::kFineDigits + 32 * (K::first_warps_tile(j) + thread.rank * K::kNextTiles) +
+                           16 * (thread.g % 4));
+        const int shift = 8 * (thread.g / 4) + K::PageShape::kValueBits * thread.t;
+        fine = {fine.x >> shift, fine.y >> shift, fine.z >> shift, fine.w >> shift};
+      }
       uint4 held[Words::kCount];
 #pragma unroll
       for (int f = 0; f < Words::kCount; ++f) held[f] = read<uint4>(words + f * kRow);
-      add_value_tile(thread, softmax, j, weights, [&](int f, int h) { return h ? held[f].y : held[f].x; });
-      add_value_tile(thread, softmax, j + 1, weights, [&](int f, int h) { return h ? held[f].w : held[f].z; });
+      add_value_tile(
+          thread, softmax, j, weights, [&](int f, int h) { return h ? held[f].y : held[f].x; },
+          [&](int h) { return h ? fine.y : fine.x; });
+      add_value_tile(
+          thread, softmax, j + 1, weights, [&](int f, int h) { return h ? held[f].w : held[f].z; },
+          [&](int h) { return h ? fine.w : fine.z; });
     } else {
       uint2 held[Words::kCount];
 #pragma unroll
       for (int f = 0; f < Words::kCount; ++f) held[f] = read<uint2>(words + f * kRow);
-      add_value_tile(thread, softmax, j, weights, [&](int f, int h) { return h ? held[f].y : held[f].x; });
+      add_value_tile(
+          thread, softmax, j, weights, [&](int f, int h) { return h ? held[f].y : held[f].x; }, [](int) { return 0u; });
     }
   }
 }

@@ -96,20 +96,28 @@ def _quantize_keys(
     return _codes(k, scale, zero, levels), params
 
 
-def _fed_back(x: Tensor, scale: Tensor, levels: int, feedback: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+def _value_levels(fmt: PageFormat, device: torch.device) -> Tensor:
+    """The largest code of each token of a page, ``[G]`` float32."""
+    levels = torch.full((fmt.page_tokens,), 2.0**fmt.value_bits - 1, device=device)
+    levels[list(fmt.fine_tokens)] = 4.0**fmt.value_bits - 1
+    return levels
+
+
+def _fed_back(x: Tensor, scale: Tensor, levels: Tensor, feedback: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Values after each has taken off what the errors of those before it in its page come to, and their codes.
 
     Args:
         x: ``[B, H, P, G, groups, Gv]`` float32, rotated.
         scale: ``[B, H, P, G, groups]``.
-        levels: the largest code.
+        levels: ``[G, 1]``, the largest code.
         feedback: ``[b, h, P, G, G]``, as for :func:`quantize`.
         counts: which groups have an error that counts, bool like ``scale``.
     """
     x, codes = x.clone(), torch.empty_like(x)
     factors = feedback.where(feedback.abs() <= FEEDBACK_MAX, 0.0)[..., None, None]
     scale = scale.unsqueeze(-1)
-    zero, most = scale * (-0.5 * levels), torch.full_like(scale, levels)
+    most = levels.unsqueeze(-1).expand_as(scale)
+    zero = scale * (-0.5 * most)
     for t in range(x.shape[3]):
         own = x[:, :, :, t]
         code = nearest_code(own, scale[:, :, :, t], zero[:, :, :, t], most[:, :, :, t])
@@ -124,16 +132,17 @@ def _quantize_values(v: Tensor, fmt: PageFormat, feedback: Tensor | None) -> tup
     """Codes ``[B, H, P, G, Dv]`` (int32) and packed parameters of values ``[B, H, P, G, groups, Gv]`` (float32)."""
     levels = 2**fmt.value_bits - 1
     if fmt.value_param_bits == 8:
+        searched_levels = _value_levels(fmt, v.device).unsqueeze(-1)
         finite = v.isfinite().all(-1)
         x = hadamard(v.where(finite.unsqueeze(-1), 0.0).clamp(-PARAM_MAX, PARAM_MAX), fmt.hadamard_block)
-        scale_bytes, codes = search_values(x.movedim(-1, 0), levels)
+        scale_bytes, codes = search_values(x.movedim(-1, 0), searched_levels)
         codes = codes.movedim(0, -1)
         if feedback is not None:
             # The scales that fit the values are not those that fit what becomes of them.
             factors = feedback.expand(*v.shape[:2], -1, -1).unflatten(2, (-1, fmt.page_tokens))
-            corrected, _ = _fed_back(x, byte_scale(scale_bytes), levels, factors, finite)
-            scale_bytes, _ = search_values(corrected.movedim(-1, 0), levels)
-            _, codes = _fed_back(x, byte_scale(scale_bytes), levels, factors, finite)
+            corrected, _ = _fed_back(x, byte_scale(scale_bytes), searched_levels, factors, finite)
+            scale_bytes, _ = search_values(corrected.movedim(-1, 0), searched_levels)
+            _, codes = _fed_back(x, byte_scale(scale_bytes), searched_levels, factors, finite)
         scale_bytes = torch.where(finite, scale_bytes, POISON)
         codes = torch.where(finite.unsqueeze(-1), codes, 0.0)
         return codes.flatten(-2).int(), pack_bytes(scale_bytes.transpose(-1, -2).flatten(-2))
@@ -188,8 +197,27 @@ def quantize(
     key_codes = pack_words(code, fmt.key_bits)
 
     code, value_params = _quantize_values(v, fmt, value_feedback)
-    value_codes = pack_words(code.transpose(-1, -2), fmt.value_bits).transpose(-1, -2)  # [B, H, P, G*b/32, Dv]
-    return torch.cat([key_codes.flatten(-2), key_params, value_codes.flatten(-2), value_params], -1)
+    by_channel = code.transpose(-1, -2)
+    low_digits = by_channel & (2**fmt.value_bits - 1)
+    value_codes = pack_words(low_digits, fmt.value_bits).transpose(-1, -2)  # [B, H, P, G*b/32, Dv]
+    fine_digits = _pack_fine(by_channel[..., list(fmt.fine_tokens)] >> fmt.value_bits, fmt)
+    return torch.cat([key_codes.flatten(-2), key_params, value_codes.flatten(-2), value_params, fine_digits], -1)
+
+
+def _pack_fine(digits: Tensor, fmt: PageFormat) -> Tensor:
+    """High digits ``[..., Dv, fine_values]`` as words ``[..., words]``: a word has those of channels c and c + 16."""
+    if not fmt.fine_values:
+        return digits.flatten(-2)
+    pairs = digits.unflatten(-2, (-1, 2, 16)).transpose(-2, -3)  # [..., Dv/32, 16, 2, fine_values]
+    words: Tensor = pack_words(pairs.flatten(-2), fmt.value_bits).flatten(-3)
+    return words
+
+
+def _unpack_fine(words: Tensor, fmt: PageFormat) -> Tensor:
+    """The inverse of :func:`_pack_fine`."""
+    pairs = unpack_words(words.unflatten(-1, (-1, 16, 1)), fmt.value_bits).unflatten(-1, (2, -1))
+    digits: Tensor = pairs.transpose(-2, -3).flatten(-4, -2)
+    return digits
 
 
 def unpack_params(words: Tensor, fmt: PageFormat, columns: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -199,7 +227,7 @@ def unpack_params(words: Tensor, fmt: PageFormat, columns: Tensor | None) -> tup
         return scale, zero
     if columns is None:
         byte = unpack_bytes(words, signed=False)
-        zero_steps: Tensor | float = -0.5 * (2**fmt.value_bits - 1)
+        zero_steps = -0.5 * _value_levels(fmt, words.device).repeat(fmt.value_groups)
     else:
         byte = unpack_bytes(words[..., : words.shape[-1] // 2], signed=False)
         zero_steps = unpack_bytes(words[..., words.shape[-1] // 2 :], signed=True).float()
@@ -226,7 +254,7 @@ def dequantize(
         Keys ``[B, H, P*G, D]`` and values ``[B, H, P*G, Dv]``.
     """
     channel, digit, columns = (t.unsqueeze(2).unsqueeze(2) for t in columns_of(key_map, fmt, pages.device))
-    key_codes, key_params, value_codes, value_params = pages.split(fmt.sections, -1)
+    key_codes, key_params, value_codes, value_params, fine_digits = pages.split(fmt.sections, -1)
 
     digits = unpack_words(key_codes.unflatten(-1, (fmt.page_tokens, -1)), fmt.key_bits)
     weighted = (digits << (fmt.key_bits * digit).int()).float()
@@ -236,7 +264,10 @@ def dequantize(
     keys = (zero + scale * code).flatten(2, 3)
 
     rows = value_codes.unflatten(-1, (-1, fmt.value_dim)).transpose(-1, -2)  # [B, H, P, Dv, G*b/32]
-    code = unpack_words(rows, fmt.value_bits).transpose(-1, -2).unflatten(-1, (-1, fmt.value_group)).float()
+    by_channel = unpack_words(rows, fmt.value_bits)
+    if fmt.fine_values:
+        by_channel[..., list(fmt.fine_tokens)] += _unpack_fine(fine_digits, fmt) << fmt.value_bits
+    code = by_channel.transpose(-1, -2).unflatten(-1, (-1, fmt.value_group)).float()
     params = (p.unflatten(-1, (-1, fmt.page_tokens)) for p in unpack_params(value_params, fmt, None))
     scale, zero = (p.transpose(-1, -2).unsqueeze(-1) for p in params)  # [B, H, P, G, groups, 1]
     values = (zero + scale * code).flatten(-2).flatten(2, 3)

@@ -103,14 +103,14 @@ def search_keys(x: Tensor, weights: Tensor, levels: Tensor, lift: Tensor) -> tup
     return torch.where(finite, best_byte, POISON), torch.where(finite, best_zero_byte, 0), code
 
 
-def search_values(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+def search_values(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """Scale bytes (int32) and codes (float32) of groups of value elements: code c stands for scale * (c - levels / 2).
 
     Args:
         x: ``[n, ...]`` float32, n a multiple of 4.
-        levels: the largest code.
+        levels: ``[...]`` (or broadcastable) float32, the largest code.
     """
-    ones, most = torch.ones_like(x), torch.full_like(x[0], levels)
+    ones, most = torch.ones_like(x), levels.expand_as(x[0])
     high = x.abs().amax(0)
     best = torch.zeros_like(high, dtype=torch.int32)
     scale, zero, error = torch.ones_like(high), torch.zeros_like(high), torch.full_like(high, torch.inf)
@@ -119,7 +119,7 @@ def search_values(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
         nonlocal best, scale, zero, error
         byte = scale_byte(new_scale, SCALE_MIDDLES)
         new_scale = byte_scale(byte)
-        new_zero = new_scale * (-0.5 * levels)
+        new_zero = new_scale * (-0.5 * most)
         new_error = _error(x, ones, new_scale, new_zero, most)
         better = new_error < error
         best = best.where(~better, byte)
@@ -132,7 +132,7 @@ def search_values(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     for part in (1.0, 1.07, *SHRINKS):
         offer((high * part) / (most * 0.5))
     for _ in range(REFITS):
-        off = nearest_code(x, scale, zero, most) - 0.5 * levels
+        off = nearest_code(x, scale, zero, most) - 0.5 * most
         along = _sum(off * x)
         offer(torch.where(along > 0, along / _sum(off * off), 0.0))
     return best, nearest_code(x, scale, zero, most)
