@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -39,8 +40,9 @@ class Recall(NamedTuple):
         wanted = [self.spec.count(n, page_tokens) for n in pages]
         if wanted == pages:
             return None
-        counts, whole = (torch.tensor(n, dtype=torch.int32)[:, None] for n in (wanted, pages))
+        counts = torch.tensor(wanted, dtype=torch.int32)[:, None]
         if all_seen is not None:
+            whole = torch.tensor(pages, dtype=torch.int32)[:, None]
             counts = torch.where(all_seen, counts, whole)
             if torch.equal(counts, whole.expand_as(counts)):
                 return None
@@ -86,9 +88,9 @@ class Recall(NamedTuple):
         outs = []
         for i in range(q.shape[2]):
             own = slice(i, i + 1)
-            chosen, count = tables[:, :, i], counts[:, min(i, counts.shape[1] - 1)]
-            own_lengths = None
-            if len(count) > 1 or lengths is not None or int(count[0]) < chosen.shape[2]:
+            chosen, own_lengths = tables[:, :, i], None
+            if counts.numel() > 1 or lengths is not None:
+                count = counts[:, min(i, counts.shape[1] - 1)]
                 window = torch.full((batch,), window_k.shape[2]) if lengths is None else lengths[:, 1]
                 own_lengths = torch.stack([count.to(window).expand(batch), window.expand(batch)], 1).int().to(q.device)
             out, lse, given = rows.attend(
@@ -125,8 +127,7 @@ class HeadsAsRows:
         blocks = (batch * heads - 1) * stored + count
         self.batch, self.heads = batch, heads
         self.blocks = pages.as_strided((blocks, 1, words), (words, words, 1))
-        first = torch.arange(0, batch * heads * stored, stored, dtype=torch.int32, device=pages.device)
-        self.first = first.view(batch, heads, 1)
+        self.first = _first_blocks(batch, heads, stored, pages.device)
 
     def flat(self, x: Tensor) -> Tensor:
         """``[B, H, ...]`` as ``[B * H, ...]``."""
@@ -189,6 +190,14 @@ class HeadsAsRows:
             out, lse, given = ops.observed_attend(*tensors, fmt, **rows, attention=attention)
             given = given.view(batch, heads, -1)
         return out.view(batch, query_heads, *out.shape[2:]), lse.view(batch, query_heads, -1), given
+
+
+@functools.lru_cache(maxsize=16)
+def _first_blocks(batch: int, heads: int, stored: int, device: torch.device) -> Tensor:
+    """The block where the pages of each KV head begin, int32 ``[B, H, 1]``: the same at every step and layer."""
+    with torch.inference_mode(False):
+        first = torch.arange(0, batch * heads * stored, stored, dtype=torch.int32, device=device)
+        return first.view(batch, heads, 1)
 
 
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:

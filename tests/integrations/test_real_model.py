@@ -51,13 +51,14 @@ def test_200_tokens_at_8_bits_are_those_of_a_full_cache(smollm2, prompt):
     assert torch.equal(got, greedy(smollm2, prompt, DynamicCache(config=smollm2.config), 200))
 
 
-def test_two_bits_answer_from_the_packed_part_of_the_prompt(smollm2, smollm2_tokenizer, data_dir):
+@pytest.mark.parametrize("recall", [None, "both(pages=0.25)"])
+def test_two_bits_answer_from_the_packed_part_of_the_prompt(smollm2, smollm2_tokenizer, data_dir, recall):
     book = (data_dir / "dev/books/time_machine_35.txt").read_text()
     question = f"{book[:1800]}\n\nMy cat is called Whiskers.\n\n{book[1800:3500]}\n\nWhat is my cat called?"
     chat = [{"role": "user", "content": question}]
     text = smollm2_tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     ids = smollm2_tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
-    cache = LogQuantCache(smollm2.config)
+    cache = LogQuantCache(smollm2.config, recall=recall)
     answer = smollm2_tokenizer.decode(greedy(smollm2, ids, cache, 8)[0])
     where = smollm2_tokenizer(text[: text.index("Whiskers")], return_tensors="pt", add_special_tokens=False)
     assert (
