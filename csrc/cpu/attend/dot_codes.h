@@ -52,9 +52,9 @@ constexpr float max_int16_code(int count) {
 template <int NR>
 constexpr int kDotVectors = kAccumulators / NR < 4 ? kAccumulators / NR : 4;
 
-// The high digits of the last pair of elements of each of four words, where they have codes of twice the bits (format.h);
-// NoFineDigits: there are none. kHalf: the half of 32 channels that the first lanes are in; words: from the first lane's
-// on. Lanes of fewer than 16 channels lie within one half.
+// The high digits of the last pair of elements of each of four words, where they have codes of twice the bits
+// (format.h); NoFineDigits: there are none. kHalf: the half of 32 channels that the first lanes are in; words: from the
+// first lane's on. Lanes of fewer than 16 channels lie within one half.
 struct NoFineDigits {
   static constexpr bool kAny = false;
 };
