@@ -54,7 +54,10 @@ void dequantize_values(const PageFormat& f, const int32_t* page, void* out, int6
   for (int i = 0; i < f.value_zeros(); i += kLanes) {
     const Params p = value_params_at(f, page, i);
     store(scale + i, p.scale);
-    store(zero + i, p.zero);
+    // The zeros of fine tokens, but NaNs stay.
+    const bool fine = f.fine_values > 0;
+    const F32 own = -value_middles(f, i % f.page_tokens) * p.scale;
+    store(zero + i, fine ? select(is_nonfinite(p.zero), p.zero, own) : p.zero);
   }
   for (int row = 0; row < f.value_code_rows(); ++row) {
     for (int c = 0; c < f.value_dim; c += kLanes) {

@@ -44,14 +44,14 @@ LOGQUANT_INLINE F32 value_middles(const PageFormat& f, int t) {
   return f.fine_values > 0 ? load(kFineMiddles + t % 16) : splat(0.5f * static_cast<float>(code_mask(f.value_bits)));
 }
 
-// i: [group][token]
+// i: [group][token]. The zero is that of tokens without fine values.
 LOGQUANT_INLINE Params value_params_at(const PageFormat& f, const int32_t* page, int i) {
   if (f.value_param_bits == 16) {
     const uint16_t* const p = reinterpret_cast<const uint16_t*>(page + f.value_params()) + i;
     return {load_half(p), load_half(p + f.value_zeros())};
   }
   const uint8_t* const p = reinterpret_cast<const uint8_t*>(page + f.value_params()) + i;
-  return byte_params(load_u8(p), -value_middles(f, i % f.page_tokens), 1.0f);
+  return byte_params(load_u8(p), splat(-0.5f * static_cast<float>(code_mask(f.value_bits))), 1.0f);
 }
 
 // What digit `digit` of a channel with `columns` columns weighs, in units of the stored scale.

@@ -52,23 +52,23 @@ constexpr float max_int16_code(int count) {
 template <int NR>
 constexpr int kDotVectors = kAccumulators / NR < 4 ? kAccumulators / NR : 4;
 
-// The high digits of the last pair of elements of each word, where they have codes of twice the bits (format.h). With
-// fine = NoFineDigits there are none.
+// The high digits of the last pair of elements of each of four words, where they have codes of twice the bits
+// (format.h); NoFineDigits: there are none. kHalf: the half of 32 channels that the first lanes are in; words: from the
+// first lane's on. Lanes of fewer than 16 channels lie within one half.
 struct NoFineDigits {
   static constexpr bool kAny = false;
 };
+template <int kHalf>
 struct FineDigits {
   static constexpr bool kAny = true;
-  const PageFormat& f;
-  const int32_t* page;
-  int channel;
+  const int32_t* words;
 
-  // Of kLanes channels from `channel` + c on: those of the first word, so that they are above low digits at bit `low`
-  // of both halves. Those of each next word are 2 bits further up.
-  LOGQUANT_INLINE I32 load_above(int c, int low) const {
-    const I32 digits = load(page + f.fine_word(channel + c));
-    const int up = low + f.value_bits - f.fine_position(channel + c, 0);
-    return up < 0 ? shift_right(digits, -up) : digits << up;
+  // Of lanes c .. of word w, above low digits at bit kLow of both halves, among others.
+  template <int bits, int kLow>
+  LOGQUANT_INLINE I32 above(int c, int w) const {
+    const int first = 16 * kHalf + c, up = kLow + bits - 8 * (first / 16 % 2) - bits * w;  // constants
+    const I32 digits = load(words + first / 32 * 16 + first % 16);
+    return up < 0 ? shift_right(digits, -up) : up > 0 ? digits << up : digits;
   }
 };
 
@@ -80,11 +80,8 @@ LOGQUANT_INLINE void dot_codes(const int32_t* words, int count, int64_t stride, 
   constexpr int kPairs = 16 / bits;  // pairs of elements in a word
   constexpr int kSums = kSumsPerVector<NR, bits>;
   const int32_t* const row_pairs = reinterpret_cast<const int32_t*>(row_codes);
-  I32 sum[kSums][NR][kVectors] = {}, fine_digits[kVectors];
-  if constexpr (Fine::kAny) {
-    for (int k = 0; k < kVectors; ++k) fine_digits[k] = fine.load_above(k * kLanes, bits * ((kPairs - 1) % kSums));
-  }
-  for (int w = 0; w < count; ++w) {
+  I32 sum[kSums][NR][kVectors] = {};
+  const auto add_words = [&](int w) __attribute__((always_inline)) {
     next_page.fetch(lines);
     I32 x[kVectors];
     for (int k = 0; k < kVectors; ++k) x[k] = load(words + w * stride + k * kLanes);
@@ -95,8 +92,7 @@ LOGQUANT_INLINE void dot_codes(const int32_t* words, int count, int64_t stride, 
       for (int k = 0; k < kVectors; ++k) codes[k] = (kShift == 0 ? x[k] : shift_right(x[k], kShift)) & kMask;
       if constexpr (Fine::kAny && i == kPairs - 1) {
         for (int k = 0; k < kVectors; ++k) {
-          codes[k] |= fine_digits[k] & (kMask << bits);
-          fine_digits[k] = shift_right(fine_digits[k], bits);
+          codes[k] |= fine.template above<bits, bits * kPlace>(k * kLanes, w) & (kMask << bits);
         }
       }
       for (int r = 0; r < NR; ++r) {
@@ -104,6 +100,11 @@ LOGQUANT_INLINE void dot_codes(const int32_t* words, int count, int64_t stride, 
         for (int k = 0; k < kVectors; ++k) sum[kPlace][r][k] = dot_pairs(sum[kPlace][r][k], codes[k], pair);
       }
     });
+  };
+  if constexpr (Fine::kAny) {
+    unroll<4>(add_words);
+  } else {
+    for (int w = 0; w < count; ++w) add_words(w);
   }
   for (int r = 0; r < NR; ++r) {
     for (int k = 0; k < kVectors; ++k) {

@@ -56,7 +56,7 @@ LOGQUANT_INLINE void fold_group(const PageFormat& f, const int32_t* page, bool b
   for (int t = 0; t < tokens; t += kLanes) {
     const auto [scale_t, zero_t] = value_params_at(f, page, group * tokens + t);
     store(folded.value_scale + t, scale_t);
-    const F32 middle = fma(scale_t, value_middles(f, t), zero_t);
+    const F32 middle = fma(scale_t, splat(0.5f * static_cast<float>(code_mask(bits))), zero_t);
     const bool counts = !symmetric || any_above(zero_t, splat(kInfinity));
     for (int r = 0; r < NR; ++r) {
       const F32 weight = load(weights + r * kUnitTokens + t);
@@ -115,7 +115,9 @@ LOGQUANT_INLINE void add_values(const PageFormat& f, const int32_t* page, const 
                                      });
       };
       if constexpr (bits == 2) {
-        if (f.fine_values > 0) return dot(FineDigits{f, page, c});
+        const int32_t* const fine_words = page + f.fine_digits() + c / 32 * 16 + c % 16;
+        if (f.fine_values > 0 && c / 16 % 2 == 0) return dot(FineDigits<0>{fine_words});
+        if (f.fine_values > 0) return dot(FineDigits<1>{fine_words});
       }
       dot(NoFineDigits{});
     };
