@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .cache.sizes import choice_nbytes, head_nbytes, index_nbytes, window_capacity
+from .config import LogQuantConfig
 from .methods.registry import CacheSpec
 
 _MOST_TOKENS = 1 << 40
@@ -93,15 +94,19 @@ def sequence_nbytes(
         elif type(layer) is not DynamicLayer:
             raise ValueError(f"layer {i} must be full or sliding-window attention, got {type(layer).__name__}")
         if type(layer) is DynamicLayer and spec.quantization is not None:
-            head = head_nbytes(
-                spec.quantization, tokens, shape.dim, itemsize=itemsize, decoding=decoding, query_heads=shape.group
-            )
-            head += index_nbytes(spec.quantization, tokens, shape.dim, i)
-            nbytes += choice_nbytes(spec.quantization, tokens, shape.count, decoding=decoding)
+            nbytes += _layer_nbytes(spec.quantization, shape, tokens, i, itemsize, decoding=decoding)
         else:
-            head = kept * 2 * shape.dim * itemsize
-        nbytes += shape.count * head
+            nbytes += shape.count * kept * 2 * shape.dim * itemsize
     return nbytes
+
+
+def _layer_nbytes(
+    config: LogQuantConfig, shape: HeadShape, tokens: int, layer: int, itemsize: int, *, decoding: bool
+) -> int:
+    """Bytes of one layer of a LogQuant cache."""
+    head = head_nbytes(config, tokens, shape.dim, itemsize=itemsize, decoding=decoding, query_heads=shape.group)
+    head += index_nbytes(config, tokens, shape.dim, layer)
+    return shape.count * head + choice_nbytes(config, tokens, shape.count, decoding=decoding)
 
 
 def pays_from(spec: CacheSpec, config: PreTrainedConfig, itemsize: int) -> int:
@@ -118,14 +123,16 @@ def pays_from(spec: CacheSpec, config: PreTrainedConfig, itemsize: int) -> int:
     if spec.quantization is None:
         raise ValueError(f"cache must be logquant or one with its settings, got {spec.name!r}")
     quantization, shape = spec.quantization, head_shape(config)
-    full = 2 * shape.dim * itemsize
+    full = shape.count * 2 * shape.dim * itemsize
+    # The first layers read all pages, and keep no index of them.
+    last = config.get_text_config(decoder=True).num_hidden_layers - 1
     # Before the first eviction there are as many exact tokens and room for more. From one to the next, what is held
     # stays the same; a store that grows by a page to spare may be the larger one again, but not for 32 pages.
     evictions = itertools.count(window_capacity(quantization), quantization.window)
     least, smaller = window_capacity(quantization), 0
     while smaller < 64:
         tokens = next(evictions)
-        held = head_nbytes(quantization, tokens, shape.dim, itemsize=itemsize, decoding=True, query_heads=shape.group)
+        held = _layer_nbytes(quantization, shape, tokens, last, itemsize, decoding=True)
         smaller += 1
         if held >= tokens * full:
             least, smaller = min(held // full + 1, tokens + quantization.window), 0

@@ -85,7 +85,9 @@ def choice_nbytes(config: LogQuantConfig, tokens: int, kv_heads: int, *, decodin
         return 0
     packed = packed_tokens(config, tokens)
     exact = window_capacity(config) if decoding and packed else tokens - packed
-    return packed * position_dtype(tokens).itemsize + 4 * exact * (1 + kv_heads)
+    # In a step there are the sums of the last one beside its own.
+    sums = kv_heads * (2 * exact - 1 if decoding else exact)
+    return packed * position_dtype(tokens).itemsize + 4 * (exact + sums)
 
 
 def index_nbytes(config: LogQuantConfig, tokens: int, head_dim: int, layer: int) -> int:

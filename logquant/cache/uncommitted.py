@@ -57,7 +57,8 @@ class Uncommitted:
     @property
     def nbytes(self) -> int:
         """Bytes of tensors that the layer has made for them; what the model has made lives until the next ones come."""
-        return 0 if self.exact.in_window else self.exact.keys.nbytes + self.exact.values.nbytes
+        given = 0 if self.given is None else self.given.nbytes
+        return given + (0 if self.exact.in_window else self.exact.keys.nbytes + self.exact.values.nbytes)
 
     def known(self, part: slice) -> tuple[AttentionCall | None, Tensor | None]:
         """``call`` and ``real`` of some of the new positions."""

@@ -15,7 +15,7 @@ from ..format import PageFormat
 QUERIES = 16
 # The same where weights and the order within a page come from what all queries have given: 16 say little more.
 QUERIES_BESIDE_SUMS = 4
-# Those that say which key channels get which bits, once: kept until then.
+# Those that say which key channels get which bits, once, and how the first pages are best quantised: kept until then.
 MAP_QUERIES = 64
 
 
@@ -27,11 +27,12 @@ def kept_queries(config: LogQuantConfig, fmt: PageFormat, *, allocated: bool) ->
         fmt: the page format.
         allocated: whether all rows have pages, and with them a bit allocation.
     """
-    if config.allocates_bits(fmt) and not allocated:
+    by_attention = config.rule == "attention"
+    if not allocated and (config.allocates_bits(fmt) or (by_attention and fmt.mse_searched)):
         return MAP_QUERIES
     if not fmt.mse_searched:
         return 0
-    return QUERIES_BESIDE_SUMS if config.rule == "attention" else QUERIES
+    return QUERIES_BESIDE_SUMS if by_attention else QUERIES
 
 
 class RecentQueries(NamedTuple):

@@ -198,9 +198,9 @@ def test_the_default_loses_far_less_than_the_paper():
         ({"key_columns": 2, "key_bits": 8}, "key_columns must be a number above 0, up to 1"),
         ({"key_columns": "1"}, "key_columns must be a number"),
         ({"param_bits": 12}, "param_bits must be 8 or 16, got 12"),
-        ({"fine_values": 8}, "fine_values must be 0, or 8 with rule 'attention', page_tokens 64"),
-        ({"fine_values": 4, "rule": "attention"}, "fine_values must be 0, or 8 .* got 4"),
-        ({"fine_values": 8, "rule": "attention", "bits": 4}, "fine_values must be 0, or 8 .* value_bits 2"),
+        ({"fine_values": 8, "rule": "log"}, "fine_values must be 0, or 8 with rule 'attention', page_tokens 64"),
+        ({"fine_values": 4}, "fine_values must be 0, or 8 .* got 4"),
+        ({"fine_values": 8, "bits": 4}, "fine_values must be 0, or 8 .* value_bits 2"),
         ({"sinks": None}, "sinks must be a whole number"),
     ],
 )
