@@ -34,10 +34,11 @@ struct FoldedWeights {
 template <int bits>
 LOGQUANT_INLINE I32 excess_of_fine(const int16_t* codes, int tokens) {
   constexpr int kExcess = (code_mask(2 * bits) - code_mask(bits)) / code_mask(bits);
-  I32 sum = splat(0), excess = splat(0);
-  excess[kLanes - 1] = kExcess << 16 | kExcess;
+  I32 sum = splat(0), last = splat(0);
+  last[kLanes - 1] = -1;
   for (int t = 16; t <= tokens; t += 16) {
-    sum = dot_pairs(sum, load(reinterpret_cast<const int32_t*>(codes + t) - kLanes), excess);
+    const I32 pairs = load(reinterpret_cast<const int32_t*>(codes + t) - kLanes) & last;
+    sum = dot_pairs(sum, pairs, splat(kExcess << 16 | kExcess));
   }
   return sum;
 }
