@@ -27,7 +27,7 @@ class KeyMaps(Protocol):
 class LogQuantConfig:
     """Settings of a cache; by default 2 bits, and the tokens exact that are attended to most.
 
-    :meth:`paper` is plain LogQuant (arXiv 2503.19950); :meth:`small` and :meth:`fine` take fewer and more bytes.
+    :meth:`paper` is plain LogQuant (arXiv 2503.19950); :meth:`fine` takes more bytes and loses less.
 
     Args:
         bits: bits of a quantised key or value element: 2, 4 or 8.
@@ -82,22 +82,13 @@ class LogQuantConfig:
         return cls(**plain | changes)
 
     @classmethod
-    def small(cls, **changes: Any) -> LogQuantConfig:
-        """Fewer bytes, less accurate: every key channel has one column.
-
-        Args:
-            **changes: other fields.
-        """
-        return cls(**{"key_columns": 1.0} | changes)
-
-    @classmethod
     def fine(cls, **changes: Any) -> LogQuantConfig:
-        """More bytes, more accurate: half as many key columns again as channels.
+        """More bytes, more accurate: the eight most attended tokens of a page have values of 4 bits.
 
         Args:
             **changes: other fields.
         """
-        return cls(**{"key_columns": 1.5} | changes)
+        return cls(**{"fine_values": 8} | changes)
 
     def __post_init__(self) -> None:
         def resolve(field: str, default: object) -> None:

@@ -75,7 +75,7 @@ def finite(value: float | None) -> float | None:
     return value
 
 
-OWN = ("logquant", "small", "fine", "log", "recent", "paper")
+OWN = ("logquant", "fine", "log", "recent", "paper")
 """Names of LogQuant caches."""
 
 _QUANTISING = ("partial", "kivi", "oscar", "turboquant", "kvarn", "occam", "kitty", "nexusquant", "quanto", "hqq")

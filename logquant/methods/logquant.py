@@ -44,7 +44,6 @@ def _preset(name: str, make: Callable[..., LogQuantConfig]) -> None:
 
 
 _preset("logquant", LogQuantConfig)
-_preset("small", LogQuantConfig.small)
 _preset("fine", LogQuantConfig.fine)
 _preset("log", functools.partial(LogQuantConfig, rule="log"))
 _preset("recent", functools.partial(LogQuantConfig, rule="recent"))

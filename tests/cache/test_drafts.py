@@ -113,6 +113,8 @@ SPECULATION = {"prompt_lookup": (0, 400), "assistant": (1, 400), "perfect_assist
 def test_speculative_decoding_at_2_bits_gives_what_greedy_decoding_gives(implementation, kind, rule):
     """Over several evictions, and with drafts that come together with the prompt."""
     layers, count = SPECULATION[kind]
+    if rule == "attention":  # the last bit also decides which tokens leave: a random model goes its own way sooner
+        count = min(count, 100)
     options = {"prompt_lookup_num_tokens": 6}
     if layers:
         options = {"assistant_model": tiny_model(num_hidden_layers=layers), "num_assistant_tokens": 5}

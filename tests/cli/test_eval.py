@@ -20,10 +20,10 @@ def test_eval_writes_a_table_and_json(model_dir, tmp_path, json_file):
     for text in texts:
         text.write_text(text.name * 60)
     sizes = ("--prefill", 100, "--tokens", 20)
-    caches = ("--caches", "logquant:window=32,recent:window=32,full")
+    caches = ("--caches", "log:window=32,recent:window=32,full")
     output = succeed("eval", "--model", model_dir, "--text", *texts, *caches, *sizes, "--json", json_file).output
     written = json.loads(json_file.read_text())
-    assert [row["cache"] for row in written["results"]] == ["logquant:window=32", "recent:window=32", "full"]
+    assert [row["cache"] for row in written["results"]] == ["log:window=32", "recent:window=32", "full"]
     log, recent, full = written["results"]
     assert full["kl"] == 0 and full["top1"] == 1 and full["bits_per_element"] is None
     assert log["kl"] > 0 and log["bytes"] == recent["bytes"] < full["bytes"]

@@ -13,7 +13,7 @@ import pytest
 import transformers
 
 from logquant import LogQuantConfig, models
-from logquant.cache.sizes import head_nbytes
+from logquant.cache.sizes import choice_nbytes, head_nbytes
 from logquant.cli import app
 from logquant.methods.registry import parse_cache
 from logquant.plan import pays_from, sequence_nbytes
@@ -24,18 +24,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_generate_streams_text_and_ends_with_the_cost(model_dir, json_file):
-    args = ("--model", model_dir, "--prompt", "x" * 300, "--max-new-tokens", 8)
+    args = ("--model", model_dir, "--prompt", "x" * 300, "--max-new-tokens", 8, "--cache", "log")
     result = succeed("generate", *args, "--json", json_file)
     written = json.loads(json_file.read_text())
     assert written["new_tokens"] == 8 and written["prompt_tokens"] == len("<user>" + "x" * 300 + "<assistant>")
     assert result.stdout == written["text"] + "\n"
-    config, heads, seen = LogQuantConfig(), 4, written["prompt_tokens"] + 7  # the last token is never cached
+    config, heads, seen = LogQuantConfig(rule="log"), 4, written["prompt_tokens"] + 7  # the last token is never cached
     # It has just evicted.
     assert written["bytes"] == heads * head_nbytes(config, seen, 32, itemsize=4, decoding=True, query_heads=2)
     assert written["full_precision_bytes"] == heads * seen * 2 * 32 * 4
     ratio = written["full_precision_bytes"] / written["bytes"]
     summary = result.stderr.splitlines()[0]
-    assert summary.startswith("[logquant] 317 + 8 tokens, ") and "tokens/s" in summary and f"{ratio:.2f}x" in summary
+    assert summary.startswith("[log] 317 + 8 tokens, ") and "tokens/s" in summary and f"{ratio:.2f}x" in summary
 
 
 def test_generate_without_eviction_writes_what_the_full_cache_writes(model_dir):
@@ -54,7 +54,8 @@ def test_generate_takes_settings_and_prompts_from_files(model_dir, tmp_path, jso
     assert written["cache"] == "logquant:bits=4,value_bits=2,window=32,page_tokens=32"
     assert written["prompt_tokens"] == 103  # the file, an empty line, the prompt
     config = LogQuantConfig(bits=4, value_bits=2, window=32, page_tokens=32)
-    assert written["bytes"] == 4 * head_nbytes(config, 104, 32, query_heads=2)
+    choice = 2 * choice_nbytes(config, 104, 2, decoding=True)
+    assert 0 <= 4 * head_nbytes(config, 104, 32, query_heads=2) + choice - written["bytes"] < choice
 
 
 def test_generate_samples_the_same_with_the_same_seed(model_dir):
@@ -69,7 +70,7 @@ def test_generate_samples_the_same_with_the_same_seed(model_dir):
         ((), "--prompt"),
         (("--prompt", " "), "needed: --prompt TEXT"),
         (("--prompt-file", "nowhere.txt"), "nowhere.txt"),
-        (("--prompt", "a", "--cache", "snapkv"), "cache must be one of logquant, attention, paper, recent, partial"),
+        (("--prompt", "a", "--cache", "snapkv"), "cache must be one of logquant, fine, log, recent, paper, partial"),
         (("--prompt", "a", "--bits", "3"), "bits must be 2, 4 or 8, got 3"),
         (("--prompt", "a", "--window", "100"), "window must be a multiple of page_tokens (32), got 100"),
         (("--prompt", "a", "--cache", "full", "--bits", "2"), "cache 'full' has no settings, got bits"),

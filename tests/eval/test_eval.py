@@ -109,16 +109,16 @@ def test_a_stopped_evaluation_scores_what_was_decoded(model, ids):
 
 
 def test_bits_and_bytes_are_those_of_the_format(model, ids):
-    by_name = scores(model, ids, "logquant:window=32,full")
-    config, seen = LogQuantConfig(window=32), PREFILL + TOKENS
-    assert by_name["logquant:window=32"].bits_per_element == config.page_format(32).bits_per_element
+    by_name = scores(model, ids, "log:window=32,full")
+    config, seen = LogQuantConfig(window=32, rule="log"), PREFILL + TOKENS
+    assert by_name["log:window=32"].bits_per_element == config.page_format(32).bits_per_element
     heads = 4  # of two layers
     assert by_name["full"].nbytes == heads * seen * 2 * 32 * 4
     least, most = (
         heads * head_nbytes(config, seen, 32, itemsize=4, decoding=decoding, query_heads=2)
         for decoding in (False, True)
     )
-    assert least <= by_name["logquant:window=32"].nbytes <= most
+    assert least <= by_name["log:window=32"].nbytes <= most
 
 
 def test_batches_and_chunks_of_one_window_do_not_change_the_result(model, ids):
@@ -191,7 +191,7 @@ def test_names_stand_for_settings():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("snapkv", "cache must be one of logquant, attention, paper, recent, partial, .*, full, got 'snapkv'"),
+        ("snapkv", "cache must be one of logquant, fine, log, recent, paper, partial, .*, full, got 'snapkv'"),
         ("logquant:bit=4", "a setting must be one of bits, .*, got 'bit'"),
         ("logquant:bits=two", "bits must be a whole number, got 'two'"),
         ("logquant:bits=3", "'logquant:bits=3': bits must be 2, 4 or 8, got 3"),

@@ -47,7 +47,9 @@ def test_caches_can_be_compared_at_equal_bytes_a_token():
     assert token_nbytes(unused) is None
 
 
-@pytest.mark.parametrize("name", ["log:window=32,key_columns=1.5", "fine:window=32", "paper:window=32"])
+@pytest.mark.parametrize(
+    "name", ["log:window=32,key_columns=1.5", "logquant:window=32,key_columns=1.5", "paper:window=32"]
+)
 def test_bits_of_an_element_count_column_maps_and_bytes_of_a_token_do_not(name):
     model, spec = tiny_model(), parse_cache(name)
     cache = spec.make(model.config)
@@ -58,7 +60,7 @@ def test_bits_of_an_element_count_column_maps_and_bytes_of_a_token_do_not(name):
     assert packed > 0 and fmt.has_map == (name != "paper:window=32")
     # Of a KV head of one sequence.
     pages, key_map = packed // 32 * fmt.nbytes, 2 * fmt.key_columns if fmt.has_map else 0
-    position = 2 if name.startswith("fine") else 0  # the position of a token, for both heads
+    position = 2 if name.startswith("logquant") else 0  # the position of a token, for both heads
     bits = 8 * (pages + key_map + packed * position / 2) / (packed * 2 * 32)
     assert packed_bits_per_element(cache) == pytest.approx(bits)
     assert token_nbytes(cache, batch=2) == 2 * (2 * fmt.nbytes / 32 + position)  # two layers of two KV heads

@@ -17,7 +17,7 @@ from tests.helpers.models import tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OURS = ["logquant", "small", "fine", "log", "recent", "paper"]
+OURS = ["logquant", "fine", "log", "recent", "paper"]
 LIBRARIES = ["quanto", "hqq"]
 
 
@@ -32,8 +32,7 @@ def test_names_have_an_order_and_every_method_is_tested():
 def test_names_of_logquant_stand_for_its_rules_and_sizes():
     assert [parse_cache(name).quantization for name in OURS] == [
         LogQuantConfig(),
-        LogQuantConfig(key_columns=1.0),
-        LogQuantConfig(key_columns=1.5),
+        LogQuantConfig(fine_values=8),
         LogQuantConfig(rule="log"),
         LogQuantConfig(rule="recent"),
         LogQuantConfig(rule="log", sinks=0, key_columns=1.0, param_bits=16),

@@ -102,7 +102,7 @@ def test_every_sequence_has_the_same_maps_from_the_start(model, ids, calibration
     fmt = LogQuantConfig().page_format(DIM)
     scores = [score for _, score in sorted(calibration.state()[0].items())]
     want = [columns.allocate(score, fmt) for score in scores]
-    cache, other = (filled(model, x, calibration=calibration) for x in (ids[:, :100], ids[:1].flip(1)))
+    cache, other = (filled(model, x, calibration=calibration, rule="log") for x in (ids[:, :100], ids[:1].flip(1)))
     assert cache.layers[0].rows.packed == 0 < other.layers[0].rows.packed
     for each in (cache, other):
         for got, layer_map in zip(maps_of(each), want, strict=True):
@@ -110,7 +110,7 @@ def test_every_sequence_has_the_same_maps_from_the_start(model, ids, calibration
             assert got.shape == (len(got), HEADS, fmt.key_columns)
             assert len(got.untyped_storage()) == layer_map.nbytes
     assert [a.data_ptr() for a in maps_of(cache)] == [b.data_ptr() for b in maps_of(other)], "there is one tensor"
-    own = filled(model, ids[:1].flip(1))
+    own = filled(model, ids[:1].flip(1), rule="log")
     assert not torch.equal(maps_of(own)[0], maps_of(other)[0])
     maps = 2 * HEADS * fmt.key_columns * 2
     assert own.nbytes - other.nbytes == maps
@@ -169,7 +169,7 @@ def test_generate_and_eval_take_it(model, ids, path):
         assert out.past_key_values.quantization.calibration == Calibration.load(path)
     finally:
         logquant.disable(model)
-    specs = parse_caches(f"logquant,logquant:calibration={path},recent:calibration={path},window=32")
+    specs = parse_caches(f"log,log:calibration={path},recent:calibration={path},window=32")
     assert [spec.quantization.calibration is None for spec in specs] == [True, False, False]
     own, calibrated, recent = evaluate(model, ids, specs, prefill=300, chunk=33)
     assert 0 < sum(calibrated.kl) < 2 * sum(own.kl) and sum(recent.kl) > 0
