@@ -126,16 +126,21 @@ def pays_from(spec: CacheSpec, config: PreTrainedConfig, itemsize: int) -> int:
     full = shape.count * 2 * shape.dim * itemsize
     # The first layers read all pages, and keep no index of them.
     last = config.get_text_config(decoder=True).num_hidden_layers - 1
+
+    def smaller(tokens: int) -> bool:
+        return _layer_nbytes(quantization, shape, tokens, last, itemsize, decoding=True) < tokens * full
+
     # Before the first eviction there are as many exact tokens and room for more. From one to the next, what is held
-    # stays the same; a store that grows by a page to spare may be the larger one again, but not for 32 pages.
+    # grows by less than the full cache; a store that grows by a page to spare may be the larger one again, but not for
+    # 32 pages.
     evictions = itertools.count(window_capacity(quantization), quantization.window)
-    least, smaller = window_capacity(quantization), 0
-    while smaller < 64:
+    least, in_a_row = window_capacity(quantization), 0
+    while in_a_row < 64:
         tokens = next(evictions)
-        held = _layer_nbytes(quantization, shape, tokens, last, itemsize, decoding=True)
-        smaller += 1
-        if held >= tokens * full:
-            least, smaller = min(held // full + 1, tokens + quantization.window), 0
+        in_a_row += 1
+        if not smaller(tokens):
+            till = tokens + quantization.window
+            least, in_a_row = next(filter(smaller, range(tokens, till)), till), 0
     return least
 
 

@@ -83,11 +83,12 @@ def choice_nbytes(config: LogQuantConfig, tokens: int, kv_heads: int, *, decodin
     """
     if config.rule != "attention":
         return 0
-    packed = packed_tokens(config, tokens)
-    exact = window_capacity(config) if decoding and packed else tokens - packed
-    # In a step there are the sums of the last one beside its own.
-    sums = kv_heads * (2 * exact - 1 if decoding else exact)
-    return packed * position_dtype(tokens).itemsize + 4 * (exact + sums)
+    # The last token of a step takes its place with the next one, and its sums lie beside those of the others till then.
+    committed = tokens - 1 if decoding else tokens
+    packed = packed_tokens(config, committed)
+    exact = committed - packed
+    sums = kv_heads * (2 * exact + 1 if decoding else exact)
+    return packed * position_dtype(committed).itemsize + 4 * (exact + sums)
 
 
 def index_nbytes(config: LogQuantConfig, tokens: int, head_dim: int, layer: int) -> int:
