@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from .nested import parse_nested
 
@@ -53,14 +54,14 @@ class RecallSpec:
             raise ValueError(f"a setting of recall must be one of {', '.join(kinds)}, got {', '.join(unknown)}")
         if {"pages", "tokens"} <= given.keys():
             raise ValueError("recall must have either pages or tokens, got both")
-        options = {}
+        options: dict[str, Any] = {}
         for name, value in given.items():
             try:
                 options[name] = kinds[name](value)
             except ValueError:
                 what = "number" if kinds[name] is float else "whole number"
                 raise ValueError(f"{name} of recall must be a {what}, got {value!r}") from None
-        return RecallSpec(chooser, **options)  # type: ignore[arg-type]
+        return RecallSpec(chooser, **options)
 
     @property
     def uses_means(self) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..ops.reference.words import pack_words, unpack_words
-from .layers.base import Baseline
+from .layers.base import Baseline, need_group_divides
 from .layers.minmax import MinMax, PerChannel
 from .layers.quantized import QuantizingLayer
 from .registry import method
@@ -102,10 +102,8 @@ class KittyLayer(QuantizingLayer):
         self.settings = settings
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        dim, settings = value_states.shape[3], self.settings
-        group = min(settings.group, dim)
-        if dim % group:
-            raise ValueError(f"group must divide the value dimension {dim}, got {group}")
+        settings, group = self.settings, min(self.settings.group, value_states.shape[3])
+        need_group_divides(group, value_states)
         self.key_quantizer = BoostedKeys(int(settings.boosted * key_states.shape[3] + 1e-6), settings.residual)
         self.value_quantizer = MinMax(2, group)
         super().lazy_initialization(key_states, value_states)

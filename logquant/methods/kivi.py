@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..format import BITS
-from .layers.base import Baseline
+from .layers.base import Baseline, need_group_divides
 from .layers.minmax import MinMax, PerChannel
 from .layers.quantized import QuantizingLayer
 from .registry import method
@@ -55,10 +55,7 @@ class KIVILayer(QuantizingLayer):
         self.value_quantizer = MinMax(settings.bits, settings.group)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        if value_states.shape[3] % self.settings.group:
-            raise ValueError(
-                f"group must divide the value dimension {value_states.shape[3]}, got {self.settings.group}"
-            )
+        need_group_divides(self.settings.group, value_states)
         super().lazy_initialization(key_states, value_states)
 
     def packed_tokens(self, tokens: int) -> tuple[int, int]:

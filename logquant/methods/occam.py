@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from ..format import BITS
 from ..ops.reference.hadamard import hadamard
 from ..ops.reference.words import PARAM_MAX
-from .layers.base import Baseline, need_powers_of_two
+from .layers.base import Baseline, need_group_divides, need_powers_of_two
 from .layers.minmax import MinMax, PerChannel
 from .layers.quantized import QuantizingLayer
 from .registry import method
@@ -95,10 +95,7 @@ class OScaRLayer(QuantizingLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         need_powers_of_two("OScaR", key_states, value_states)
-        if value_states.shape[3] % self.settings.group:
-            raise ValueError(
-                f"group must divide the value dimension {value_states.shape[3]}, got {self.settings.group}"
-            )
+        need_group_divides(self.settings.group, value_states)
         super().lazy_initialization(key_states, value_states)
 
     def packed_tokens(self, tokens: int) -> tuple[int, int]:

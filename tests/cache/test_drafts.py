@@ -126,7 +126,8 @@ def test_speculative_decoding_at_2_bits_gives_what_greedy_decoding_gives(impleme
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("bits", "rule"), [(2, "log"), (2, "attention"), (8, "attention")])
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("rule", ["log", "attention"])
 def test_speculative_decoding_of_a_real_model(smollm2, smollm2_tokenizer, data_dir, bits, rule):
     """With prompt lookup, and with the same model as assistant, so that nearly all of its drafts are taken."""
     text = (data_dir / "dev/books/frankenstein_84.txt").read_text()[3000:4200]

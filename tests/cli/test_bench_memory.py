@@ -10,7 +10,7 @@ import pytest
 
 from logquant import LogQuantConfig
 from logquant.bench import memory
-from logquant.cache.sizes import head_nbytes
+from logquant.cache.sizes import choice_nbytes, head_nbytes
 from tests.helpers.cli import refused, run, succeed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -18,15 +18,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="bench memory reads /proc")
 def test_bench_memory_holds_what_the_formula_says(model_dir, json_file):
-    args = ("--model", model_dir, "--context", 700, "--cache", "full,log:window=32", "--dtype", "bfloat16")
+    args = ("--model", model_dir, "--context", 700, "--cache", "full,logquant:window=32", "--dtype", "bfloat16")
     output = succeed("bench", "memory", *args, "--json", json_file).output
     full, packed = json.loads(json_file.read_text())["results"]
     assert full["held"] == full["predicted"] == 4 * 700 * 2 * 32 * 2
-    assert (
-        packed["held"]
-        == packed["predicted"]
-        == 4 * head_nbytes(LogQuantConfig(window=32, rule="log"), 700, 32, query_heads=2)
-    )
+    config = LogQuantConfig(window=32)
+    expected = 4 * head_nbytes(config, 700, 32, query_heads=2) + 2 * choice_nbytes(config, 700, 2)
+    assert packed["held"] == packed["predicted"] == expected
     assert all(row["peak_rise"] > 0 and row["live_peak_rise"] > 0 for row in (full, packed))
     assert output.count("equal") == 2
 

@@ -24,18 +24,19 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_generate_streams_text_and_ends_with_the_cost(model_dir, json_file):
-    args = ("--model", model_dir, "--prompt", "x" * 300, "--max-new-tokens", 8, "--cache", "log")
+    args = ("--model", model_dir, "--prompt", "x" * 300, "--max-new-tokens", 8)
     result = succeed("generate", *args, "--json", json_file)
     written = json.loads(json_file.read_text())
     assert written["new_tokens"] == 8 and written["prompt_tokens"] == len("<user>" + "x" * 300 + "<assistant>")
     assert result.stdout == written["text"] + "\n"
-    config, heads, seen = LogQuantConfig(rule="log"), 4, written["prompt_tokens"] + 7  # the last token is never cached
+    config, heads, seen = LogQuantConfig(), 4, written["prompt_tokens"] + 7  # the last token is never cached
     # It has just evicted.
-    assert written["bytes"] == heads * head_nbytes(config, seen, 32, itemsize=4, decoding=True, query_heads=2)
+    head = head_nbytes(config, seen, 32, itemsize=4, decoding=True, query_heads=2)
+    assert written["bytes"] == heads * head + 2 * choice_nbytes(config, seen, 2)
     assert written["full_precision_bytes"] == heads * seen * 2 * 32 * 4
     ratio = written["full_precision_bytes"] / written["bytes"]
     summary = result.stderr.splitlines()[0]
-    assert summary.startswith("[log] 317 + 8 tokens, ") and "tokens/s" in summary and f"{ratio:.2f}x" in summary
+    assert summary.startswith("[logquant] 317 + 8 tokens, ") and "tokens/s" in summary and f"{ratio:.2f}x" in summary
 
 
 def test_generate_without_eviction_writes_what_the_full_cache_writes(model_dir):
@@ -54,8 +55,8 @@ def test_generate_takes_settings_and_prompts_from_files(model_dir, tmp_path, jso
     assert written["cache"] == "logquant:bits=4,value_bits=2,window=32,page_tokens=32"
     assert written["prompt_tokens"] == 103  # the file, an empty line, the prompt
     config = LogQuantConfig(bits=4, value_bits=2, window=32, page_tokens=32)
-    choice = 2 * choice_nbytes(config, 104, 2, decoding=True)
-    assert 0 <= 4 * head_nbytes(config, 104, 32, query_heads=2) + choice - written["bytes"] < choice
+    choice = choice_nbytes(config, 104, 2) - 4  # the position of the last token is not written down yet
+    assert written["bytes"] == 4 * head_nbytes(config, 104, 32, query_heads=2) + 2 * choice
 
 
 def test_generate_samples_the_same_with_the_same_seed(model_dir):

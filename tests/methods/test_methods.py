@@ -49,7 +49,7 @@ def test_the_better_the_cache_the_smaller_the_divergence():
     names += ["partial:window=32", "partial:window=32,bits=4", "partial:window=32,bits=8"]
     names += ["streaming:recent=100", "streaming:recent=200", "streaming:recent=400"]
     names += ["h2o:heavy=50,recent=50", "h2o:heavy=100,recent=100", "h2o:heavy=200,recent=200"]
-    scores = evaluate(model, ids, [parse_cache(name) for name in names], prefill=300, chunk=8)
+    scores = evaluate(model, ids, [parse_cache(name) for name in names], prefill=300, chunk=4)
     kl = [sum(score.kl) / 2 for score in scores]
     for first in range(0, len(names), 3):
         assert kl[first] > kl[first + 1] > kl[first + 2] >= -1e-9, names[first]

@@ -20,6 +20,12 @@ def need_powers_of_two(method: str, *states: Tensor) -> None:
             raise ValueError(f"{method} needs head dimensions that are powers of two from 16 on, got {dim}")
 
 
+def need_group_divides(group: int, value_states: Tensor) -> None:
+    """Refuse values ``[B, H, n, Dv]`` whose channels do not fall into groups (ValueError)."""
+    if value_states.shape[3] % group:
+        raise ValueError(f"group must divide the value dimension {value_states.shape[3]}, got {group}")
+
+
 class Settings(ABC):
     """The settings of a method; they make its caches. A frozen dataclass, which validates its fields.
 
