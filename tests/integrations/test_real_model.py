@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from logquant import LogQuantCache
 from logquant.cache.layer import LogQuantLayer
-from logquant.cache.sizes import head_nbytes
+from logquant.cache.sizes import choice_nbytes, head_nbytes
 from logquant.compat import as_argument
 from tests.helpers.layers import PLAIN
 from tests.helpers.layers import contents as layer_contents
@@ -70,7 +70,7 @@ def test_two_bits_answer_from_the_packed_part_of_the_prompt(smollm2, smollm2_tok
 
 @pytest.mark.slow
 def test_bytes_held_at_8000_tokens(smollm2, prompt):
-    """Pages and column maps as the format says, a window of 4 + 3W tokens and the newest 16 queries, to the byte."""
+    """Pages, column maps, a window of 4 + 3W tokens, the newest 4 queries, positions and sums, to the byte."""
     smollm2.set_attn_implementation("logquant")
     cache = LogQuantCache(smollm2.config)
     with torch.no_grad():
@@ -80,9 +80,13 @@ def test_bytes_held_at_8000_tokens(smollm2, prompt):
     pages = (8000 - 4 - 2 * 64) // 64
     head_dim, columns = 64, 80
     keys, values = 64 * columns * 2 // 32 + 2 * head_dim // 4, 64 * 2 // 32 * head_dim + 64 // 4
-    window, queries = 2 * (4 + 3 * 64) * head_dim * 4, 16 * 3 * head_dim * 4
-    assert cache.nbytes == heads * (pages * 4 * (keys + values) + window + queries + 2 * columns)
-    assert cache.nbytes == heads * head_nbytes(cache.quantization, 8000, head_dim, itemsize=4, query_heads=3)
+    window, queries = 2 * (4 + 3 * 64) * head_dim * 4, 4 * 3 * head_dim * 4
+    packed, exact = 64 * pages, 8000 - 64 * pages
+    choice = 2 * packed + 4 * (exact + config.num_key_value_heads * exact)
+    head = pages * 4 * (keys + values) + window + queries + 2 * columns
+    assert cache.nbytes == heads * head + config.num_hidden_layers * choice
+    assert head == head_nbytes(cache.quantization, 8000, head_dim, itemsize=4, query_heads=3)
+    assert choice == choice_nbytes(cache.quantization, 8000, config.num_key_value_heads)
     assert cache.full_precision_nbytes == heads * 8000 * 2 * head_dim * 4
     assert all(isinstance(layer, LogQuantLayer) for layer in cache.layers)
 
