@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -33,6 +34,13 @@ pytest.register_assert_rewrite("tests.helpers")
 
 # .ci/run sets NO_CHROMIUM where the system has no package of it.
 ALLOWED_SKIPS = ("needs Chromium",) if os.environ.get("NO_CHROMIUM") else ()
+
+
+def pytest_configure(config):
+    """A run that was cut off while Quanto's kernels were compiled has left a lock, for which all later ones would wait."""
+    if not hasattr(config, "workerinput") and (quanto := importlib.util.find_spec("optimum")):
+        for folder in quanto.submodule_search_locations or ():
+            Path(folder, "quanto/library/extensions/cpp/build/lock").unlink(missing_ok=True)
 
 
 @pytest.hookimpl(optionalhook=True)

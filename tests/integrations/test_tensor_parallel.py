@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.helpers.models import tiny_model
 
@@ -22,26 +23,28 @@ from logquant.compat import as_argument
 from tests.helpers.masks import pad_mask
 
 torch.set_num_threads(1)
-folder, rank = sys.argv[1], os.environ.get("RANK")
+folder, rule, bits, rank = *sys.argv[1:], os.environ.get("RANK")
 parallel = {} if rank is None else {"distributed_config": DistributedConfig(tp_plan="auto")}
 model = AutoModelForCausalLM.from_pretrained(folder, **parallel)
 model.set_attn_implementation("logquant")
 ids = torch.randint(0, 256, (2, 300), generator=torch.Generator().manual_seed(0))
 mask = pad_mask([300, 170], "left")
-cache = LogQuantCache(model.config, bits=2)
-out = model.generate(ids, attention_mask=mask, **as_argument(cache), max_new_tokens=40, do_sample=False)
-found = {"tokens": out[:, 300:].tolist(), "heads": cache.layers[0].held.storage.pages.shape[1], "nbytes": cache.nbytes}
+cache = LogQuantCache(model.config, rule=rule, bits=int(bits))
+settings = dict(max_new_tokens=40, do_sample=False, return_dict_in_generate=True, output_scores=True)
+out = model.generate(ids, attention_mask=mask, **as_argument(cache), **settings)
+found = {"tokens": out.sequences[:, 300:].tolist(), "second": out.scores[1].tolist()}
+found |= {"heads": cache.layers[0].held.storage.pages.shape[1], "nbytes": cache.nbytes}
 with open(f"{folder}/result-{rank}.json", "w") as file:
     json.dump(found, file)
 """
 
 
-def run(folder: Path, *launcher: str) -> None:
+def run(folder: Path, rule: str, bits: int, *launcher: str) -> None:
     program = folder / "program.py"
     program.write_text(PROGRAM)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *launcher, str(program), str(folder)],
+        [sys.executable, *launcher, str(program), str(folder), rule, str(bits)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -58,11 +61,22 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def test_two_processes_give_the_tokens_of_one(folder):
-    run(folder)
-    run(folder, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+@pytest.mark.parametrize("rule", ["log", "attention"])
+def test_two_processes_give_the_tokens_of_one(folder, rule):
+    """Under ``attention`` each chooses by its own heads, so tokens may be others: scores differ as bits do."""
+    bits = 2 if rule == "log" else 8
+    run(folder, rule, bits)
+    run(folder, rule, bits, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     alone, *ranks = (json.loads((folder / f"result-{rank}.json").read_text()) for rank in (None, 0, 1))
     assert alone["heads"] == 2 and [rank["heads"] for rank in ranks] == [1, 1]
-    assert ranks[0]["tokens"] == ranks[1]["tokens"] == alone["tokens"]
+    assert ranks[0]["tokens"] == ranks[1]["tokens"]
+    if rule == "log":
+        assert ranks[0]["tokens"] == alone["tokens"]
+    # The first token attends to exact ones alone. The second reads pages, where its predecessor is the same.
+    for got, want, first, first_alone in zip(
+        ranks[0]["second"], alone["second"], ranks[0]["tokens"], alone["tokens"], strict=True
+    ):
+        assert first[0] == first_alone[0]
+        assert (torch.tensor(got) - torch.tensor(want)).norm() < 0.01 * torch.tensor(want).norm()
     # Each holds half of the pages and windows, and all of the positions.
     assert all(0.45 < rank["nbytes"] / alone["nbytes"] < 0.55 for rank in ranks)
