@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from pathlib import Path
 
 import hypothesis
 import pytest
@@ -37,7 +36,7 @@ ALLOWED_SKIPS = ("needs Chromium",) if os.environ.get("NO_CHROMIUM") else ()
 
 
 def pytest_configure(config):
-    """A run that was cut off while Quanto's kernels were compiled has left a lock, for which all later ones would wait."""
+    """A run that was cut off while Quanto's kernels were compiled has left a lock; all later runs would wait for it."""
     if not hasattr(config, "workerinput") and (quanto := importlib.util.find_spec("optimum")):
         for folder in quanto.submodule_search_locations or ():
             Path(folder, "quanto/library/extensions/cpp/build/lock").unlink(missing_ok=True)
