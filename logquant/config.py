@@ -27,7 +27,8 @@ class KeyMaps(Protocol):
 class LogQuantConfig:
     """Settings of a cache; by default 2 bits, and the tokens exact that are attended to most.
 
-    :meth:`paper` is plain LogQuant (arXiv 2503.19950); :meth:`fine` takes more bytes and loses less.
+    :meth:`paper` is plain LogQuant (arXiv 2503.19950); :meth:`fine` takes more bytes and loses less, :meth:`small` the
+    reverse.
 
     Args:
         bits: bits of a quantised key or value element: 2, 4 or 8.
@@ -40,8 +41,10 @@ class LogQuantConfig:
             ``"log"`` keeps tokens ever more sparsely with distance, as the paper does; ``"recent"`` keeps the newest.
         sinks: first tokens that always stay exact, besides the window.
         key_columns: columns of key codes for each key channel, on average: they go to the channels that queries look at
-            most (csrc/format.h). 1 gives each channel one; by default 1.25 for keys of 2 bits, else 1. Rounded down so
-            that a head has a multiple of 16.
+            most (csrc/format.h). 1 gives each channel one, unless ``allocate_bits``; by default 1.25 for keys of 2
+            bits, else 1. Rounded down so that a head has a multiple of 16.
+        allocate_bits: whether columns go to the channels that queries look at most also where there are as many columns
+            as channels.
         param_bits: 8 stores scales in 8 bits, fits them and rotates values, as the newest queries tell, which are kept
             (:mod:`logquant.quantizer.queries`); 16 stores the range of the elements.
         fine_values: how many tokens of a page, the most attended, have values of 4 bits: 0, or 8 with the rule
@@ -66,6 +69,7 @@ class LogQuantConfig:
     rule: Rule = "attention"
     sinks: int = 4
     key_columns: float | None = None
+    allocate_bits: bool = False
     param_bits: int = 8
     fine_values: int = 0
     calibration: KeyMaps | str | os.PathLike[str] | None = None
@@ -89,6 +93,15 @@ class LogQuantConfig:
             **changes: other fields.
         """
         return cls(**{"fine_values": 8} | changes)
+
+    @classmethod
+    def small(cls, **changes: Any) -> LogQuantConfig:
+        """Fewer bytes, less accurate: as many key columns as channels, for those that queries look at most.
+
+        Args:
+            **changes: other fields.
+        """
+        return cls(**{"key_columns": 1.0, "allocate_bits": True} | changes)
 
     def __post_init__(self) -> None:
         def resolve(field: str, default: object) -> None:
@@ -124,6 +137,7 @@ class LogQuantConfig:
             "key_columns",
             f"a number above 0, up to {most} (8 / key_bits)",
         )
+        need(isinstance(self.allocate_bits, bool), "allocate_bits", "True or False")
         need(is_count(self.param_bits) and self.param_bits in PARAM_BITS, "param_bits", "8 or 16")
         can_be_fine = (self.rule, self.page_tokens, self.value_bits, self.param_bits) == ("attention", 64, 2, 8)
         need(
@@ -132,9 +146,9 @@ class LogQuantConfig:
             "0, or 8 with rule 'attention', page_tokens 64, value_bits 2 and param_bits 8",
         )
         need(
-            self.calibration is None or columns != 1,
+            self.calibration is None or columns != 1 or self.allocate_bits,
             "calibration",
-            "None where key_columns is 1: every channel has one column",
+            "None where key_columns is 1 and allocate_bits False: every channel has one column",
         )
         need(
             self.calibration is None or isinstance(self.calibration, str | os.PathLike | KeyMaps),
@@ -178,9 +192,13 @@ class LogQuantConfig:
             fine_values=self.fine_values,
         )
 
+    def has_map(self, fmt: PageFormat) -> bool:
+        """Whether pages of this format have a column map, which says which channels have how many columns."""
+        return fmt.needs_map or self.allocate_bits
+
     def allocates_bits(self, fmt: PageFormat) -> bool:
         """Whether each sequence finds the bit allocation of its keys by itself, for pages of this format."""
-        return fmt.has_map and self.calibration is None
+        return self.has_map(fmt) and self.calibration is None
 
     def recall_spec(self, layer: int) -> RecallSpec | None:
         """What layer ``layer`` of a model reads of its pages; None if that is all of them."""

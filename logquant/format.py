@@ -100,8 +100,8 @@ class PageFormat:
         )
 
     @property
-    def has_map(self) -> bool:
-        """Whether pages need a column map."""
+    def needs_map(self) -> bool:
+        """Whether pages need a column map; where columns are as many as channels, they may have one."""
         return self.key_columns != self.head_dim
 
     @property

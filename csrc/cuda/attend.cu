@@ -1,6 +1,6 @@
 // attend: the choice of kernel, the cut into splits, and the combination of their partial results.
 //
-// What the window's slots are given (reference/attend.py) is a row's softmax over the window alone. The
+// What the window's slots are given (reference/attend.py) is the square of a row's softmax over the window alone. The
 // kernels that take the window keep its scores, and its own log-sum-exp follows from the sums of its splits; prefill,
 // whose splits are of pages and window alike, has the window done again by them.
 
@@ -41,7 +41,8 @@ LOGQUANT_DEVICE void add_attention(const AttendArgs& a, int batch, int kv_head, 
 #pragma unroll
       for (int i = 0; i < kSlotsPerThread; ++i) {
         const float score = slot + i * kCombineThreads < used ? scores[i * kCombineThreads] : -INFINITY;
-        sum[i] += score == -INFINITY ? 0.0f : ptx::exp2(score - lse[r]);
+        const float share = score == -INFINITY ? 0.0f : ptx::exp2(score - lse[r]);
+        sum[i] += share * share;
       }
     }
     __syncthreads();

@@ -267,7 +267,7 @@ void run(const Case& c) {
       }
       check(std::abs(lse[row] - std::log(denominator)) < 1e-3, "wrong log-sum-exp", set->name, f);
       for (int64_t t = 0; t < window; ++t) {
-        expected_given[head * window + t] += window_weights[t] / window_denominator;
+        expected_given[head * window + t] += std::pow(window_weights[t] / window_denominator, 2);
       }
       for (int i = 0; i < f.value_dim; ++i) {
         const int64_t at = row * f.value_dim + i;

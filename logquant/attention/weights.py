@@ -21,9 +21,10 @@ _SCORES_AT_ONCE = 1 << 22
 
 
 def given(query: Tensor, keys: Tensor, scale: float, softcap: float, visible: Tensor | None = None) -> Tensor:
-    """What queries give to each token: the sum of their attention weights, over the query heads of a KV head.
+    """What queries give to each token: the sum of their squared attention weights, over the query heads of a KV head.
 
-    The weights are those of a softmax over these tokens alone.
+    That is what an independent error of each token costs in attention's outputs. The weights are those of a softmax
+    over these tokens alone.
 
     Args:
         query: ``[B, Hq, L, D]``.
@@ -64,7 +65,7 @@ def given(query: Tensor, keys: Tensor, scale: float, softcap: float, visible: Te
     out = keys.new_empty(len(keys), heads, tokens, dtype=torch.float32)
     for part in parts:
         weights = (scores(part) if known is None else known).sub_(lse).exp_()
-        torch.sum(weights, (2, 3), out=out[:, :, part])
+        torch.sum(weights.square_(), (2, 3), out=out[:, :, part])
     return out
 
 

@@ -185,7 +185,7 @@ def bench_attend(
     q, k, v = random(shape.heads, 1), random(shape.kv_heads, shape.context), random(shape.kv_heads, shape.context)
     packed, exact = _split(quantization, shape.context)
     fmt = quantization.page_format(shape.dim)
-    key_map = columns.allocate(columns.variances(k, 2 * fmt.page_tokens), fmt) if fmt.has_map else None
+    key_map = columns.allocate(columns.variances(k, 2 * fmt.page_tokens), fmt) if quantization.has_map(fmt) else None
     pages = ops.quantize(k, v, fmt, index=packed[None].to(device), key_map=key_map)
     window_k, window_v = (x[:, :, exact.to(device)].contiguous() for x in (k, v))
     scale = shape.dim**-0.5

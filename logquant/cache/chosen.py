@@ -300,17 +300,19 @@ def _newest(query: Tensor, keys: Tensor, rows: Rows, real: Tensor | None) -> tup
 
 
 def importance(given: Tensor, values: Tensor) -> Tensor:
-    """What exact tokens add to attention's outputs: the mean over heads of ``given * |v|``.
+    """What exact tokens add to attention's outputs: the mean over heads of ``sqrt(given) * |v|``.
 
     Args:
-        given: ``[B, H, N]``, the sum of attention weights.
+        given: ``[B, H, N]``, the sum of squared attention weights.
         values: ``[B, H, N, Dv]``.
 
     Returns:
         float32 ``[B, N]``.
     """
     cost = torch.empty_like(given)
-    for into, part in zip(cost.split(_AT_ONCE, 2), values.split(_AT_ONCE, 2), strict=True):
+    parts = (t.split(_AT_ONCE, 2) for t in (cost, values, given))
+    for into, part, of in zip(*parts, strict=True):
         into.copy_(torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32))
-    weight: Tensor = cost.mul_(given).mean(1)
+        into.mul_(of.sqrt())
+    weight: Tensor = cost.mean(1)
     return weight

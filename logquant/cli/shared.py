@@ -75,7 +75,7 @@ def finite(value: float | None) -> float | None:
     return value
 
 
-OWN = ("logquant", "fine", "log", "recent", "paper")
+OWN = ("logquant", "fine", "small", "log", "recent", "paper")
 """Names of LogQuant caches."""
 
 _QUANTISING = ("partial", "kivi", "oscar", "turboquant", "kvarn", "occam", "kitty", "nexusquant", "quanto", "hqq")

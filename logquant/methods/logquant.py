@@ -45,6 +45,7 @@ def _preset(name: str, make: Callable[..., LogQuantConfig]) -> None:
 
 _preset("logquant", LogQuantConfig)
 _preset("fine", LogQuantConfig.fine)
+_preset("small", LogQuantConfig.small)
 _preset("log", functools.partial(LogQuantConfig, rule="log"))
 _preset("recent", functools.partial(LogQuantConfig, rule="recent"))
 _preset("paper", LogQuantConfig.paper)

@@ -189,9 +189,9 @@ def observed_attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`attend`, which also adds up how much attention each exact token gets.
 
-    A query gives the slots of the window the softmax of its scores over those alone: pages and sinks do not count, and
-    what it does not see gets nothing. That is summed over the query heads of a KV head and over the queries. Meant for
-    few queries: kernels keep 4 bytes for each query head, query and window slot until the end.
+    A query gives the slots of the window the squares of the softmax of its scores over those alone: pages and sinks do
+    not count, and what it does not see gets nothing. That is summed over the query heads of a KV head and over the
+    queries. Meant for few queries: kernels keep 4 bytes for each query head, query and window slot until the end.
 
     Args:
         q, pages, window_k, window_v, fmt, scale, softcap, key_map, positions, mask, query_positions, sinks, page_table,

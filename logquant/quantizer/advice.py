@@ -66,7 +66,7 @@ class Advice(NamedTuple):
             keys: ``[B, H, n, D]``, for their shape and device.
         """
         key_map = None
-        if fmt.has_map:
+        if config.has_map(fmt):
             batch, heads = keys.shape[:2]
             if calibration is None:
                 key_map = columns.default_map(fmt, batch, heads, keys.device)
@@ -150,7 +150,7 @@ class Advice(NamedTuple):
             return options
         weights = attention[tokens]
         if self.fmt.key_param_bits == 8:
-            mean = weights.mean(2) if attention.given is None else attention.given[:, :, tokens]
+            mean = weights.mean(2) if attention.given is None else attention.given[:, :, tokens].sqrt()
             options["key_weights"] = key_weights(mean, self.fmt.page_tokens)
         if self.fmt.value_param_bits == 8:
             options["value_feedback"] = value_feedback(weights, self.fmt.page_tokens)

@@ -39,7 +39,8 @@ class Attention:
         queries: few, of these sequences; those of padding attend to all tokens alike.
         keys: ``[B, H, T, D]``, all that are still exact.
         leaving: ``[1 or B, N]``, indices of keys.
-        given: ``[B, H, N]``, what all queries of late, not these few alone, have given to those; None if not counted.
+        given: ``[B, H, N]``, what all queries of late, not these few alone, have given to those
+            (:func:`logquant.attention.weights.given`); None if not counted.
     """
 
     def __init__(self, queries: RecentQueries, keys: Tensor, leaving: Tensor, given: Tensor | None = None) -> None:
@@ -99,7 +100,8 @@ def key_weights(attention: Tensor, page_tokens: int) -> Tensor:
     """Weights of the squared errors of keys: the mean attention each gets, 1 on average over a page, plus 1.
 
     Args:
-        attention: ``[B, H, N]``, the mean over queries or their sum, N a multiple of ``page_tokens``.
+        attention: ``[B, H, N]``, the mean over queries, or the root of the sum of their squares, N a multiple of
+            ``page_tokens``.
         page_tokens: tokens of a page.
 
     Returns:

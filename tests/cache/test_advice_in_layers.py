@@ -154,7 +154,16 @@ def test_every_row_has_its_own_columns_and_takes_them_along():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"bits": 4}, {"key_columns": 1.5, "rule": "recent"}, {"param_bits": 16}], ids=str
+    "options",
+    [
+        {},
+        {"bits": 4},
+        {"key_columns": 1.5, "rule": "recent"},
+        {"param_bits": 16},
+        {"key_columns": 1.0, "allocate_bits": True},
+        {"key_columns": 1.0, "allocate_bits": True, "param_bits": 16, "rule": "log"},
+    ],
+    ids=str,
 )
 def test_implementations_agree_and_files_keep_the_columns(tmp_path, options):
     model = tiny_model(head_dim=64)
@@ -170,7 +179,7 @@ def test_implementations_agree_and_files_keep_the_columns(tmp_path, options):
     (cache, got), (other, want) = caches
     assert (got - want).abs().max() < 3e-3 * want.abs().max()
     for layer, twin in zip(cache.layers, other.layers, strict=True):
-        assert layer.format.has_map == (layer.held.advice.key_map is not None)
+        assert layer.config.has_map(layer.format) == (layer.held.advice.key_map is not None)
         assert layer.held.advice.key_map is None or torch.equal(layer.held.advice.key_map, twin.held.advice.key_map)
     cache.save(tmp_path / "cache", model)
     loaded = LogQuantCache.load(tmp_path / "cache", model)
@@ -197,6 +206,7 @@ def test_the_default_loses_far_less_than_the_paper():
         ({"key_columns": 4.5}, "key_columns must be a number above 0, up to 4 .* got 4.5"),
         ({"key_columns": 2, "key_bits": 8}, "key_columns must be a number above 0, up to 1"),
         ({"key_columns": "1"}, "key_columns must be a number"),
+        ({"allocate_bits": 1}, "allocate_bits must be True or False, got 1"),
         ({"param_bits": 12}, "param_bits must be 8 or 16, got 12"),
         ({"fine_values": 8, "rule": "log"}, "fine_values must be 0, or 8 with rule 'attention', page_tokens 64"),
         ({"fine_values": 4}, "fine_values must be 0, or 8 .* got 4"),
@@ -215,9 +225,10 @@ def test_the_paper_is_one_option_away():
     assert (paper.sinks, paper.rule) == (0, "log")
     assert LogQuantConfig.paper(bits=4, rule="recent", sinks=4).page_format(64).bits_per_element == 4.5
     assert LogQuantConfig().page_format(128).bits_per_element <= 2.5
+    assert LogQuantConfig.small().page_format(128).bits_per_element <= 2.25
 
 
 def test_a_layer_of_short_text_feeds_like_any_other():
     layer, _, k, v = layer_and_tokens()
     feed(layer, k, v, [1] * 250)
-    assert layer.rows.packed == 64 and layer.format.has_map
+    assert layer.rows.packed == 64 and layer.format.needs_map

@@ -171,7 +171,12 @@ class CachePrograms(RuleBasedStateMachine):
     @initialize(
         rule=st.sampled_from(RULES),
         options=st.sampled_from(
-            [{"bits": 2}, {"bits": 8, "recall": "both(skip=1)"}, {"key_columns": 2.0, "calibration": CALIBRATION}]
+            [
+                {"bits": 2},
+                {"bits": 8, "recall": "both(skip=1)"},
+                {"key_columns": 2.0, "calibration": CALIBRATION},
+                {"allocate_bits": True},
+            ]
         ),
         batch=st.integers(1, 3),
     )

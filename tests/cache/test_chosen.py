@@ -56,14 +56,14 @@ class Oracle:
             for head in range(q.shape[0]):
                 own = head // (q.shape[0] // 2)
                 weights = (SCALE * k[own, at[seen]] @ q[head, position]).softmax(0)
-                sums[own, seen] += weights
+                sums[own, seen] += weights.square()
         self.sums = sums
         count = 0
         while len(self.exact) - count - SINKS >= 3 * W:
             count += W
         if not count:
             return
-        cost = (sums * v[:, at].norm(dim=-1)).mean(0)
+        cost = (sums.sqrt() * v[:, at].norm(dim=-1)).mean(0)
         newest = len(self.exact) - W
         least = sorted(range(SINKS, newest), key=lambda i: (cost[i].item(), i))[:count]
         leaving = sorted(least)
@@ -134,14 +134,14 @@ def test_contents_are_those_of_the_positions():
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("tokens", [10, 5000])
-def test_given_is_the_sum_of_weights(softcap, tokens):
+def test_given_is_the_sum_of_squared_weights(softcap, tokens):
     q, k, _ = states(tokens, group=3)
     q = q[:, :, -9:]
     scores = SCALE * q.unflatten(1, (2, 3)) @ k.mT.unsqueeze(2)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     hidden = torch.ones(9, tokens, dtype=torch.bool).triu(tokens - 9 + 1)
-    want = scores.masked_fill(hidden, -torch.inf).softmax(-1).sum((2, 3))
+    want = scores.masked_fill(hidden, -torch.inf).softmax(-1).square().sum((2, 3))
     torch.testing.assert_close(given(q, k, SCALE, softcap), want)
     nobody = torch.zeros(1, 9, tokens, dtype=torch.bool)
     assert not given(q, k, SCALE, softcap, nobody).any()
@@ -152,7 +152,7 @@ def test_importance_is_the_mean_of_heads_of_what_a_token_adds():
         torch.tensor([[[4.0, 0.0], [1.0, 9.0]]]),
         torch.tensor([[[[3.0, 4.0], [1.0, 0.0]], [[0.0, 2.0], [1.0, 0.0]]]]),
     )
-    assert importance(sums, v).tolist() == [[(4 * 5 + 1 * 2) / 2, (0 + 9 * 1) / 2]]
+    assert importance(sums, v).tolist() == [[(2 * 5 + 1 * 2) / 2, (0 + 3 * 1) / 2]]
 
 
 def test_what_does_not_tell_its_queries_leaves_the_newest_exact_and_says_so():

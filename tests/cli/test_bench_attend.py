@@ -41,11 +41,11 @@ def test_bench_attend_times_every_contender(json_file):
         (("--bits", "5"), "bits must be 2, 4 or 8, got 5"),
         (
             ("--cache", "full"),
-            "a LogQuant cache is needed, one of logquant, fine, log, recent, paper; got 'full'",
+            "a LogQuant cache is needed, one of logquant, fine, small, log, recent, paper; got 'full'",
         ),
         (
             ("--cache", "kivi"),
-            "a LogQuant cache is needed, one of logquant, fine, log, recent, paper; got 'kivi'",
+            "a LogQuant cache is needed, one of logquant, fine, small, log, recent, paper; got 'kivi'",
         ),
         (("--cache", "logquant,paper"), "one cache is needed, got 'logquant,paper'"),
         (("--context", "1,,2"), "whole numbers separated by commas are needed, got '1,,2'"),

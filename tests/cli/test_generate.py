@@ -71,7 +71,7 @@ def test_generate_samples_the_same_with_the_same_seed(model_dir):
         ((), "--prompt"),
         (("--prompt", " "), "needed: --prompt TEXT"),
         (("--prompt-file", "nowhere.txt"), "nowhere.txt"),
-        (("--prompt", "a", "--cache", "snapkv"), "cache must be one of logquant, fine, log, recent, paper, partial"),
+        (("--prompt", "a", "--cache", "snapkv"), "cache must be one of logquant, fine, small, log, recent, paper"),
         (("--prompt", "a", "--bits", "3"), "bits must be 2, 4 or 8, got 3"),
         (("--prompt", "a", "--window", "100"), "window must be a multiple of page_tokens (32), got 100"),
         (("--prompt", "a", "--cache", "full", "--bits", "2"), "cache 'full' has no settings, got bits"),

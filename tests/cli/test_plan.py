@@ -23,10 +23,10 @@ def test_the_command_says_what_fits(model_dir, json_file):
         (("--memory", 0), "--memory: more than 0 GiB are needed, got 0"),
         (("--memory", "nan"), "'--memory': a number is needed, got nan"),
         (("--memory", "inf"), "'--memory': a number is needed, got inf"),
-        (("--caches", "full,kivi"), "--caches: bytes are known beforehand of logquant, fine, log, recent,"),
+        (("--caches", "full,kivi"), "--caches: bytes are known beforehand of logquant, fine, small, log, recent,"),
         (("--caches", "logquant:value_group=48"), "--caches: cache 'logquant:value_group=48': value_group must be"),
         (("--caches", "logquant:bits=4,bits=8"), "bits must be given once"),
-        (("--caches", "kivy"), "--caches: cache must be one of logquant, fine, log, recent,"),
+        (("--caches", "kivy"), "--caches: cache must be one of logquant, fine, small, log, recent,"),
         (("--context", 0), "'--context'"),
     ],
 )

@@ -48,7 +48,8 @@ def test_caches_can_be_compared_at_equal_bytes_a_token():
 
 
 @pytest.mark.parametrize(
-    "name", ["log:window=32,key_columns=1.5", "logquant:window=32,key_columns=1.5", "paper:window=32"]
+    "name",
+    ["log:window=32,key_columns=1.5", "logquant:window=32,key_columns=1.5", "small:window=32", "paper:window=32"],
 )
 def test_bits_of_an_element_count_column_maps_and_bytes_of_a_token_do_not(name):
     model, spec = tiny_model(), parse_cache(name)
@@ -57,10 +58,11 @@ def test_bits_of_an_element_count_column_maps_and_bytes_of_a_token_do_not(name):
     with torch.inference_mode():
         model(ids, **as_argument(cache))
     fmt, packed = spec.quantization.page_format(32), packed_tokens(spec.quantization, 200)
-    assert packed > 0 and fmt.has_map == (name != "paper:window=32")
+    has_map = name != "paper:window=32"
+    assert packed > 0 and spec.quantization.has_map(fmt) == has_map
     # Of a KV head of one sequence.
-    pages, key_map = packed // 32 * fmt.nbytes, 2 * fmt.key_columns if fmt.has_map else 0
-    position = 2 if name.startswith("logquant") else 0  # the position of a token, for both heads
+    pages, key_map = packed // 32 * fmt.nbytes, 2 * fmt.key_columns if has_map else 0
+    position = 2 if spec.quantization.rule == "attention" else 0  # the position of a token, for both heads
     bits = 8 * (pages + key_map + packed * position / 2) / (packed * 2 * 32)
     assert packed_bits_per_element(cache) == pytest.approx(bits)
     assert token_nbytes(cache, batch=2) == 2 * (2 * fmt.nbytes / 32 + position)  # two layers of two KV heads

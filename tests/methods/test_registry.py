@@ -17,7 +17,7 @@ from tests.helpers.models import tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OURS = ["logquant", "fine", "log", "recent", "paper"]
+OURS = ["logquant", "fine", "small", "log", "recent", "paper"]
 LIBRARIES = ["quanto", "hqq"]
 
 
@@ -33,6 +33,7 @@ def test_names_of_logquant_stand_for_its_rules_and_sizes():
     assert [parse_cache(name).quantization for name in OURS] == [
         LogQuantConfig(),
         LogQuantConfig(fine_values=8),
+        LogQuantConfig(key_columns=1.0, allocate_bits=True),
         LogQuantConfig(rule="log"),
         LogQuantConfig(rule="recent"),
         LogQuantConfig(rule="log", sinks=0, key_columns=1.0, param_bits=16),

@@ -303,7 +303,7 @@ FITTED_GROUPS = LogQuantConfig().page_format(256)  # more than the kernel keeps 
 @pytest.mark.parametrize(
     ("fmt", "queries"),
     [(PageFormat(128), 2), (PageFormat(128), 40), (SEARCHED, 2), (SEARCHED, 4), (SEARCHED, 40), (FITTED_GROUPS, 2)]
-    + [(PageFormat(128, key_param_bits=8, value_param_bits=8), 2)]  # the general kernel
+    + [(PageFormat(128, page_tokens=32, key_param_bits=8, value_param_bits=8), 2)]  # the general kernel
     + [(FINE, 2), (FINE, 40)]
     + [(fmt, 3) for fmt in (PageFormat(192), PageFormat(256), FITTED_GROUPS)],  # of two warps
     ids=lambda x: name_of(x) if isinstance(x, PageFormat) else str(x),

@@ -38,7 +38,7 @@ def plain(
     query_positions: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """Each query's softmax over the window's slots that it sees, and what was there before."""
+    """Each query's softmax over the window's slots that it sees, squared, and what was there before."""
     batch, heads, queries, _ = q.shape
     kv_heads, slots = window_k.shape[1:3]
     total = torch.zeros(batch, kv_heads, slots, dtype=torch.float64)
@@ -64,7 +64,7 @@ def plain(
             value = row[position.clamp(0, len(row) - 1)]
             seen = seen & (value if mask.dtype == torch.bool else value > -1e30)
             score = score if mask.dtype == torch.bool else score + value.double()
-        total[b, kv_head, seen] += score[seen].softmax(0)
+        total[b, kv_head, seen] += score[seen].softmax(0).square()
     return total
 
 

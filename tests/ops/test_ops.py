@@ -103,7 +103,7 @@ def test_feedback_without_bounds_stays_bit_for_bit(backend, fmt, factor):
     count = 2 * fmt.page_tokens
     k, v = tokens(fmt, 0, batch=1, heads=2, count=count)
     options = {"value_feedback": torch.full((1, 2, count, fmt.page_tokens), factor)}
-    if fmt.has_map:
+    if fmt.needs_map:
         options["key_map"] = column_map(fmt, 0, batch=1, heads=1)
     with on(backend):
         packed = ops.quantize(k, v, fmt, **options)
@@ -276,7 +276,7 @@ def test_attend_is_within_2e_3_of_the_outputs_rms(backend, config, sharpness):
         torch.manual_seed(seed)
         k, v = torch.randn(1, heads, packed + exact, 128), torch.randn(1, heads, packed + exact, 128)
         q = sharpness * torch.randn(1, heads * group, 1, 128)
-        key_map = column_map(fmt, seed, batch=1, heads=heads) if fmt.has_map else None
+        key_map = column_map(fmt, seed, batch=1, heads=heads) if fmt.needs_map else None
         pages = ops.quantize(k[:, :, :packed], v[:, :, :packed], fmt, key_map=key_map)
         stored = ops.dequantize(pages, fmt, dtype=torch.float32, key_map=key_map)
         window = k[:, :, packed:].contiguous(), v[:, :, packed:].contiguous()

@@ -243,7 +243,7 @@ def test_what_does_not_fit_is_named(model, calibration):
     for bad in (scores[0].double(), scores[0][0], -scores[0], scores[0] / 0):
         with pytest.raises(ValueError, match=r"key_scores of layer 0 must be float32 \[heads, head_dim\], finite"):
             Calibration({0: bad}, {}, 1)
-    with pytest.raises(ValueError, match="calibration must be None where key_columns is 1"):
+    with pytest.raises(ValueError, match="calibration must be None where key_columns is 1 and allocate_bits False"):
         LogQuantConfig(bits=4, calibration=calibration)
     with pytest.raises(ValueError, match="calibration must be a Calibration, the path of its file, or None, got 3"):
         LogQuantConfig(calibration=3)

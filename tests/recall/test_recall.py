@@ -328,7 +328,7 @@ def test_page_scores_are_bounds_of_what_dequantised_keys_score():
         fmt = LogQuantConfig(param_bits=param_bits, key_columns=columns).page_format(64)
         k = torch.randn(1, 2, 640, 64, generator=random)
         entries = torch.tensor([4 * (i % 64) + i // 64 for i in range(fmt.key_columns)], dtype=torch.int16)
-        options = {"key_map": entries[None, None]} if fmt.has_map else {}
+        options = {"key_map": entries[None, None]} if fmt.needs_map else {}
         pages = ops.quantize(k, k, fmt, **options)
         keys = ops.dequantize(pages, fmt, **options)[0].unflatten(2, (-1, 64))
         q = torch.randn(1, 4, 3, 64, generator=random)

@@ -1,5 +1,5 @@
-// How much attention the window's slots get (logquant/ops/reference/attend.py): of every row the softmax of its scores
-// over the window alone.
+// How much attention the window's slots get (logquant/ops/reference/attend.py): of every row the squares of the softmax
+// of its scores over the window alone.
 //
 // That is known only once a row has seen the whole window, so the splits keep their scores: [row][window_stride] of a
 // KV head, lanes are slots. The last task of the KV head adds them up, row after row: always the same order of
@@ -24,8 +24,8 @@ struct WindowScores {
   LOGQUANT_INLINE float* row(int64_t r) const { return data + r * stride; }
 };
 
-// Scores of `slots` slots (a multiple of kLanes) become their softmax.
-LOGQUANT_INLINE void softmax(float* scores, int64_t slots) {
+// Scores of `slots` slots (a multiple of kLanes) become the squares of their softmax.
+LOGQUANT_INLINE void squared_softmax(float* scores, int64_t slots) {
   F32 top = splat(-kInfinity);
   for (int64_t t = 0; t < slots; t += kLanes) top = max(top, load(scores + t));
   const float most = reduce(top, Max{});
@@ -39,8 +39,8 @@ LOGQUANT_INLINE void softmax(float* scores, int64_t slots) {
   const float total = reduce(sum, Add{});
   const F32 inverse = splat(total == 0.0f ? 0.0f : 1.0f / total);
   for (int64_t t = 0; t < slots; t += kLanes) {
-    const F32 weight = load(scores + t);
-    store(scores + t, select(weight == splat(0.0f), splat(0.0f), weight * inverse));  // not seen: not even a NaN
+    const F32 weight = load(scores + t), share = weight * inverse;
+    store(scores + t, select(weight == splat(0.0f), splat(0.0f), share * share));  // not seen: not even a NaN
   }
 }
 
@@ -49,7 +49,7 @@ void add_attention(const AttendArgs& args, const AttendPlan& plan, int64_t head,
   float* const sums = scores.row(0);
   const int64_t padded = (used + kLanes - 1) / kLanes * kLanes;
   for (int64_t row = 0; row < plan.rows; ++row) {
-    softmax(scores.row(row), padded);
+    squared_softmax(scores.row(row), padded);
     for (int64_t t = 0; row > 0 && t < padded; t += kLanes) store(sums + t, load(sums + t) + load(scores.row(row) + t));
   }
   const float* const before = args.attention.of(head / args.kv_heads, head % args.kv_heads);

@@ -26,9 +26,8 @@ bool readable(const Pages& x) {
 }  // namespace
 
 const TensorKernel* find_tensor_kernel(const AttendArgs& args) {
-  // A column map on a format that is compiled without one.
-  const bool mapped = args.key_map.data != nullptr;
-  if (mapped != (args.format.key_columns != args.format.head_dim)) return nullptr;
+  // Fitted formats are compiled with a column map, the others without (Shape).
+  if ((args.key_map.data != nullptr) != (args.format.key_param_bits == 8)) return nullptr;
   if (!readable(args.q) || !readable(args.pages)) return nullptr;
   if (args.window_tokens > 0 && !(readable(args.window_k) && readable(args.window_v))) return nullptr;
   for (const TensorKernel& kernel : kKernels) {

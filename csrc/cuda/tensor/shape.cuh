@@ -19,7 +19,7 @@ struct Shape {
   static constexpr bool kFine = FineValues > 0;
   // 8-bit parameters and a column map: one does not come without the other here.
   static constexpr bool kFitted = ParamBits == 8;
-  static_assert(format_error(kFormat) == nullptr && kGroups <= 4 && kFitted == (C != D));
+  static_assert(format_error(kFormat) == nullptr && kGroups <= 4 && (kFitted || C == D));
 };
 
 // T: of the model; S: the Shape; tiles: of 8 query rows, 1 or 2.

@@ -97,8 +97,8 @@ def attend(
     Returns:
         The output ``[B, Hq, L, Dv]`` in q's dtype, 0 for a query that sees nothing; the log-sum-exp of its scores
         (natural logarithm, sinks included), float32 ``[B, Hq, L]``; and, with ``attention``, what each window slot has
-        been given after this call, float32 ``[B, H, N]``: without it, ``[0]``. A query gives the
-        slots of the window the softmax of its scores over those alone: without pages and sinks.
+        been given after this call, float32 ``[B, H, N]``: without it, ``[0]``. A query gives the slots of the window
+        the squares of the softmax of its scores over those alone: without pages and sinks.
     """
     batch, _, queries, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -143,10 +143,10 @@ def attend(
 def attention_given(scores: Tensor, before: Tensor) -> Tensor:
     """``before`` ``[B, H, M]`` and what queries with ``scores`` ``[B, Hq, L, N]`` give each of N slots: ``[B, H, N]``.
 
-    Float32; their softmax, summed over the query heads of each KV head and over the queries.
+    Float32; their softmax squared, summed over the query heads of each KV head and over the queries.
     """
     lse = scores.logsumexp(-1, keepdim=True)
     shares = (scores - lse).exp().masked_fill(scores == -torch.inf, 0.0)
-    given: Tensor = shares.unflatten(1, (before.shape[1], -1)).sum((2, 3))
+    given: Tensor = shares.square().unflatten(1, (before.shape[1], -1)).sum((2, 3))
     given[..., : before.shape[2]] += before
     return given.float()
