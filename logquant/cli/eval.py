@@ -62,7 +62,8 @@ def command(
 ) -> None:
     """Measure what a cache costs: by teacher forcing on real text, in greedy decoding, and in recalling a passkey.
 
-    kl is divergence from the full cache, perplexity and top-1 agreement.
+    kl is divergence from the full cache, perplexity and top-1 agreement. "minus first" is the 95 % interval of how
+    much higher KL is than that of the first cache, text by text.
     """
     arguments = dict(locals())
     wanted = _tasks(tasks)
@@ -146,6 +147,8 @@ def _kl(run: _Run, rows: Rows) -> None:
     if scores[0].nll:
         for row, each in zip(rows, scores, strict=True):
             row.update(each.as_dict())
+            if each is not scores[0]:
+                row["minus"] = each.minus(scores[0])
         _kl_table(rows).show()
 
 
@@ -180,7 +183,7 @@ _MEASURES = {Task.kl: _kl, Task.greedy: _greedy, Task.passkey: _passkey}
 def _kl_table(rows: Rows) -> ResultTable:
     table = ResultTable(
         (
-            *("cache", "KL", "95 % of KL", "KL, p99", "KL, p99.9", "KL > 1"),
+            *("cache", "KL", "95 % of KL", "minus first: from", "to", "KL, p99", "KL, p99.9", "KL > 1"),
             *("ppl", "top-1", "bits", "bytes/token", "bytes/text"),
         )
     )
@@ -189,6 +192,7 @@ def _kl_table(rows: Rows) -> ResultTable:
             row["cache"],
             f"{row['kl']:.4f}",
             "{:.3f}-{:.3f}".format(*row["kl_interval"]) if row["kl_interval"] else "-",
+            *([f"{bound:+.4f}" for bound in row.get("minus", {}).get("interval") or ()] or ["-", "-"]),
             f"{row['kl_p99']:.4f}",
             f"{row['kl_p999']:.4f}",
             f"{row['kl_above_1']:.2%}",

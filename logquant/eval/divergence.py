@@ -54,6 +54,17 @@ class CacheScores:
         """By text, the mean of ``token_kl``."""
         return [kl.mean().item() for kl in self.token_kl]
 
+    def minus(self, other: CacheScores) -> dict[str, Any]:
+        """How much higher the KL is than another cache's on the same texts.
+
+        Returns:
+            ``cache``, the other's name; ``kl``, the mean difference; and ``interval``, the 95 % bootstrap interval of
+            the differences of texts, which are paired: a text that is hard for both says nothing. None for fewer than
+            two texts.
+        """
+        differences = [own - others for own, others in zip(self.kl, other.kl, strict=True)]
+        return {"cache": other.cache, "kl": mean(differences), "interval": bootstrap_interval(differences)}
+
     def as_dict(self) -> dict[str, Any]:
         """Means over texts, 95 % bootstrap intervals over texts where there are several, and the scores of each.
 

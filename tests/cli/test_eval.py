@@ -28,6 +28,12 @@ def test_eval_writes_a_table_and_json(model_dir, tmp_path, json_file):
     assert full["kl"] == 0 and full["top1"] == 1 and full["bits_per_element"] is None
     assert log["kl"] > 0 and log["bytes"] == recent["bytes"] < full["bytes"]
     assert len(log["texts"]) == 2 and log["kl_interval"][0] <= log["kl"] <= log["kl_interval"][1]
+    assert "minus" not in log and recent["minus"]["cache"] == "log:window=32"
+    assert recent["minus"]["kl"] == pytest.approx(recent["kl"] - log["kl"])
+    differences = [own["kl"] - first["kl"] for own, first in zip(recent["texts"], log["texts"], strict=True)]
+    low, high = recent["minus"]["interval"]
+    assert min(differences) <= low <= recent["minus"]["kl"] <= high <= max(differences)
+    assert f"{low:+.4f}" in output and f"{high:+.4f}" in output
     assert f"{log['kl']:.4f}" in output and f"{full['ppl']:.2f}" in output
 
 
