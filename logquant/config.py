@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .channels_spec import ChannelsSpec
 from .format import BITS, PAGE_TOKENS, PARAM_BITS, PageFormat, fine_tokens
 from .recall_spec import RecallSpec
 from .rule import RULES, Rule
@@ -70,6 +71,7 @@ class LogQuantConfig:
     fine_values: int = 0
     calibration: KeyMaps | str | os.PathLike[str] | None = None
     recall: str | None = None
+    channels: str | None = None
 
     @classmethod
     def paper(cls, **changes: Any) -> LogQuantConfig:
@@ -117,6 +119,12 @@ class LogQuantConfig:
             "value_group",
             "a positive multiple of 16",
         )
+        need(self.channels is None or isinstance(self.channels, str), "channels", "a text or None")
+        if self.channels is not None:
+            left = 1 - ChannelsSpec.parse(self.channels).ratio
+            need(self.key_columns in (None, left), "key_columns", "None with channels, which says how many there are")
+            need(self.calibration is None, "calibration", "None with channels, which each sequence chooses for itself")
+            resolve("key_columns", left)
         resolve("key_columns", 1.25 if self.key_bits == 2 else 1.0)
         columns, most = self.key_columns, 8 // (self.key_bits or 8)
         need(
@@ -164,19 +172,26 @@ class LogQuantConfig:
         Raises:
             ValueError: dimensions that no page can hold, or that ``value_group`` does not divide.
         """
-        assert self.key_bits is not None and self.value_bits is not None and self.key_columns is not None
+        assert self.key_bits is not None and self.value_bits is not None
         return PageFormat(
             head_dim,
             head_dim if value_dim is None else value_dim,
             self.page_size,
             self.key_bits,
             self.value_bits,
-            key_columns=max(16, int(head_dim * self.key_columns) // 16 * 16),
+            key_columns=self._columns_of(head_dim),
             value_group=self.value_group or 0,
             key_param_bits=self.param_bits,
             value_param_bits=self.param_bits,
             fine_values=self.fine_values,
         )
+
+    def _columns_of(self, head_dim: int) -> int:
+        """Columns of key codes of one KV head."""
+        if self.channels is not None:
+            return ChannelsSpec.parse(self.channels).columns(head_dim)
+        assert self.key_columns is not None
+        return max(16, int(head_dim * self.key_columns) // 16 * 16)
 
     def allocates_bits(self, fmt: PageFormat) -> bool:
         """Whether each sequence finds the bit allocation of its keys by itself, for pages of this format."""
