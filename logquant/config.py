@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .channels_spec import ChannelsSpec
 from .format import BITS, PAGE_TOKENS, PARAM_BITS, PageFormat, fine_tokens
+from .pruning.spec import Budget, PruneSpec
 from .recall_spec import RecallSpec
 from .rule import RULES, Rule
 
@@ -53,6 +54,9 @@ class LogQuantConfig:
         recall: given, a decode step reads only those pages that its query asks for: ``"both"``, ``"means"`` or
             ``"bounds"``, which say how they are chosen, with settings in brackets (:mod:`logquant.recall_spec`), as in
             ``"both(pages=0.25)"``. By default all pages are read.
+        prune: given, tokens of a prompt are dropped when it ends, instead of being packed: ``"snapkv"``, ``"keydiff"``
+            or ``"streaming"`` says which, with settings in brackets (:mod:`logquant.pruning.spec`), as in
+            ``"snapkv(keep=0.25)"``.
 
     Raises:
         ValueError: naming the field, what it was and what it must be.
@@ -72,6 +76,7 @@ class LogQuantConfig:
     calibration: KeyMaps | str | os.PathLike[str] | None = None
     recall: str | None = None
     channels: str | None = None
+    prune: str | None = None
 
     @classmethod
     def paper(cls, **changes: Any) -> LogQuantConfig:
@@ -152,6 +157,12 @@ class LogQuantConfig:
         need(self.recall is None or isinstance(self.recall, str), "recall", "a text or None")
         if self.recall is not None:
             RecallSpec.parse(self.recall)
+        need(self.prune is None or isinstance(self.prune, str), "prune", "a text or None")
+        if self.prune is not None:
+            PruneSpec.parse(self.prune)
+            need(
+                not self.fine_values, "fine_values", "0 with prune, after which tokens do not share pages by attention"
+            )
 
     @property
     def page_size(self) -> int:
@@ -203,3 +214,22 @@ class LogQuantConfig:
             return None
         spec = RecallSpec.parse(self.recall)
         return spec if layer >= spec.skip else None
+
+    def prune_spec(self) -> PruneSpec | None:
+        """What is dropped of a prompt; None if nothing is."""
+        return None if self.prune is None else PruneSpec.parse(self.prune)
+
+    def budget(self, head_dim: int | None) -> Budget | None:
+        """How much stays of a prompt; None if all does.
+
+        Args:
+            head_dim: channels of a key and of a value; None if they are not known.
+
+        Raises:
+            ValueError: bytes that stay are given, and ``head_dim`` is not; or a dimension that no page can hold.
+        """
+        spec = self.prune_spec()
+        if spec is None:
+            return None
+        page_nbytes = None if head_dim is None or spec.nbytes is None else self.page_format(head_dim).nbytes
+        return Budget(spec, self.page_size, page_nbytes)

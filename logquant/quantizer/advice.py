@@ -24,7 +24,7 @@ class Leaving:
     Attributes:
         rows: the rows.
         keys: ``[rows, H, T, D]``: those of all exact and new tokens, in order, without padding.
-        tokens: ``[1 or rows, N]``, which of those leave, in order.
+        tokens: ``[1 or rows, N]`` or ``[rows, H, N]``, which of those leave, in order.
         given: ``[rows, H, N]``, what the newest queries have given them, where that is counted
             (:func:`logquant.attention.weights.given`).
     """
