@@ -197,13 +197,6 @@ class LogQuantConfig:
             fine_values=self.fine_values,
         )
 
-    def _columns_of(self, head_dim: int) -> int:
-        """Columns of key codes of one KV head."""
-        if self.channels is not None:
-            return ChannelsSpec.parse(self.channels).columns(head_dim)
-        assert self.key_columns is not None
-        return max(16, int(head_dim * self.key_columns) // 16 * 16)
-
     def allocates_bits(self, fmt: PageFormat) -> bool:
         """Whether each sequence finds the bit allocation of its keys by itself, for pages of this format."""
         return fmt.has_map and self.calibration is None
@@ -214,6 +207,13 @@ class LogQuantConfig:
             return None
         spec = RecallSpec.parse(self.recall)
         return spec if layer >= spec.skip else None
+
+    def _columns_of(self, head_dim: int) -> int:
+        """Columns of key codes of one KV head."""
+        if self.channels is not None:
+            return ChannelsSpec.parse(self.channels).columns(head_dim)
+        assert self.key_columns is not None
+        return max(16, int(head_dim * self.key_columns) // 16 * 16)
 
     def prune_spec(self) -> PruneSpec | None:
         """What is dropped of a prompt; None if nothing is."""

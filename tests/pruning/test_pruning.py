@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import logquant
 from logquant import LogQuantCache, LogQuantConfig
 from logquant.attention.call import AttentionCall
 from logquant.attention.view import KVView
@@ -296,6 +297,10 @@ def test_generation_with_drafts_gives_what_greedy_decoding_gives(ids, rule):
     assert torch.equal(*outputs)
     beams = generate(model, prompt, LogQuantCache(model.config, rule=rule, prune="snapkv(keep=0.5)"), num_beams=3)
     assert beams.shape == outputs[0].shape
+    # An enabled model says which of the tokens that come with the prompt are drafts: they see it pruned.
+    logquant.enable(model, rule=rule, prune="snapkv(keep=0.5)")
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 40, "do_sample": False}
+    assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=4, **options), outputs[0])
 
 
 @pytest.mark.parametrize("rule", ["recent", "log", "attention"])
