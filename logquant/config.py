@@ -9,7 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .channels_spec import ChannelsSpec
 from .format import BITS, PAGE_TOKENS, PARAM_BITS, PageFormat, fine_tokens
+from .pruning.spec import Budget, PruneSpec
 from .recall_spec import RecallSpec
 from .rule import RULES, Rule
 
@@ -55,6 +57,9 @@ class LogQuantConfig:
         recall: given, a decode step reads only those pages that its query asks for: ``"both"``, ``"means"`` or
             ``"bounds"``, which say how they are chosen, with settings in brackets (:mod:`logquant.recall_spec`), as in
             ``"both(pages=0.25)"``. By default all pages are read.
+        prune: given, tokens of a prompt are dropped when it ends, instead of being packed: ``"snapkv"``, ``"keydiff"``
+            or ``"streaming"`` says which, with settings in brackets (:mod:`logquant.pruning.spec`), as in
+            ``"snapkv(keep=0.25)"``.
 
     Raises:
         ValueError: naming the field, what it was and what it must be.
@@ -74,6 +79,8 @@ class LogQuantConfig:
     fine_values: int = 0
     calibration: KeyMaps | str | os.PathLike[str] | None = None
     recall: str | None = None
+    channels: str | None = None
+    prune: str | None = None
 
     @classmethod
     def paper(cls, **changes: Any) -> LogQuantConfig:
@@ -130,6 +137,12 @@ class LogQuantConfig:
             "value_group",
             "a positive multiple of 16",
         )
+        need(self.channels is None or isinstance(self.channels, str), "channels", "a text or None")
+        if self.channels is not None:
+            left = 1 - ChannelsSpec.parse(self.channels).ratio
+            need(self.key_columns in (None, left), "key_columns", "None with channels, which says how many there are")
+            need(self.calibration is None, "calibration", "None with channels, which each sequence chooses for itself")
+            resolve("key_columns", left)
         resolve("key_columns", 1.25 if self.key_bits == 2 else 1.0)
         columns, most = self.key_columns, 8 // (self.key_bits or 8)
         need(
@@ -158,6 +171,12 @@ class LogQuantConfig:
         need(self.recall is None or isinstance(self.recall, str), "recall", "a text or None")
         if self.recall is not None:
             RecallSpec.parse(self.recall)
+        need(self.prune is None or isinstance(self.prune, str), "prune", "a text or None")
+        if self.prune is not None:
+            PruneSpec.parse(self.prune)
+            need(
+                not self.fine_values, "fine_values", "0 with prune, after which tokens do not share pages by attention"
+            )
 
     @property
     def page_size(self) -> int:
@@ -178,14 +197,14 @@ class LogQuantConfig:
         Raises:
             ValueError: dimensions that no page can hold, or that ``value_group`` does not divide.
         """
-        assert self.key_bits is not None and self.value_bits is not None and self.key_columns is not None
+        assert self.key_bits is not None and self.value_bits is not None
         return PageFormat(
             head_dim,
             head_dim if value_dim is None else value_dim,
             self.page_size,
             self.key_bits,
             self.value_bits,
-            key_columns=max(16, int(head_dim * self.key_columns) // 16 * 16),
+            key_columns=self._columns_of(head_dim),
             value_group=self.value_group or 0,
             key_param_bits=self.param_bits,
             value_param_bits=self.param_bits,
@@ -206,3 +225,29 @@ class LogQuantConfig:
             return None
         spec = RecallSpec.parse(self.recall)
         return spec if layer >= spec.skip else None
+
+    def _columns_of(self, head_dim: int) -> int:
+        """Columns of key codes of one KV head."""
+        if self.channels is not None:
+            return ChannelsSpec.parse(self.channels).columns(head_dim)
+        assert self.key_columns is not None
+        return max(16, int(head_dim * self.key_columns) // 16 * 16)
+
+    def prune_spec(self) -> PruneSpec | None:
+        """What is dropped of a prompt; None if nothing is."""
+        return None if self.prune is None else PruneSpec.parse(self.prune)
+
+    def budget(self, head_dim: int | None) -> Budget | None:
+        """How much stays of a prompt; None if all does.
+
+        Args:
+            head_dim: channels of a key and of a value; None if they are not known.
+
+        Raises:
+            ValueError: bytes that stay are given, and ``head_dim`` is not; or a dimension that no page can hold.
+        """
+        spec = self.prune_spec()
+        if spec is None:
+            return None
+        page_nbytes = None if head_dim is None or spec.nbytes is None else self.page_format(head_dim).nbytes
+        return Budget(spec, self.page_size, page_nbytes)

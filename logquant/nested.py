@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 _CALL = re.compile(r"(\w+)(?:\((.*)\))?")
 
@@ -25,3 +27,27 @@ def parse_nested(text: str) -> tuple[str, dict[str, str]]:
             raise ValueError(f"{key} of {call[1]} must be given once")
         given[key] = value
     return call[1], given
+
+
+def read_settings(what: str, given: Mapping[str, str], kinds: Mapping[str, type]) -> dict[str, Any]:
+    """Settings as what they are.
+
+    Args:
+        what: whose they are, for messages.
+        given: what :func:`parse_nested` found in the brackets.
+        kinds: of each setting that there is: ``float``, ``int`` or ``str``.
+
+    Raises:
+        ValueError: a setting that there is not, or a value of another kind.
+    """
+    if unknown := sorted(given.keys() - kinds):
+        known = f"must be one of {', '.join(kinds)}" if kinds else "is not needed"
+        raise ValueError(f"a setting of {what} {known}, got {', '.join(unknown)}")
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        try:
+            found[name] = kinds[name](value)
+        except ValueError:
+            kind = "number" if kinds[name] is float else "whole number"
+            raise ValueError(f"{name} of {what} must be a {kind}, got {value!r}") from None
+    return found

@@ -106,7 +106,7 @@ def _layer_nbytes(
     """Bytes of one layer of a LogQuant cache."""
     head = head_nbytes(config, tokens, shape.dim, itemsize=itemsize, decoding=decoding, query_heads=shape.group)
     head += index_nbytes(config, tokens, shape.dim, layer)
-    return shape.count * head + choice_nbytes(config, tokens, shape.count, decoding=decoding)
+    return shape.count * head + choice_nbytes(config, tokens, shape.count, shape.dim, decoding=decoding)
 
 
 def pays_from(spec: CacheSpec, config: PreTrainedConfig, itemsize: int) -> int:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
-from .nested import parse_nested
+from .nested import parse_nested, read_settings
 
 # Their code is in logquant/recall.
 CHOOSERS = ("both", "means", "bounds")
@@ -49,18 +48,9 @@ class RecallSpec:
             ValueError: an unknown chooser or setting, a bad one, or both ``pages`` and ``tokens``.
         """
         chooser, given = parse_nested(text)
-        kinds: dict[str, type[int] | type[float]] = {"pages": float, "tokens": int, "skip": int}
-        if unknown := sorted(given.keys() - kinds):
-            raise ValueError(f"a setting of recall must be one of {', '.join(kinds)}, got {', '.join(unknown)}")
+        options = read_settings("recall", given, {"pages": float, "tokens": int, "skip": int})
         if {"pages", "tokens"} <= given.keys():
             raise ValueError("recall must have either pages or tokens, got both")
-        options: dict[str, Any] = {}
-        for name, value in given.items():
-            try:
-                options[name] = kinds[name](value)
-            except ValueError:
-                what = "number" if kinds[name] is float else "whole number"
-                raise ValueError(f"{name} of recall must be a {what}, got {value!r}") from None
         return RecallSpec(chooser, **options)
 
     @property

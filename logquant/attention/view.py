@@ -89,6 +89,8 @@ class Layout(Protocol):
 
     @property
     def alike(self) -> bool: ...
+    @property
+    def complete(self) -> bool: ...
     def all_seen(self, mask: Tensor) -> Tensor: ...
     def positions(self, device: torch.device, new: int = 0) -> Tensor: ...
     def lengths(self, device: torch.device, page_tokens: int, window_tokens: int) -> Tensor | None: ...
@@ -173,10 +175,15 @@ class KVView(View):
 
         Raises:
             RuntimeError: the layer was updated since.
-            ValueError: the mask asks for padding, which is not kept.
+            ValueError: the mask asks for padding, which is not kept; or hides tokens of which some were dropped.
         """
         self.check_current()
         self.rows.real_positions(mask, self.new, self.keys.shape[0])
+        if mask is not None and not self.rows.complete and not self.rows.all_seen(mask).all():
+            raise ValueError(
+                "attention_mask must show all tokens that came before, and add nothing to their scores: prune has "
+                "dropped some, and each KV head has kept others"
+            )
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attention over all tokens of the view, ``[B, Hq, L, Dv]``; the layer learns of it.
@@ -192,6 +199,8 @@ class KVView(View):
         q, mask, scale, softcap, sinks, causal = call
         queries = q.shape[2]
         if self.plain or not self._is_fused(queries) or records(q, self.keys, self.values):
+            if not self.rows.complete:
+                return self._attend_by_slot(call)
             keys, values = (x.to(q.dtype) for x in self.dense())
             if causal and queries != self.length:
                 seen = torch.ones(queries, self.length, dtype=torch.bool, device=q.device)
@@ -226,6 +235,26 @@ class KVView(View):
             out = scaled(out, self.units.value)
         return out if out.dtype == q.dtype else out.to(q.dtype)
 
+    def _attend_by_slot(self, call: AttentionCall) -> Tensor:
+        """Attention over dequantised tokens slot by slot, where not every position has one."""
+        q, mask, *_ = call
+        packed = unpacked(self.pages, self.fmt, self.keys.dtype, self.key_map, severed=self.severed)
+        both = (torch.cat(parts, 2) for parts in zip(packed, (self.keys, self.values), strict=True))
+        keys, values = (x.to(q.dtype) for x in self.units.outside(*both))
+        positions = self.rows.positions(q.device, self.new)[:, None, None]
+        seen = positions >= 0
+        if not self.rows.alike:
+            # Anything may lie in empty slots, and a weight of 0 does not hide a NaN.
+            keys, values = (x.where(seen.mT, 0) for x in (keys, values))
+        if call.causal:
+            asks = torch.arange(self.length - q.shape[2], self.length, device=q.device)
+            seen = seen & (positions <= asks[:, None])
+        if mask is not None:
+            index = positions.long().clamp_min(0).expand(max(len(mask), len(positions)), *mask.shape[1:3], -1)
+            mask = mask.expand(len(index), -1, -1, -1).gather(3, index)
+            seen = mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
+        return exact_attention(call._replace(mask=seen, causal=False), keys, values)
+
     def _recalled(self, mask: Tensor | None, queries: int) -> Tensor | None:
         """How many pages are read for each query (:meth:`Recall.counts`); None if all are."""
         if self.recall is None or not self.pages.shape[2] or queries > MAX_FUSED_QUERIES:
@@ -240,9 +269,18 @@ class KVView(View):
         return prefills and max(self.fmt.head_dim, self.fmt.value_dim) <= MAX_PREFILL_DIM
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        """All keys ``[B, H, T, D]`` and values ``[B, H, T, Dv]``, dequantised, by position; 0 where padding was."""
+        """All keys ``[B, H, T, D]`` and values ``[B, H, T, Dv]``, dequantised, by position; 0 where padding was.
+
+        Raises:
+            RuntimeError: some tokens have been dropped.
+        """
         if self.plain:
             return self.keys, self.values
+        if not self.rows.complete:
+            raise RuntimeError(
+                "prune has dropped tokens of this LogQuant cache, so there are no keys and values of all positions: "
+                'attention must be model.set_attn_implementation("logquant") (or "sdpa"), which goes by what is there'
+            )
         if self._dense is None:
             slot_of = self._slot_of_position()
             packed = unpacked(self.pages, self.fmt, self.keys.dtype, self.key_map, severed=self.severed)

@@ -19,11 +19,12 @@ from ..config import LogQuantConfig
 from ..files import fingerprint, read, write
 from ..quantizer.calibration import Calibration, calibration_of, with_calibration
 from .layer import LogQuantLayer
-from .layout import Rows, Slots
+from .layout import Rows
 from .left_behind import LeftBehind
 from .other_layers import put_together, take_apart
 from .shared import Shared
 from .sizes import tensors_in
+from .slots import Slots
 from .storage import Allocator
 
 FILE_VERSION = 1
@@ -78,7 +79,7 @@ class LogQuantCache(DynamicCache):
         head_dim = getattr(config.get_text_config(decoder=True), "head_dim", None)
         if head_dim:
             self.quantization.page_format(head_dim)
-        rows = Rows((Slots(self.quantization.window, self.quantization.rule, self.quantization.sinks),))
+        rows = Rows((self._empty_slots(config),))
         layers = DynamicCache(config=config).layers
         if (calibration := calibration_of(self.quantization)) is not None:
             calibration.check(config, [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer])
@@ -103,6 +104,14 @@ class LogQuantCache(DynamicCache):
                 for i, layer in enumerate(layers)
             ],
         )
+
+    def _empty_slots(self, config: PreTrainedConfig) -> Slots:
+        """Where the tokens of a sequence without any are."""
+        text = config.get_text_config(decoder=True)
+        head_dim = getattr(text, "head_dim", None)
+        if head_dim is None and hasattr(text, "num_attention_heads"):
+            head_dim = text.hidden_size // text.num_attention_heads
+        return Slots.empty(self.quantization, head_dim)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -186,6 +195,17 @@ class LogQuantCache(DynamicCache):
         for layer in self.layers:
             if isinstance(layer, LogQuantLayer):
                 layer.commit()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest ``-tokens_to_remove`` positions of all layers (:meth:`LogQuantLayer.crop`), or of none.
+
+        Raises:
+            ValueError: a positive number, or tokens that ``prune`` has dropped would have to come back.
+        """
+        for layer in self.layers:
+            if isinstance(layer, LogQuantLayer):
+                layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
 
     @property
     def nbytes(self) -> int:
@@ -319,8 +339,7 @@ class LogQuantCache(DynamicCache):
             raise ValueError(f"{path} has other kinds of layers than a cache of this model: {kinds}")
         rows = None
         if "rows" in described:
-            settings = cache.quantization
-            rows = Rows.restored(Slots(settings.window, settings.rule, settings.sinks), tensors, described["rows"])
+            rows = Rows.restored(cache._empty_slots(config), tensors, described["rows"])
         for i, (layer, saved) in enumerate(zip(cache.layers, described["layers"], strict=True)):
             if isinstance(layer, LogQuantLayer):
                 prefix = f"layers.{i}."

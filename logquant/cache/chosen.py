@@ -36,7 +36,7 @@ class ChosenRows:
         self._rows, self._chosen = rows, chosen
         self.length = rows.length
         self.alike = rows.alike
-        self.packed_counts = rows.packed_counts
+        self.packed_counts, self.complete = rows.packed_counts, rows.complete
         self.lengths, self.real_positions, self.all_seen = rows.lengths, rows.real_positions, rows.all_seen
 
     def positions(self, device: torch.device, new: int = 0) -> Tensor:
@@ -139,7 +139,7 @@ class Chosen(NamedTuple):
         for of, held, left, at in parts:
             source = torch.cat([torch.arange(held.exact, dtype=torch.int32), held.exact + at])
             in_order = torch.equal(source, torch.arange(len(source), dtype=torch.int32))
-            source, count = source.to(device)[None], left.packed - held.packed
+            source, count = source.to(device)[None], left.evicted - held.evicted
             leaving, staying = source[:, :0], None if in_order else source
             if count:
                 assert weight is not None
@@ -147,7 +147,8 @@ class Chosen(NamedTuple):
                 decided = held.exact + len(at) - (left.tokens - left.decided)
                 leaving, staying = self._least(own, count, decided)
                 leaving, staying = (source[0].index_select(0, x.flatten()).view_as(x) for x in (leaving, staying))
-            made.append(Move(of, held.packed, source.shape[1], leaving, staying, is_step=False))
+            kept = left.packed - held.packed
+            made.append(Move(of, held.packed, source.shape[1], leaving, staying, is_step=False, packs=kept))
         return made
 
     def _least(self, weight: Tensor, count: int, decided: int) -> tuple[Tensor, Tensor]:
@@ -178,8 +179,11 @@ class Chosen(NamedTuple):
             at, count = positions[m.rows], m.leaving.shape[1]
             staying = torch.arange(m.tokens, device=at.device)[None] if m.staying is None else m.staying.long()
             staying = staying.expand(len(at), -1)
-            packed[m.rows, m.packed : m.packed + count] = at.gather(1, m.leaving.long().expand(len(at), -1))
-            exact[m.rows, : staying.shape[1]] = at.gather(1, staying)
+            leave, stay = at.gather(1, m.leaving.long().expand(len(at), -1)), at.gather(1, staying)
+            if m.packs < count:  # which of them are packed differs from head to head
+                leave = torch.cat([leave, stay], 1).amin(1, keepdim=True)
+            packed[m.rows, m.packed : m.packed + m.packs] = leave
+            exact[m.rows, : staying.shape[1]] = stay
             if not count:
                 left[m.rows, :, : staying.shape[1]] = given[m.rows].gather(2, staying[:, None].expand(-1, heads, -1))
         return self._replace(

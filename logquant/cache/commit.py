@@ -7,9 +7,10 @@ from torch import Tensor
 
 from .. import ops
 from ..attention.view import Layout
+from ..pruning.prompt import Prompt, choose
 from ..quantizer.advice import Advice, Leaving
 from ..quantizer.feedback import Attention, select
-from ..quantizer.queries import MAP_QUERIES
+from ..quantizer.queries import MAP_QUERIES, RecentQueries
 from ..recall.index import PageIndex
 from ..rule import evicted_slots
 from .layout import Move, Rows
@@ -39,6 +40,10 @@ class Commit:
         given: ``[B, H, N]``, what they have been given by queries, where that is counted.
         padded: whether some of the new positions hold no token.
         allocator: of the stores of all layers.
+        asked: the queries of all new positions; None if they are not known.
+
+    Raises:
+        RuntimeError: a prompt is to be pruned, and its queries are not known.
     """
 
     def __init__(
@@ -53,9 +58,11 @@ class Commit:
         given: Tensor | None,
         padded: bool,
         allocator: Allocator,
+        asked: RecentQueries | None = None,
     ) -> None:
         self._storage, self._given = storage, given
         keys, values, in_window = exact.keys.detach(), exact.values.detach(), exact.in_window
+        moves = [m if m.packs == m.leaving.shape[1] else self._pruned(keys, m, padded, asked) for m in moves]
         # One step of the rule on the window is done in place.
         self._steps = [m for m in moves if in_window and m.is_step]
         others = [m for m in moves if not (in_window and m.is_step)]
@@ -103,9 +110,9 @@ class Commit:
             return index if index.pages == pages else index.resized(pages)
         index = index.resized(pages)
         for m in leaves:
-            for first in range(0, m.leaving.shape[1], _PORTION_TOKENS):
-                leaving = m.leaving[:, first : first + _PORTION_TOKENS]
-                own = PageIndex.of(select(keys[m.rows], leaving), page_tokens)
+            for first in range(0, m.packs, _PORTION_TOKENS):
+                packing = m.packing[..., first : first + _PORTION_TOKENS]
+                own = PageIndex.of(select(keys[m.rows], packing), page_tokens)
                 index.write(m.rows, (m.packed + first) // page_tokens, own)
         return index
 
@@ -140,33 +147,48 @@ class Commit:
         return self.advice.attention(self._leaving(keys, move, padded), queries)
 
     def _leaving(self, keys: Tensor, move: Move, padded: bool) -> Leaving:
-        """Tokens that leave, among the keys of a move's tokens without padding, in order."""
+        """Tokens that become packed, among the keys of a move's tokens without padding, in order."""
         given = None
         if self._given is not None:
-            given = select(self._given[move.rows].unsqueeze(-1), move.leaving).squeeze(-1)
+            given = select(self._given[move.rows].unsqueeze(-1), move.packing).squeeze(-1)
         if not padded or move.staying is None:
-            return Leaving(move.rows, keys[move.rows, :, : move.tokens], move.leaving, given)
+            return Leaving(move.rows, keys[move.rows, :, : move.tokens], move.packing, given)
         slots = torch.cat([move.leaving, move.staying], 1).sort(1).values
-        found = torch.searchsorted(slots, move.leaving).int()
+        found = torch.searchsorted(slots[0], move.packing).int()  # a row with padding moves by itself
         return Leaving(move.rows, select(keys[move.rows], slots), found, given)
+
+    def _pruned(self, keys: Tensor, move: Move, padded: bool, asked: RecentQueries | None) -> Move:
+        """The move of a prompt with those tokens chosen that become packed."""
+        spec = self._storage.config.prune_spec()
+        assert spec is not None
+        if asked is None:
+            raise RuntimeError(
+                "prune drops tokens, so attention must go by what the cache holds, and tell its queries, and has not: "
+                'model.set_attn_implementation("logquant") (or "sdpa") does both'
+            )
+        leaving = self._leaving(keys, move, padded)
+        newest = asked.map(lambda t: t[move.rows]).keep(min(max(1, spec.pruner.queries), leaving.keys.shape[2]))
+        prompt = Prompt(newest.query, leaving.keys, asked.scale, asked.softcap)
+        chosen = choose(spec.pruner, prompt, leaving.tokens, move.packs)
+        every = move.leaving.long()[:, None].expand(*chosen.shape[:2], -1)
+        return move._replace(kept=every.gather(2, chosen))
 
     def _options(self, move: Move, attention: Attention | None, tokens: slice) -> dict[str, Tensor]:
         return self.advice.options(move.rows, attention, tokens)
 
     def _quantize(self, keys: Tensor, values: Tensor, move: Move, attention: Attention | None) -> None:
-        """Quantise the tokens that leave into the pages after the packed ones."""
+        """Quantise the tokens that become packed into the pages after those that are."""
         fmt = self._storage.format
         rows = self._pages[move.rows]
         portion = fmt.page_tokens * max(1, _PORTION_NBYTES // (rows.shape[0] * rows.shape[1] * fmt.nbytes))
-        for first in range(0, move.leaving.shape[1], portion):
+        for first in range(0, move.packs, portion):
             tokens = slice(first, first + portion)
-            pages = ops.quantize(
-                keys[move.rows],
-                values[move.rows],
-                fmt,
-                index=move.leaving[:, tokens].int(),
-                **self._options(move, attention, tokens),
-            )
+            k, v, options = keys[move.rows], values[move.rows], self._options(move, attention, tokens)
+            if move.kept is None:
+                options["index"] = move.leaving[:, tokens].int()
+            else:
+                k, v = (select(x, move.kept[..., tokens]) for x in (k, v))
+            pages = ops.quantize(k, v, fmt, **options)
             page = (move.packed + first) // fmt.page_tokens
             rows[:, :, page : page + pages.shape[2]] = pages
 

@@ -88,15 +88,20 @@ class Held:
             # The new tokens are where they belong already, as in most steps.
             self.rows, self.advice, self.chosen = after, self._remember(advice, after), chosen
             return False
-        return self._move(exact, after, new, real, advice, chosen, allocator)
+        asked = self._asked(uncommitted.call, new, real)
+        return self._move(exact, after, new, real, advice, chosen, allocator, asked)
 
     def _hear(self, call: AttentionCall | None, new: int, real: Tensor | None) -> Advice:
         """The advice with the queries of new positions, if all of them are known."""
         count = self.advice.needed(allocated=0 not in self.rows.packed_counts)
-        if call is None or call.query.shape[2] != new or not count:
-            return self.advice
-        queries = RecentQueries.of(call.query, real, self.storage.units.scale(call.scale), call.softcap)
-        return self.advice.hear(queries, count + self.rows.reserved)
+        queries = self._asked(call, new, real) if count else None
+        return self.advice if queries is None else self.advice.hear(queries, count + self.rows.reserved)
+
+    def _asked(self, call: AttentionCall | None, new: int, real: Tensor | None) -> RecentQueries | None:
+        """The queries of new positions, if all of them are known."""
+        if call is None or call.query.shape[2] != new:
+            return None
+        return RecentQueries.of(call.query, real, self.storage.units.scale(call.scale), call.softcap)
 
     def _remember(self, advice: Advice, after: Rows) -> Advice:
         """The advice with those queries alone that rows need from now on, and as many more as a crop may take back."""
@@ -112,6 +117,7 @@ class Held:
         advice: Advice,
         chosen: Chosen | None,
         allocator: Allocator,
+        asked: RecentQueries | None = None,
     ) -> bool:
         """Tokens move as the rule says; arguments are those of :class:`Commit`."""
         before, kept = self.rows, self._remember(advice, after)
@@ -125,7 +131,9 @@ class Held:
             return False
         with own_arithmetic(tokens.keys.device, grad=tokens.in_graph):
             given, padded = chosen and chosen.given, real is not None
-            commit = Commit(self.storage, tokens, moves, before, after, self.layout, advice, given, padded, allocator)
+            commit = Commit(
+                self.storage, tokens, moves, before, after, self.layout, advice, given, padded, allocator, asked
+            )
             chosen = chosen and chosen.moved(moves, before, after, new)
             # What is written from here on cannot be undone.
             self._interrupted = True

@@ -21,10 +21,11 @@ from ..config import LogQuantConfig
 from .contents import LayerContents
 from .drafts import Speculation
 from .held import Held
-from .layout import Rows, Slots
+from .layout import Rows
 from .recompute import Recompute, Step, in_backward
 from .shared import Shared
 from .sizes import window_capacity
+from .slots import Slots
 from .storage import NO_GRAPH, check_states
 from .uncommitted import Exact, Uncommitted
 
@@ -47,7 +48,7 @@ class LogQuantLayer(LayerContents):
         self._index = index
         self.recall = config.recall_spec(index)
         self.shared = shared or Shared()
-        self._empty = rows or Rows((Slots(config.window, config.rule, config.sinks),))
+        self._empty = rows or Rows((Slots.empty(config),))
         self.version = 0
         self.recompute = Recompute()
         self.reset()
@@ -68,6 +69,8 @@ class LogQuantLayer(LayerContents):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = value_states.dtype, value_states.device
         self.format = self.config.page_format(key_states.shape[-1], value_states.shape[-1])
+        if (budget := self._empty.slots[0].budget) is not None:
+            budget.check(self.format.nbytes)
         keys = key_states.to(self.dtype)
         self.held = Held.empty(self.config, self.format, self._empty, self._index, keys, value_states)
         self._layer_id = compiled.layer_id_of(self, value_states.shape[-1])
@@ -218,6 +221,13 @@ class LogQuantLayer(LayerContents):
             self.speculation.end(self)
             self.speculation = None
 
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Refuse (ValueError) a :meth:`crop` that would bring back tokens which have been dropped."""
+        if self.is_initialized:
+            committed = -tokens_to_remove - (self.uncommitted.new if self.uncommitted else 0)
+            if committed > 0:
+                self.rows.crop(committed)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest ``-tokens_to_remove`` positions.
 
@@ -229,13 +239,15 @@ class LogQuantLayer(LayerContents):
             tokens_to_remove: 0 or negative, as for transformers' own layers.
 
         Raises:
-            ValueError: a positive number.
+            ValueError: a positive number, or tokens that ``prune`` has dropped would have to come back. The layer is
+                unchanged then.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove must be 0 or negative, got {tokens_to_remove}")
         if not self.is_initialized:
             return
         self.held.check_intact()
+        self.check_crop(tokens_to_remove)
         uncommitted, kept, remove = self.uncommitted, 0, -tokens_to_remove
         real = None
         if uncommitted is not None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..attention.masks import seen_by_some
-from ..rule import Rule, evictions, split_positions
-
-T = TypeVar("T")
+from .slots import ALL_KEPT, Memo, Slots
 
 
 class Move(NamedTuple):
@@ -22,10 +20,12 @@ class Move(NamedTuple):
         rows: the rows.
         packed: packed tokens before.
         tokens: exact and new tokens.
-        leaving: those that become packed, in order, ``[1 or rows, n]``.
+        leaving: those that leave the window, in order, ``[1 or rows, n]``.
         staying: those that are exact afterwards, in order, ``[1 or rows, k]``; None if they are where they belong
             already.
         is_step: whether this is one eviction of the rule from a window without gaps.
+        packs: how many of those that leave become packed; fewer where a prompt is pruned.
+        kept: which, of each KV head, ``[rows, H, packs]``; None: all, or it is not known yet.
     """
 
     rows: slice
@@ -34,32 +34,13 @@ class Move(NamedTuple):
     leaving: Tensor
     staying: Tensor | None
     is_step: bool
+    packs: int
+    kept: Tensor | None = None
 
-
-class Memo:
-    """Results that objects shared by the layers of a cache keep, one for each name: the last one."""
-
-    def __init__(self) -> None:
-        self._memo: dict[str, tuple[object, Any]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_memo": {}}
-
-    def once_while_used(self, name: str, key: object, make: Callable[[], T]) -> T:
-        """As :meth:`once`, but forgotten with its last user: a sequence's first layout must not keep all later ones."""
-        if name in self._memo and self._memo[name][0] == key and (known := self._memo[name][1]()) is not None:
-            found: T = known
-            return found
-        made = make()
-        self._memo[name] = key, weakref.ref(made)
-        return made
-
-    def once(self, name: str, key: object, make: Callable[[], T]) -> T:
-        """``make()``, or what it gave the last time if that was for the same key."""
-        if name not in self._memo or self._memo[name][0] != key:
-            self._memo[name] = key, make()
-        result: T = self._memo[name][1]
-        return result
+    @property
+    def packing(self) -> Tensor:
+        """Those that become packed, in order, ``[1 or rows, packs]`` or ``[rows, H, packs]``."""
+        return self.leaving if self.kept is None else self.kept
 
 
 class _SameTensor:
@@ -76,112 +57,6 @@ class _SameTensor:
         return tensor is not None and tensor is other._tensor()
 
     __hash__ = None  # type: ignore[assignment]
-
-
-class Slots(Memo):
-    """Where the tokens of one sequence are: first the packed ones' slots, then the window's, in order of position.
-
-    Immutable, and a function of how many tokens there are: however they came and whatever was removed in between.
-
-    Args:
-        window, rule, sinks: the rule.
-        tokens: tokens held.
-        decided: how many of them the rule has been applied to; those after, which may be taken back, are exact.
-    """
-
-    def __init__(
-        self, window: int, rule: Rule = "log", sinks: int = 0, tokens: int = 0, decided: int | None = None
-    ) -> None:
-        super().__init__()
-        self.window, self.rule, self.sinks = window, rule, sinks
-        self.tokens = tokens
-        self.decided = tokens if decided is None else decided
-        self.packed = window * evictions(self.decided, window, sinks)
-        self.exact = tokens - self.packed
-
-    def __deepcopy__(self, memo: object) -> Slots:
-        return self
-
-    def _next(self, tokens: int, decided: int) -> Slots:
-        after = Slots(self.window, self.rule, self.sinks, tokens, decided)
-        if after.packed == self.packed and "split" in self._memo:
-            after._memo["split"] = self._memo["split"]
-        return after
-
-    def _undecided(self, tokens: int, reserved: int) -> int:
-        """How many of the newest tokens the rule leaves alone once ``tokens`` more have come."""
-        return min(reserved, self.tokens + tokens - self.decided)
-
-    def append(self, tokens: int, reserved: int = 0) -> Slots:
-        """The slots after ``tokens`` more tokens and the evictions then due.
-
-        Args:
-            tokens: tokens that arrive.
-            reserved: how many of the newest tokens the rule is not applied to yet.
-        """
-
-        def make() -> Slots:
-            total = self.tokens + tokens
-            return self._next(total, total - self._undecided(tokens, reserved))
-
-        return self.once_while_used("append", (tokens, reserved), make)
-
-    def moves(self, tokens: int, reserved: int = 0) -> tuple[Tensor, Tensor]:
-        """Which tokens become packed when ``tokens`` more arrive, as :meth:`append` says.
-
-        Returns:
-            Two int32 index vectors into the exact tokens followed by the new ones: those that become packed, in order,
-            and those that are exact afterwards, in order. The rule looks at the order of tokens only, so these are the
-            packed and exact "positions" of a sequence as long as that row.
-        """
-
-        def make() -> tuple[Tensor, Tensor]:
-            length = self.exact + tokens
-            decided = length - self._undecided(tokens, reserved)
-            leaving, staying = split_positions(decided, self.window, self.rule, self.sinks)
-            return leaving, torch.cat([staying, torch.arange(decided, length, dtype=torch.int32)])
-
-        return self.once("moves", (tokens, reserved), make)
-
-    def crop(self, tokens: int) -> Slots:
-        """The slots after the newest ``tokens`` tokens are removed: those of a sequence that never had them."""
-
-        def make() -> Slots:
-            total = max(0, self.tokens - tokens)
-            return self._next(total, min(self.decided, total))
-
-        return self.once("crop", tokens, make)
-
-    def exact_before(self, after: Slots) -> Tensor:
-        """For each exact token of ``after``, a :meth:`crop` of these slots, the slot that holds it here, int32.
-
-        The packed tokens of ``after`` are the first ones here. Of its exact tokens some may be packed here.
-        """
-        positions = self.positions()
-        slot_of = torch.empty(self.tokens, dtype=torch.int32)
-        slot_of[positions.long()] = torch.arange(len(positions), dtype=torch.int32)
-        return slot_of[after.positions()[after.packed :].long()]
-
-    def positions(self) -> Tensor:
-        """The position of each slot's token, int32."""
-
-        def at_last_eviction() -> tuple[Tensor, Tensor]:
-            tokens = self.packed + 2 * self.window + self.sinks if self.packed else 0
-            return split_positions(tokens, self.window, self.rule, self.sinks)
-
-        def make() -> Tensor:
-            packed, exact = self.once("split", self.packed, at_last_eviction)
-            later = torch.arange(len(packed) + len(exact), self.tokens, dtype=torch.int32)
-            return torch.cat([packed, exact, later])
-
-        return self.once("positions", None, make)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of position tensors, which exist only after a mask has asked for them."""
-        split = self._memo["split"][1] if "split" in self._memo else ()
-        positions = self._memo["positions"][1:] if "positions" in self._memo else ()
-        return sum(t.nbytes for t in (*split, *positions))
 
 
 class Rows(Memo):
@@ -219,6 +94,11 @@ class Rows(Memo):
     def alike(self) -> bool:
         """Whether no row has padding."""
         return self.real is None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all tokens that have come are still there."""
+        return all(s.pruned == ALL_KEPT for s in self.slots)
 
     @property
     def undecided(self) -> bool:
@@ -282,6 +162,7 @@ class Rows(Memo):
                     leaving.to(device)[None],
                     None if in_place else staying.to(device)[None],
                     len(leaving) == held.window and torch.equal(source, torch.arange(len(source), dtype=torch.int32)),
+                    held.append(len(came), self.reserved).packed - held.packed,
                 )
             )
         return made
@@ -418,7 +299,7 @@ class Rows(Memo):
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a file needs to hold these rows again: tensors by name, and what JSON can hold."""
-        described = {"columns": self.length, "slots": [[s.tokens, s.decided] for s in self.slots]}
+        described = {"columns": self.length, "slots": [s.state() for s in self.slots]}
         if self.real is None:
             return {}, described
         holds = torch.zeros(len(self.slots), self.length, dtype=torch.uint8)
@@ -429,7 +310,7 @@ class Rows(Memo):
     @staticmethod
     def restored(empty: Slots, tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> Rows:
         """What :meth:`state` gave, under the rule of ``empty``."""
-        slots = tuple(Slots(empty.window, empty.rule, empty.sinks, *counts) for counts in described["slots"])
+        slots = tuple(empty.restored(*counts) for counts in described["slots"])
         real = None
         if "real" in tensors:
             real = tuple(row.nonzero().squeeze(1).int() for row in tensors["real"])

@@ -23,9 +23,17 @@ def window_slots(config: LogQuantConfig, exact: int) -> int:
     return min(window_capacity(config), exact + config.window)
 
 
-def packed_tokens(config: LogQuantConfig, tokens: int) -> int:
-    """How many of ``tokens`` tokens are quantised."""
-    return config.window * evictions(tokens, config.window, config.sinks)
+def packed_tokens(config: LogQuantConfig, tokens: int, head_dim: int | None = None) -> int:
+    """How many of ``tokens`` tokens are quantised; with ``prune``, if all are of a prompt.
+
+    Args:
+        config: what is kept exact and how the rest is stored.
+        tokens: tokens seen.
+        head_dim: channels of a key and of a value, where ``prune`` is given bytes.
+    """
+    left = config.window * evictions(tokens, config.window, config.sinks)
+    budget = config.budget(head_dim)
+    return left if budget is None or not left else budget.kept(tokens, left)
 
 
 def store_pages(pages: int) -> int:
@@ -57,10 +65,10 @@ def head_nbytes(
         query_heads: query heads of a KV head, whose newest queries are kept where parameters are searched or bits
             allocated; 0 counts none, as when the attention does not tell its queries.
         decoding: the last tokens were decoded, not part of a prompt: the most that the cache may hold then, for a
-            store that grows gets pages to spare.
+            store that grows gets pages to spare. With ``prune`` they count as part of it, nevertheless.
     """
     fmt = config.page_format(head_dim, value_dim)
-    packed = packed_tokens(config, tokens)
+    packed = packed_tokens(config, tokens, head_dim)
     pages = packed // fmt.page_tokens
     window = window_slots(config, tokens if packed == 0 else window_capacity(config))
     stored = store_pages(pages) if decoding and pages else pages
@@ -70,7 +78,9 @@ def head_nbytes(
     return key_map + queries + stored * fmt.nbytes + window * (fmt.head_dim + fmt.value_dim) * itemsize
 
 
-def choice_nbytes(config: LogQuantConfig, tokens: int, kv_heads: int, *, decoding: bool = False) -> int:
+def choice_nbytes(
+    config: LogQuantConfig, tokens: int, kv_heads: int, head_dim: int | None = None, *, decoding: bool = False
+) -> int:
     """Bytes of what the rule ``attention`` keeps for one sequence in one layer after a prompt of ``tokens`` tokens.
 
     Those are the positions of its tokens, and what the exact ones have been given (:mod:`logquant.cache.chosen`).
@@ -79,14 +89,15 @@ def choice_nbytes(config: LogQuantConfig, tokens: int, kv_heads: int, *, decodin
         config: what is kept exact and how the rest is stored.
         tokens: tokens seen.
         kv_heads: KV heads of the layer.
+        head_dim: as for :func:`packed_tokens`.
         decoding: as for :func:`head_nbytes`.
     """
     if config.rule != "attention":
         return 0
     # The last token of a step takes its place with the next one, and its sums lie beside those of the others till then.
     committed = tokens - 1 if decoding else tokens
-    packed = packed_tokens(config, committed)
-    exact = committed - packed
+    packed = packed_tokens(config, committed, head_dim)
+    exact = committed - config.window * evictions(committed, config.window, config.sinks)
     sums = kv_heads * (2 * exact + 1 if decoding else exact)
     return packed * position_dtype(committed).itemsize + 4 * (exact + sums)
 
@@ -99,7 +110,7 @@ def index_nbytes(config: LogQuantConfig, tokens: int, head_dim: int, layer: int)
     spec = config.recall_spec(layer)
     if spec is None or not spec.uses_means:
         return 0
-    return packed_tokens(config, tokens) // config.page_size * (head_dim + 4)
+    return packed_tokens(config, tokens, head_dim) // config.page_size * (head_dim + 4)
 
 
 def position_dtype(length: int) -> torch.dtype:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config import LogQuantConfig
 from ..format import PageFormat
-from . import columns
+from . import columns, think
 from .calibration import Calibration
 from .feedback import Attention, key_weights, value_feedback
 from .queries import MAP_QUERIES, RecentQueries, kept_queries
@@ -24,7 +24,7 @@ class Leaving:
     Attributes:
         rows: the rows.
         keys: ``[rows, H, T, D]``: those of all exact and new tokens, in order, without padding.
-        tokens: ``[1 or rows, N]``, which of those leave, in order.
+        tokens: ``[1 or rows, N]`` or ``[rows, H, N]``, which of those leave, in order.
         given: ``[rows, H, N]``, what the newest queries have given them, where that is counted
             (:func:`logquant.attention.weights.given`).
     """
@@ -118,10 +118,12 @@ class Advice(NamedTuple):
     # -------------------------------------------------------------------------------------------- for the quantiser
     def attention(self, leaving: Leaving, queries: int | None = None) -> Attention | None:
         """How the newest ``queries``, by default those that are always kept, attend to tokens that leave, if known."""
-        if self.queries is None:
-            return None
-        recent = self.queries.keep(queries or self.needed(allocated=True)).together().map(lambda t: t[leaving.rows])
-        return Attention(recent, leaving.keys, leaving.tokens, leaving.given)
+        recent = self._recent(leaving.rows, queries or self.needed(allocated=True))
+        return recent and Attention(recent, leaving.keys, leaving.tokens, leaving.given)
+
+    def _recent(self, rows: slice, count: int) -> RecentQueries | None:
+        """The newest ``count`` queries of some rows, if they are known."""
+        return self.queries and self.queries.keep(count).together().map(lambda t: t[rows])
 
     def allocate(self, first: Iterable[Leaving]) -> Advice:
         """With the bits allocated of rows that get their first page, as their tokens and queries say."""
@@ -129,13 +131,20 @@ class Advice(NamedTuple):
         for leaving in first if self.allocates else ():
             assert self.key_map is not None
             key_map = self.key_map.clone() if key_map is None else key_map
-            attention = self.attention(leaving, MAP_QUERIES)
-            if attention is None:
-                scores = columns.variances(leaving.keys, 2 * self.fmt.page_tokens)
-            else:
-                scores = attention.key_scores(self.fmt.page_tokens)
-            key_map[leaving.rows] = columns.allocate(scores, self.fmt)
+            key_map[leaving.rows] = self._map_of(leaving)
         return self if key_map is None else self.with_map(key_map)
+
+    def _map_of(self, first: Leaving) -> Tensor:
+        """The bit allocation of rows whose first tokens leave."""
+        if self.config.channels is not None:
+            recent = self._recent(first.rows, think.QUERIES)
+            return think.column_map(think.scores(first.keys, recent), self.fmt)
+        attention = self.attention(first, MAP_QUERIES)
+        if attention is None:
+            scores = columns.variances(first.keys, 2 * self.fmt.page_tokens)
+        else:
+            scores = attention.key_scores(self.fmt.page_tokens)
+        return columns.allocate(scores, self.fmt)
 
     def options(self, rows: slice, attention: Attention | None, tokens: slice) -> dict[str, Tensor]:
         """Arguments of the quantiser for some of the tokens that leave.

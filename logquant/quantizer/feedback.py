@@ -25,11 +25,17 @@ _DAMPING = 0.3
 
 
 def select(tokens: Tensor, index: Tensor) -> Tensor:
-    """Tokens of each row: ``[B, H, T, D]`` by ``index`` ``[1 or B, N]``, the same for all heads: ``[B, H, N, D]``."""
-    if len(index) == 1:
+    """Tokens of each row: ``[B, H, T, D]`` by ``index``: ``[B, H, N, D]``.
+
+    Args:
+        tokens: the tokens.
+        index: ``[1 or B, N]``, the same for all heads, or ``[B, H, N]``.
+    """
+    if index.dim() == 2 and len(index) == 1:
         return tokens.index_select(2, index[0])
     batch, heads, _, dim = tokens.shape
-    return tokens.gather(2, index.long()[:, None, :, None].expand(batch, heads, -1, dim))
+    by_head = index if index.dim() == 3 else index[:, None]
+    return tokens.gather(2, by_head.long().unsqueeze(-1).expand(batch, heads, -1, dim))
 
 
 class Attention:
@@ -38,7 +44,7 @@ class Attention:
     Args:
         queries: few, of these sequences; those of padding attend to all tokens alike.
         keys: ``[B, H, T, D]``, all that are still exact.
-        leaving: ``[1 or B, N]``, indices of keys.
+        leaving: ``[1 or B, N]`` or ``[B, H, N]``, indices of keys.
         given: ``[B, H, N]``, what all queries of late, not these few alone, have given to those
             (:func:`logquant.attention.weights.given`); None if not counted.
     """
@@ -68,7 +74,7 @@ class Attention:
 
     def __getitem__(self, tokens: slice) -> Tensor:
         """Of some of the tokens that leave: softmax weights, float32 ``[B, H, queries, n]``."""
-        leaving = self._leaving[:, tokens]
+        leaving = self._leaving[..., tokens]
         if self._weights is not None:
             return select(self._weights.transpose(2, 3), leaving).transpose(2, 3)
         return self._scores(select(self._keys, leaving)).sub_(self._lse).exp_()
@@ -86,12 +92,12 @@ class Attention:
             float32 ``[B, H, D]``: over pages and queries, the sum of ``weight^2 * q_c^2 * var(k_c)``.
         """
         squares, total = self._query.square(), torch.zeros_like(self._query[:, :, 0])
-        for first in range(0, self._leaving.shape[1], _AT_ONCE):
+        for first in range(0, self._leaving.shape[-1], _AT_ONCE):
             tokens = slice(first, first + _AT_ONCE)
             # Where next to nothing attends to the tokens that leave, all of them count alike, and not as 0.
             weights = self[tokens].clamp_min(1e-15).square()
             weights = weights.unflatten(-1, (-1, page_tokens)).sum(-1)  # [B, H, queries, P]
-            keys = select(self._keys, self._leaving[:, tokens]).float().unflatten(2, (-1, page_tokens))
+            keys = select(self._keys, self._leaving[..., tokens]).float().unflatten(2, (-1, page_tokens))
             total += ((weights.mT @ squares) * keys.var(3, correction=0)).sum(2)
         return total
 

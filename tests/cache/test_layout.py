@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from logquant.cache.drafts import cut
-from logquant.cache.layout import Rows, Slots
+from logquant.cache.layout import Rows
+from logquant.cache.slots import Slots
 from logquant.rule import COUNTED, evicted_slots, evictions, split_positions
 from tests.helpers.rows import PlainRow, step_by_step
 

@@ -47,6 +47,7 @@ def test_bench_attend_times_every_contender(json_file):
             ("--cache", "kivi"),
             "a LogQuant cache is needed, one of logquant, fine, small, log, recent, paper; got 'kivi'",
         ),
+        (("--cache", "recent:prune=keydiff"), "a cache without prune is needed"),
         (("--cache", "logquant,paper"), "one cache is needed, got 'logquant,paper'"),
         (("--context", "1,,2"), "whole numbers separated by commas are needed, got '1,,2'"),
         (("--kv-heads", "0"), "kv_heads must be at least 1, got 0"),
