@@ -15,20 +15,24 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 MIB = 1 << 20
 
 
-def engine(model: str, calibration: str | None, mib: int, **options: Any) -> Any:
+def engine(
+    model: str, calibration: str | None, mib: int, settings: dict[str, Any] | None = None, **options: Any
+) -> Any:
     """An engine; with a calibration it has LogQuant's KV cache, without one vLLM's.
 
     Args:
         model: directory of a model.
         calibration: file that ``logquant calibrate`` has made of it, or None.
         mib: memory of the KV cache.
+        settings: others of LogQuant's.
         **options: arguments of vLLM's ``LLM``.
     """
     from vllm import LLM
 
     cache: dict[str, Any] = {}
     if calibration is not None:
-        cache = {"attention_backend": "CUSTOM", "additional_config": {"logquant": {"calibration": calibration}}}
+        settings = {"calibration": calibration} | (settings or {})
+        cache = {"attention_backend": "CUSTOM", "additional_config": {"logquant": settings}}
     return LLM(model, **({"enforce_eager": True, "kv_cache_memory_bytes": mib * MIB} | cache | options))
 
 

@@ -7,6 +7,7 @@ Each engine computes the text as the prompt of one request, in a process of its 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -23,10 +24,13 @@ def run(arguments: argparse.Namespace) -> None:
     from vllm import SamplingParams
 
     total = arguments.skip + arguments.positions
+    if arguments.without:
+        leave_out(arguments.without)
     llm = engine(
         arguments.model,
         arguments.calibration or None,
         arguments.mib,
+        json.loads(arguments.settings),
         dtype=arguments.dtype,
         max_model_len=total + 64,
         max_num_seqs=4,
@@ -48,6 +52,18 @@ def run(arguments: argparse.Namespace) -> None:
     torch.save((hidden, model.lm_head.weight.detach().clone()), arguments.save)
 
 
+def leave_out(advice: str) -> None:
+    """Have pages made without what recent queries say of them: ``key_weights``, ``value_feedback`` or both."""
+    from logquant.integrations.vllm import packing
+
+    quantize = packing.ops.quantize
+
+    def with_less(*args: object, **options: object) -> torch.Tensor:
+        return quantize(*args, **{name: value for name, value in options.items() if name not in advice.split(",")})
+
+    packing.ops.quantize = with_less
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text")
@@ -59,6 +75,8 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=500, help="positions of the prompt that do not count")
     parser.add_argument("--positions", type=int, default=2000)
     parser.add_argument("--mib", type=int, default=128)
+    parser.add_argument("--settings", default="{}", help="others of LogQuant's, as JSON")
+    parser.add_argument("--without", help="key_weights, value_feedback or both: what pages are to be made without")
     parser.add_argument("--chunk", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--save", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -70,6 +70,8 @@ class LogQuantImpl(AttentionImpl[Metadata]):  # type: ignore[misc]
         dtype = layer.kv_cache_torch_dtype
         if dtype != act_dtype:
             raise ValueError(f"kv_cache_dtype must be the model's, {act_dtype}, got {dtype}")
+        if layer.head_size_v != self.head_size:
+            raise ValueError(f"values must be as long as keys, {self.head_size}, got {layer.head_size_v}")
         layout = BlockLayout.of(self.config, self.head_size, self.num_heads // self.num_kv_heads, dtype)
         layers[self.exact_name] = layer.attn_backend.companion(layer, dtype)
         layer.attn_backend = layer.attn_backend.of(layout)

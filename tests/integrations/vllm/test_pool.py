@@ -144,6 +144,15 @@ def test_a_shared_block_is_what_it_would_be_cold_and_is_never_written_again(case
     close(case, second.out, expected(case, second))
 
 
+def test_sinks_keep_their_slots_where_queries_look_at_single_tokens(case, one_thread):
+    """Many tokens are then given exactly nothing, as sinks are."""
+    blocks, asked = case.blocks(), case.request(500)
+    asked.query *= 4000
+    blocks.step([(asked, 500)])
+    made = blocks.pool.pages[asked.packed[0], :, :3].unbind(1)
+    assert all(torch.equal(own, page(case, asked, p)) for p, own in enumerate(made))
+
+
 def test_blocks_of_too_few_pages_are_refused():
     with pytest.raises(ValueError, match=r"at least two pages and a query, and has room for 1 pages of 8384 bytes"):
         BlockLayout.of(LogQuantConfig(bits=8, key_columns=1.0), 64, 3, torch.bfloat16)
