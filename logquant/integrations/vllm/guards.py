@@ -1,0 +1,63 @@
+"""Settings: those of LogQuant, and those of vLLM that it cannot serve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...config import LogQuantConfig
+
+_OPTIONS = ("calibration", "sinks", "bits", "key_bits", "value_bits", "key_columns", "fine_values")
+# Five such pages and two sinks fill a block of bfloat16 with heads of 64 or 128.
+_PAGES: dict[str, Any] = {"fine_values": 8, "key_columns": 1.75, "sinks": 2}
+
+
+def config_of(vllm_config: Any) -> LogQuantConfig:
+    """The settings under ``additional_config["logquant"]``, of those of :class:`logquant.LogQuantConfig`.
+
+    They say what pages are like; which tokens are packed, and when, is always the same here (step.py). Pages of 2 bits
+    are larger by default than those of a LogQuantConfig, and lose less.
+
+    Raises:
+        ValueError: an unknown setting, or as LogQuantConfig.
+    """
+    additional = vllm_config.additional_config
+    options = additional.get("logquant", {}) if isinstance(additional, dict) else {}
+    if not isinstance(options, dict) or (unknown := sorted(options.keys() - set(_OPTIONS))):
+        got = unknown if isinstance(options, dict) else options
+        raise ValueError(f"additional_config['logquant'] must be a dict with {', '.join(_OPTIONS)}; got {got}")
+    bits = {"bits", "key_bits", "value_bits"} & options.keys()
+    return LogQuantConfig(**({} if bits else _PAGES) | options)
+
+
+def check(vllm_config: Any) -> None:
+    """Refuse what would give wrong results or save nothing.
+
+    Raises:
+        ValueError: naming the setting of vLLM, and what is needed.
+    """
+    scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
+    wrong = [
+        (
+            vllm_config.kv_transfer_config is not None,
+            "kv_transfer_config: KV connectors copy blocks whose contents they do not know",
+        ),
+        (
+            scheduler.disable_hybrid_kv_cache_manager,
+            "disable_hybrid_kv_cache_manager: exact tokens would be kept forever",
+        ),
+        (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+            "decode_context_parallel_size or prefill_context_parallel_size above 1",
+        ),
+        (
+            vllm_config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16"),
+            f"kv_cache_dtype {vllm_config.cache_config.cache_dtype}: exact tokens have the model's dtype, and "
+            "additional_config['logquant'] says how many bits the others have",
+        ),
+        (
+            vllm_config.speculative_config is not None,
+            "speculative_config: a draft that ends a block and is rejected would take the queries that its pages need",
+        ),
+    ]
+    if reasons := [reason for is_so, reason in wrong if is_so]:
+        raise ValueError("LogQuant's KV cache cannot be used with " + "; ".join(reasons))

@@ -1,0 +1,269 @@
+"""What a forward pass of a batch reads and writes: a pure function of how many tokens each request has and gets.
+
+A query at position t sees the tokens of its own page t // 64 up to itself and of the two pages before exactly, all
+earlier pages packed, and the sinks exactly. So what it sees depends on its position alone: not on how the scheduler cut
+a prompt, on what else was in the batch, on drafts, or on whether a prefix was found in the cache.
+
+Queries are attended in *rows*: those of one request within one page, which all see the same pages.
+
+Everything that depends on numbers alone is computed on the CPU, where vLLM has them, once for all layers; only block
+tables are looked up on the device, without waiting for it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .layout import EXACT, PAGE, BlockLayout, Ints
+
+
+class Batch(NamedTuple):
+    """A batch as vLLM gives it.
+
+    Attributes:
+        starts: int ``[requests + 1]``, on the CPU: the first query of each request, and the end of the last.
+        lengths: int ``[requests]``, on the CPU: tokens of each request, this step's included.
+        packed: int32 ``[requests, n]``, the block table of packed tokens.
+        exact: int32 ``[requests, n]``, that of exact tokens; blocks that have been given back are not looked up.
+        slots: int64 ``[>= queries]``, where each token's exact keys and values go: block times PAGE, plus place.
+    """
+
+    starts: Ints
+    lengths: Ints
+    packed: Tensor
+    exact: Tensor
+    slots: Tensor
+
+
+class Rows(NamedTuple):
+    """Rows with as many queries, or padded to as many: one call of ``attend``.
+
+    Attributes:
+        tokens: int64 ``[R, L]``, the query tokens, those of padding being any; None: row i is token i, and L is 1.
+        flat: int64 ``[n]``, of the ``R * L`` queries those that are real; None: all are.
+        out: int64 ``[n]``, their tokens; None: as ``tokens``.
+        window: int64 ``[R, H, N]``, the exact tokens of each row and KV head (``Pool.tokens``): sinks, then others.
+        pages: int32 ``[R, P]``, the packed ones (``Pool.store``).
+        positions: int32 ``[R, P * PAGE + N]``.
+        query_positions: int32 ``[R, L]``, -1 for padding; None: a row's query sees all its tokens.
+        lengths: int32 ``[R, 2]``: pages and window slots in use.
+    """
+
+    tokens: Tensor | None
+    flat: Tensor | None
+    out: Tensor | None
+    window: Tensor
+    pages: Tensor
+    positions: Tensor
+    query_positions: Tensor | None
+    lengths: Tensor
+
+
+class Due(NamedTuple):
+    """Pages to be made, n of them, of all requests.
+
+    Attributes:
+        source: int64 ``[n]``, the exact block of each page's tokens.
+        block, page: int64 ``[n]``, where the page goes.
+        tokens: int64 ``[n, queries]``, the query tokens that say how, where they are of this step.
+        here: bool ``[n, queries]``, whether they are; others were kept.
+        seen: bool ``[n, queries, PAGE]``, which of the page's tokens each of them may see and count: no sinks.
+        first: int64 ``[k]``, which of the n pages are the first of a sequence, with the sinks; None: none is.
+    """
+
+    source: Tensor
+    block: Tensor
+    page: Tensor
+    tokens: Tensor
+    here: Tensor
+    seen: Tensor
+    first: Tensor | None
+
+
+class Kept(NamedTuple):
+    """Queries of this step that say how a page of a later one is quantised.
+
+    Attributes:
+        tokens: int64 ``[n]``.
+        block, slot: int64 ``[n]``, where they are kept (``Pool.queries``).
+    """
+
+    tokens: Tensor
+    block: Tensor
+    slot: Tensor
+
+
+class Step(NamedTuple):
+    """A forward pass of a batch.
+
+    Attributes:
+        tokens: query tokens.
+        block, place: int64 ``[tokens]``, where each token's exact keys and values go.
+        due: the pages to make, or None.
+        kept: the queries to keep, or None.
+        rows: what attends, in at most two calls.
+    """
+
+    tokens: int
+    block: Tensor
+    place: Tensor
+    due: Due | None
+    kept: Kept | None
+    rows: tuple[Rows, ...]
+
+    @staticmethod
+    def of(batch: Batch, layout: BlockLayout, heads: int) -> Step:
+        """The step of a batch.
+
+        Args:
+            batch: of vLLM.
+            layout: of the blocks.
+            heads: KV heads.
+        """
+        count = int(batch.starts[-1])
+        slots = batch.slots[:count].long()
+        computed = batch.lengths - np.diff(batch.starts)
+        rows = _Rows.of(batch, computed)
+        single = rows.queries == 1
+        parts = [rows] if single.all() or not single.any() else [rows.where(single), rows.where(~single)]
+        return Step(
+            count,
+            slots // PAGE,
+            slots % PAGE,
+            _due(batch, computed, layout),
+            _kept(batch, computed, layout),
+            tuple(part.on_device(batch, layout, heads, count) for part in parts if len(part.request)),
+        )
+
+
+def _ranges(counts: Ints) -> tuple[Ints, Ints]:
+    """For each of so many things the index of its count, and its number among those: [2, 3] gives 00111 and 01012."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _to(array: npt.NDArray[np.generic], like: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(like.device, non_blocking=True)
+
+
+class _Rows(NamedTuple):
+    """Rows as numbers: of each the request, the page of its queries, their first position, number and first token."""
+
+    request: Ints
+    own: Ints
+    position: Ints
+    queries: Ints
+    token: Ints
+
+    @staticmethod
+    def of(batch: Batch, computed: Ints) -> _Rows:
+        first, last = computed // PAGE, (batch.lengths - 1) // PAGE
+        request, i = _ranges(np.where(batch.lengths > computed, last - first + 1, 0))
+        own = first[request] + i
+        position = np.maximum(own * PAGE, computed[request])
+        queries = np.minimum((own + 1) * PAGE, batch.lengths[request]) - position
+        return _Rows(request, own, position, queries, batch.starts[request] + position - computed[request])
+
+    def where(self, chosen: npt.NDArray[np.bool_]) -> _Rows:
+        return _Rows(*(x[chosen] for x in self))
+
+    def on_device(self, batch: Batch, layout: BlockLayout, heads: int, count: int) -> Rows:
+        rows, most = len(self.request), int(self.queries.max())
+        sinks, like = layout.sinks, batch.packed
+        packed = np.maximum(self.own - (EXACT - 1), 0)  # pages of each row
+        pages = np.arange(packed.max())
+        used = pages < packed[:, None]
+
+        # Which blocks: of the sinks, of the window, of the pages.
+        request = _to(self.request, like)
+        blocks = np.minimum(packed[:, None] + np.arange(min(EXACT, self.own.max() + 1)), self.own[:, None])
+        exact = batch.exact[request[:, None], _to(blocks, like)].long()
+        block = torch.cat([batch.packed[request, :1].long().expand(-1, sinks), exact.repeat_interleave(PAGE, 1)], 1)
+        place = torch.arange(exact.shape[1] * PAGE + sinks, device=like.device).sub_(sinks).remainder_(PAGE)
+        head = torch.arange(heads, device=like.device)[:, None]
+        window = (block[:, None] * heads + head) * PAGE + place
+        owner = batch.packed[request[:, None], _to(np.where(used, pages // layout.pages, 0), like)]
+        within = np.where(used, pages % layout.pages * (layout.fmt.words // layout.unit), 0).astype(np.int32)
+        table = owner * (heads * layout.words // layout.unit) + _to(within, like)
+
+        # Which positions: copies of the sinks in the first page are never seen, those before it only once it is packed.
+        in_pages = np.arange(len(pages) * PAGE)
+        in_pages[layout.sink_slots[: len(in_pages)]] = -1
+        of_sinks = np.where(packed[:, None] > 0, np.arange(sinks), -1)
+        of_window = packed[:, None] * PAGE + np.arange(window.shape[2] - sinks)
+        positions = np.concatenate([np.broadcast_to(in_pages, (rows, len(in_pages))), of_sinks, of_window], 1)
+        end = self.position + self.queries
+        lengths = np.stack([packed, sinks + end - packed * PAGE], 1)
+
+        tokens = flat = out = query_positions = None
+        if most > 1:
+            i = np.arange(most)
+            real = i < self.queries[:, None]
+            every = self.token[:, None] + i
+            query_positions = _to(np.where(real, self.position[:, None] + i, -1).astype(np.int32), like)
+            tokens = _to(np.where(real, every, self.token[:, None]), like)
+            flat, out = _to(np.flatnonzero(real), like), _to(every[real], like)
+        elif rows < count or (self.token[1:] < self.token[:-1]).any():
+            tokens = _to(self.token[:, None], like)
+        return Rows(
+            tokens,
+            flat,
+            out,
+            window,
+            table,
+            _to(positions.astype(np.int32), like),
+            query_positions,
+            _to(lengths.astype(np.int32), like),
+        )
+
+
+def _due(batch: Batch, computed: Ints, layout: BlockLayout) -> Due | None:
+    """The pages that can be made once this step's tokens are there."""
+    # When c pages of tokens are full, page c - 3 is made; when they end a block, its last three are.
+    request, i = _ranges(batch.lengths // PAGE - computed // PAGE)
+    full = computed[request] // PAGE + 1 + i
+    page = full[:, None] - EXACT + np.arange(EXACT)
+    ends = full % layout.pages == 0
+    made = (page // layout.pages == (full[:, None] - 1) // layout.pages) & ((np.arange(EXACT) == 0) | ends[:, None])
+    which, k = np.nonzero(made)
+    if not len(which):
+        return None
+    request, full, page = request[which], full[which], page[which, k]
+    position = full[:, None] * PAGE - layout.queries + np.arange(layout.queries)
+    here = position >= computed[request][:, None]
+    token = np.where(here, batch.starts[request][:, None] + position - computed[request][:, None], 0)
+    of_page = page[:, None] * PAGE + np.arange(PAGE)
+    seen = (of_page[:, None] <= position[..., None]) & (of_page >= layout.sinks)[:, None]
+    first = np.flatnonzero(page == 0) if layout.sinks else np.empty(0)
+    like = batch.packed
+    at = _to(request, like)
+    return Due(
+        batch.exact[at, _to(page, like)].long(),
+        batch.packed[at, _to(page // layout.pages, like)].long(),
+        _to(page % layout.pages, like),
+        _to(token, like),
+        _to(here, like),
+        _to(seen, like),
+        _to(first, like) if len(first) else None,
+    )
+
+
+def _kept(batch: Batch, computed: Ints, layout: BlockLayout) -> Kept | None:
+    """The newest queries, if a page waits for them and those that follow."""
+    full = batch.lengths // PAGE  # of the page that is being filled this is the number
+    after = full % layout.pages + 1  # of its block
+    waits = (after >= EXACT) | (after == layout.pages)
+    first = np.maximum((full + 1) * PAGE - layout.queries, computed)
+    request, i = _ranges(np.where(waits, np.maximum(batch.lengths - first, 0), 0))
+    if not len(request):
+        return None
+    position = first[request] + i
+    like = batch.packed
+    block = batch.packed[_to(request, like), _to(full[request] // layout.pages, like)].long()
+    slot = position - ((full[request] + 1) * PAGE - layout.queries)
+    return Kept(_to(batch.starts[request] + position - computed[request], like), block, _to(slot, like))

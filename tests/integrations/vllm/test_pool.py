@@ -1,0 +1,163 @@
+"""What attention over a pool of blocks computes, without vLLM: against a plain statement, however work is cut."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+
+import pytest
+import torch
+from torch import Tensor
+
+from logquant import LogQuantConfig, ops
+from logquant.integrations.vllm import guards
+from logquant.integrations.vllm.layout import EXACT, PAGE, QUERY_DTYPE, BlockLayout
+from logquant.quantizer.feedback import key_weights, value_feedback
+from tests.helpers.strategies import column_map
+from tests.helpers.vllm_pool import Blocks, Request, request
+
+HEADS, GROUP, DIM = 2, 3, 32
+TOKENS = 900
+
+LAYOUTS = {
+    "default": (guards.config_of(types.SimpleNamespace(additional_config={})), torch.bfloat16),
+    "float32": (LogQuantConfig(rule="recent", key_columns=1.5), torch.float32),
+    "bfloat16": (LogQuantConfig(rule="recent", key_columns=1.5), torch.bfloat16),
+    "fine": (LogQuantConfig(fine_values=8), torch.float32),
+    "4 bits, no sinks": (LogQuantConfig(rule="recent", bits=4, sinks=0), torch.float32),
+    "plain parameters": (LogQuantConfig(rule="recent", param_bits=16, key_columns=1.0), torch.float32),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    layout: BlockLayout
+    key_map: Tensor | None
+
+    def blocks(self, **options: int) -> Blocks:
+        return Blocks(self.layout, HEADS, self.key_map, **options)
+
+    def request(self, tokens: int = TOKENS, seed: int = 1) -> Request:
+        return request(self.layout, HEADS, tokens, seed)
+
+
+@pytest.fixture(params=LAYOUTS)
+def case(request) -> Case:
+    config, dtype = LAYOUTS[request.param]
+    layout = BlockLayout.of(config, DIM, GROUP, dtype)
+    return Case(layout, column_map(layout.fmt, 3, batch=1, heads=HEADS) if layout.fmt.has_map else None)
+
+
+def page(case: Case, asked: Request, number: int) -> Tensor:
+    """Page ``number`` of a request, by a plain statement: ``[H, words]``."""
+    layout = case.layout
+    end = min(number + EXACT, (number // layout.pages + 1) * layout.pages) * PAGE
+    own = slice(number * PAGE, (number + 1) * PAGE)
+    key, value = (x[own].transpose(0, 1)[None].clone() for x in (asked.key, asked.value))
+    sinks = layout.sinks if number == 0 else 0
+    for x in (key, value):
+        x[:, :, :sinks] = x[:, :, sinks : sinks + 1]
+    options = {} if case.key_map is None else {"key_map": case.key_map}
+    if layout.fmt.mse_searched:
+        position = torch.arange(end - layout.queries, end)
+        query = asked.query[position].to(QUERY_DTYPE).float().unflatten(1, (HEADS, GROUP))  # [n, H, group, D]
+        scores = torch.einsum("nhgd,htd->hgnt", query, key[0].float()) * DIM**-0.5
+        token = torch.arange(own.start, own.stop)
+        seen = (token <= position[:, None]) & (token >= layout.sinks)
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).flatten(1, 2)[None]
+        if layout.fmt.fine_values:
+            given = weights.mean(2)
+            given[:, :, :sinks] = -1.0
+            # Of 16 slots the last two have fine values; they and then the others take the tokens in descending order.
+            slots = sorted(range(PAGE), key=lambda slot: (slot % 16 < 14, slot))
+            order = torch.empty_like(given, dtype=torch.int64)
+            order[..., slots] = given.argsort(dim=-1, descending=True, stable=True)
+            key, value = (x.gather(2, order[..., None].expand_as(x)) for x in (key, value))
+            weights = weights.gather(3, order[:, :, None].expand_as(weights))
+        options |= {"key_weights": key_weights(weights.mean(2), PAGE), "value_feedback": value_feedback(weights, PAGE)}
+    return ops.quantize(key, value, layout.fmt, **options)[0, :, 0]
+
+
+def expected(case: Case, asked: Request) -> Tensor:
+    """What attention gives each token of a request, in float64, ``[T, Hq, D]``."""
+    layout = case.layout
+    tokens = len(asked.key)
+    pages = torch.stack([page(case, asked, p) for p in range(tokens // PAGE - EXACT + 1)], 1)[None]
+    packed = [x[0].double() for x in ops.dequantize(pages, layout.fmt, key_map=case.key_map)]
+    exact = [x.transpose(0, 1).double() for x in (asked.key, asked.value)]
+    # Sinks are attended to exactly: not where they were the first page's least attended tokens, or its first.
+    hidden = range(62 - layout.sinks, 62) if layout.fmt.fine_values else range(layout.sinks)
+    out = []
+    for first in range(0, tokens, PAGE):
+        end = min(first + PAGE, tokens)
+        own = max(0, first - (EXACT - 1) * PAGE)  # the first token after the pages
+        slots = [slot for slot in range(own) if slot not in hidden]
+        key, value = (
+            torch.cat([e[:, : min(layout.sinks, own)], p[:, slots], e[:, own:end]], 1).repeat_interleave(GROUP, 0)
+            for e, p in zip(exact, packed, strict=True)
+        )
+        scores = torch.einsum("lhd,htd->hlt", asked.query[first:end].double(), key) * DIM**-0.5
+        later = torch.arange(end) > torch.arange(first, end)[:, None]
+        scores[:, :, own - end :].masked_fill_(later[:, own:], -torch.inf)
+        out.append(torch.einsum("hlt,htd->lhd", scores.softmax(-1), value))
+    return torch.cat(out)
+
+
+def close(case: Case, got: Tensor, want: Tensor) -> None:
+    """As close as the dtype of the output lets it be."""
+    torch.testing.assert_close(got.double(), want, **TOLERANCE[case.layout.dtype])
+
+
+# A few units of the last place in bfloat16; what the kernels' sums of products round in float32.
+TOLERANCE = {torch.float32: {"rtol": 1e-3, "atol": 1e-3}, torch.bfloat16: {"rtol": 1.6e-2, "atol": 8e-3}}
+
+
+def test_every_query_sees_what_its_position_says_however_work_is_cut(case, one_thread):
+    """Four requests in batches: one in chunks of pages, one all at once, one in odd chunks, one token by token."""
+    blocks = case.blocks(count=96)
+    asked = [case.request(seed=seed) for seed in (1, 2, 3)] + [case.request(280, seed=4)]
+    chunks = [64, TOKENS, 37, 1]
+    while work := [
+        (a, min(n, len(a.key) - a.computed)) for a, n in zip(asked, chunks, strict=True) if a.computed < len(a.key)
+    ]:
+        blocks.step(work)
+    for each in asked:
+        close(case, each.out, expected(case, each))
+
+
+def test_a_shared_block_is_what_it_would_be_cold_and_is_never_written_again(case, one_thread):
+    """A request that finds the first packed block and the exact ones at its end goes on as if they were its own."""
+    blocks = case.blocks()
+    first, second, prefix = case.request(), case.request(), case.layout.tokens
+    blocks.step([(first, prefix)])
+    shared = [*first.packed, *(block for block in first.exact if block)]
+    before = blocks.memory[shared].clone()
+    second.packed, second.exact = list(first.packed), list(first.exact)
+    second.computed, second.out = prefix, first.out
+    for x, y in zip((second.query, second.key, second.value), (first.query, first.key, first.value), strict=True):
+        x[prefix:] = y[prefix:].flip(0)
+    packed = len(first.packed)
+    blocks.give_back = lambda given: None  # somebody else has them still
+    while second.computed < TOKENS:
+        blocks.step([(second, min(100, TOKENS - second.computed)), *([(first, 1)] if first.computed < TOKENS else [])])
+    assert packed == 1 and torch.equal(blocks.memory[shared].view(torch.int16), before.view(torch.int16))
+    close(case, second.out, expected(case, second))
+
+
+def test_sinks_keep_their_slots_where_queries_look_at_single_tokens(case, one_thread):
+    """Many tokens are then given exactly nothing, as sinks are."""
+    blocks, asked = case.blocks(), case.request(500)
+    asked.query *= 4000
+    blocks.step([(asked, 500)])
+    made = blocks.pool.pages[asked.packed[0], :, :3].unbind(1)
+    assert all(torch.equal(own, page(case, asked, p)) for p, own in enumerate(made))
+
+
+def test_blocks_of_too_few_pages_are_refused():
+    with pytest.raises(ValueError, match=r"at least two pages and a query, and has room for 1 pages of 8384 bytes"):
+        BlockLayout.of(LogQuantConfig(bits=8, key_columns=1.0), 64, 3, torch.bfloat16)
+
+
+def test_many_query_heads_keep_fewer_queries():
+    layout = BlockLayout.of(LogQuantConfig(), 128, 16, torch.bfloat16)
+    assert 0 < layout.queries < 16
