@@ -55,7 +55,8 @@ def main() -> None:
         arguments.calibration,
         arguments.mib,
         dtype=arguments.dtype,
-        max_model_len=max(counts) + 64,
+        # All decode until the last has been read.
+        max_model_len=max(counts) + 64 + arguments.live * -(-max(counts) // arguments.chunk) * 2,
         max_num_seqs=max(64, arguments.live),
         max_num_batched_tokens=arguments.chunk,
         enable_prefix_caching=False,
