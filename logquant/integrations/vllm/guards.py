@@ -6,7 +6,7 @@ from typing import Any
 
 from ...config import LogQuantConfig
 
-_OPTIONS = ("calibration", "sinks", "bits", "key_bits", "value_bits", "key_columns", "fine_values")
+_OPTIONS = ("calibration", "sinks", "bits", "key_bits", "value_bits", "key_columns", "allocate_bits", "fine_values")
 # Five such pages and two sinks fill a block of bfloat16 with heads of 64 or 128.
 _PAGES: dict[str, Any] = {"fine_values": 8, "key_columns": 1.75, "sinks": 2}
 

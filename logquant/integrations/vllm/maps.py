@@ -32,7 +32,7 @@ def key_map(config: LogQuantConfig, model: Any, layer: int, fmt: PageFormat, hea
         FileNotFoundError: the file of the calibration is not there.
         ValueError: no calibration where one is needed, a damaged one, or one of another model.
     """
-    if not fmt.has_map:
+    if not config.has_map(fmt):
         return None
     if config.calibration is None:
         name = getattr(model, "_name_or_path", "") or "MODEL"

@@ -45,7 +45,7 @@ class Case:
 def case(request) -> Case:
     config, dtype = LAYOUTS[request.param]
     layout = BlockLayout.of(config, DIM, GROUP, dtype)
-    return Case(layout, column_map(layout.fmt, 3, batch=1, heads=HEADS) if layout.fmt.has_map else None)
+    return Case(layout, column_map(layout.fmt, 3, batch=1, heads=HEADS) if layout.fmt.needs_map else None)
 
 
 def page(case: Case, asked: Request, number: int) -> Tensor:
