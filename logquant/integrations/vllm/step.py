@@ -2,7 +2,7 @@
 
 A query at position t sees the tokens of its own page t // 64 up to itself and of the two pages before exactly, all
 earlier pages packed, and the sinks exactly. So what it sees depends on its position alone: not on how the scheduler cut
-a prompt, on what else was in the batch, on drafts, or on whether a prefix was found in the cache.
+a prompt, on what else was in the batch, or on whether a prefix was found in the cache.
 
 Queries are attended in *rows*: those of one request within one page, which all see the same pages.
 
@@ -49,8 +49,8 @@ class Rows(NamedTuple):
         out: int64 ``[n]``, their tokens; None: as ``tokens``.
         window: int64 ``[R, H, N]``, the exact tokens of each row and KV head (``Pool.tokens``): sinks, then others.
         pages: int32 ``[R, P]``, the packed ones (``Pool.store``).
-        positions: int32 ``[R, P * PAGE + N]``.
-        query_positions: int32 ``[R, L]``, -1 for padding; None: a row's query sees all its tokens.
+        positions: int32 ``[1, P * PAGE + N]``: 0 for tokens of pages, the slot for those of windows.
+        query_positions: int32 ``[R, L]``, the slot of its own token, -1 for padding; None: its row ends there.
         lengths: int32 ``[R, 2]``: pages and window slots in use.
     """
 
@@ -174,38 +174,41 @@ class _Rows(NamedTuple):
 
     def on_device(self, batch: Batch, layout: BlockLayout, heads: int, count: int) -> Rows:
         rows, most = len(self.request), int(self.queries.max())
-        sinks, like = layout.sinks, batch.packed
-        packed = np.maximum(self.own - (EXACT - 1), 0)  # pages of each row
-        pages = np.arange(packed.max())
-        used = pages < packed[:, None]
+        like, request = batch.packed, _to(self.request, batch.packed)
 
-        # Which blocks: of the sinks, of the window, of the pages.
-        request = _to(self.request, like)
-        blocks = np.minimum(packed[:, None] + np.arange(min(EXACT, self.own.max() + 1)), self.own[:, None])
-        exact = batch.exact[request[:, None], _to(blocks, like)].long()
-        block = torch.cat([batch.packed[request, :1].long().expand(-1, sinks), exact.repeat_interleave(PAGE, 1)], 1)
-        place = torch.arange(exact.shape[1] * PAGE + sinks, device=like.device).sub_(sinks).remainder_(PAGE)
+        # The window: the sinks, once they are in no exact block of the row any more, and the tokens after the pages.
+        packed = np.maximum(self.own - (EXACT - 1), 0)[:, None]  # pages of each row
+        sinks = np.where(packed > 0, layout.sinks, 0)
+        first = packed * PAGE - sinks  # what slot 0 would hold, were there no sinks
+        slot = np.arange(layout.sinks + min(EXACT, self.own.max() + 1) * PAGE)
+        is_sink, token = slot < sinks, first + slot
+        number = np.where(is_sink, 0, np.minimum(token // PAGE, self.own[:, None]))
+        place = np.where(is_sink, slot + PAGE - layout.sinks, token % PAGE)
+        exact = batch.exact[request[:, None], _to(number, like)]
+        block = torch.where(_to(is_sink, like), batch.packed[request, :1], exact).long()
         head = torch.arange(heads, device=like.device)[:, None]
-        window = (block[:, None] * heads + head) * PAGE + place
+        window = (block[:, None] * heads + head) * PAGE + _to(place, like)[:, None]
+
+        # The pages.
+        pages = np.arange(packed.max())
+        used = pages < packed
         owner = batch.packed[request[:, None], _to(np.where(used, pages // layout.pages, 0), like)]
         within = np.where(used, pages % layout.pages * (layout.fmt.words // layout.unit), 0).astype(np.int32)
         table = owner * (heads * layout.words // layout.unit) + _to(within, like)
 
-        # Which positions: copies of the sinks in the first page are never seen, those before it only once it is packed.
-        in_pages = np.arange(len(pages) * PAGE)
+        # A query sees all pages, but for what stands there for the sinks, and the window up to its own token.
+        in_pages = np.zeros(len(pages) * PAGE, np.int64)
         in_pages[layout.sink_slots[: len(in_pages)]] = -1
-        of_sinks = np.where(packed[:, None] > 0, np.arange(sinks), -1)
-        of_window = packed[:, None] * PAGE + np.arange(window.shape[2] - sinks)
-        positions = np.concatenate([np.broadcast_to(in_pages, (rows, len(in_pages))), of_sinks, of_window], 1)
-        end = self.position + self.queries
-        lengths = np.stack([packed, sinks + end - packed * PAGE], 1)
+        positions = np.concatenate([in_pages, slot])[None]
+        lengths = np.concatenate([packed, (self.position + self.queries)[:, None] - first], 1)
 
         tokens = flat = out = query_positions = None
         if most > 1:
             i = np.arange(most)
             real = i < self.queries[:, None]
             every = self.token[:, None] + i
-            query_positions = _to(np.where(real, self.position[:, None] + i, -1).astype(np.int32), like)
+            own = self.position[:, None] + i - first
+            query_positions = _to(np.where(real, own, -1).astype(np.int32), like)
             tokens = _to(np.where(real, every, self.token[:, None]), like)
             flat, out = _to(np.flatnonzero(real), like), _to(every[real], like)
         elif rows < count or (self.token[1:] < self.token[:-1]).any():
