@@ -91,8 +91,8 @@ class PlainLayerRow(PlainRow):
 class ChosenLayerRow(PlainLayerRow):
     """The same under the rule ``attention``: a choice is followed, once it is seen to be one that the rule allows.
 
-    Sums of attention are added up in another order than the layer's: which of two tokens is given less by a rounding
-    error is for the layer to say.
+    Sums of squared attention weights are added up in another order than the layer's: which of two tokens is given less
+    by a rounding error is for the layer to say.
     """
 
     def __init__(self, config: LogQuantConfig, layer: int) -> None:
@@ -127,7 +127,7 @@ class ChosenLayerRow(PlainLayerRow):
             seen = sum(other <= column for other in self.exact)
             weights = (keys[:seen].double() @ contents[column][0].double()).softmax(0).tolist()
             for other, weight in zip(self.exact, weights, strict=False):
-                self.sums[other] += weight
+                self.sums[other] += weight**2
 
     def follow(self, packed: list[int], exact: list[int]) -> None:
         """The layer says that these are packed, in this order."""
@@ -142,7 +142,7 @@ class ChosenLayerRow(PlainLayerRow):
         assert all(max(page) < min(later) for page, later in itertools.pairwise(pages))
         held = dict(zip(self.real, range(len(self.real)), strict=True))
         if leaving and self.sums is not None:
-            cost = {c: self.sums[c] * self.held[held[c]][1].double().norm().item() for c in middle}
+            cost = {c: math.sqrt(self.sums[c]) * self.held[held[c]][1].double().norm().item() for c in middle}
             stays = min((cost[c] for c in middle if c not in set(leaving)), default=math.inf)
             assert max(cost[c] for c in leaving) <= stays * (1 + 1e-4)
             for page in pages:

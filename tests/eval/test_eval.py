@@ -191,7 +191,7 @@ def test_names_stand_for_settings():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("snapkv", "cache must be one of logquant, fine, log, recent, paper, partial, .*, full, got 'snapkv'"),
+        ("snapkv", "cache must be one of logquant, fine, small, log, recent, paper, partial, .*, full, got 'snapkv'"),
         ("logquant:bit=4", "a setting must be one of bits, .*, got 'bit'"),
         ("logquant:bits=two", "bits must be a whole number, got 'two'"),
         ("logquant:bits=3", "'logquant:bits=3': bits must be 2, 4 or 8, got 3"),
