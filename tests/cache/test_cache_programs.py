@@ -175,7 +175,7 @@ class CachePrograms(RuleBasedStateMachine):
                 {"bits": 2},
                 {"bits": 8, "recall": "both(skip=1)"},
                 {"key_columns": 2.0, "calibration": CALIBRATION},
-                {"allocate_bits": True},
+                {"allocate_bits": True, "calibration": CALIBRATION},
             ]
         ),
         batch=st.integers(1, 3),
