@@ -216,9 +216,8 @@ def test_eight_bits_are_close_to_a_full_cache(any_model, ids, portions):
     want = logits_of(any_model, DynamicCache(config=any_model.config), ids, portions, "eager")
     cache = LogQuantCache(any_model.config, bits=8, window=32)
     got = logits_of(any_model, cache, ids, portions, "logquant")
-    # A router (gpt-oss) may send a token to another expert on the smallest difference: few tokens may be further off.
-    errors = (got - want).abs().mean(-1) / want.abs().mean()
-    assert errors.median() < 5e-3 and errors.mean() < 1e-2
+    # The mean, for a router (gpt-oss) may send a token to another expert on the smallest difference.
+    assert (got - want).abs().mean() < 5e-3 * want.abs().mean()
 
 
 def test_layers_without_full_attention_stay_what_transformers_makes_them():

@@ -70,7 +70,8 @@ FAMILIES = {
         "query_pre_attn_scalar": 16,
         "initializer_range": 0.3,
     },
-    "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 24, "initializer_range": 0.3},
+    # Both experts take part: a choice of one would change with the smallest difference.
+    "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 2, "sliding_window": 24, "initializer_range": 0.3},
     "gpt_neox": {},
     "phi3": {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 192, "head_dim": 96},
     "gemma3_text": {

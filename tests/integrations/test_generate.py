@@ -97,7 +97,7 @@ FEATURES = {
     "sampling": {"do_sample": True, "top_k": 20, "temperature": 0.8},
     "nucleus": {"do_sample": True, "top_p": 0.9},
     "several_samples": {"do_sample": True, "num_return_sequences": 2},
-    "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    "penalties": {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2},
     "beam_search": {"num_beams": 4},
     "beam_search_returning_several": {"num_beams": 4, "num_return_sequences": 3},
     "beam_sampling": {"num_beams": 3, "do_sample": True},
@@ -109,12 +109,11 @@ FEATURES = {
 @pytest.mark.parametrize("feature", FEATURES)
 def test_tokens_are_those_of_a_full_cache(case, feature):
     options = FEATURES[feature]
-    if "bits" not in case.settings or "num_beams" in options:
+    if "bits" not in case.settings or not options.get("do_sample") or "num_beams" in options:
         got, want = both(case, **options)
         assert torch.equal(got, want)
         return
-    # A draw may fall between the two distributions, or two tokens be as likely, and then the row goes on differently:
-    # the distributions must be that close.
+    # A draw may fall between the two distributions, and then the row goes on differently: they must be that close.
     got, want = both(case, **options, return_dict_in_generate=True, output_scores=True)
     different = (got.sequences != want.sequences)[:, case.ids.shape[1] :]
     assert different.any(1).sum() <= 1, "46 of 48 rows of 24 tokens were the same, over four seeds"
@@ -122,10 +121,6 @@ def test_tokens_are_those_of_a_full_cache(case, feature):
         same = int(differs.nonzero()[0]) + 1 if differs.any() else case.count
         for p, q in zip(got.scores[:same], want.scores[:same], strict=True):
             assert (p[row].softmax(-1) - q[row].softmax(-1)).abs().sum() / 2 < 0.02
-        if differs.any() and not options.get("do_sample"):
-            tokens = torch.stack([x.sequences[row, case.ids.shape[1] + same - 1] for x in (got, want)])
-            either, chosen = want.scores[same - 1][row, tokens]
-            assert chosen - either < 0.005, "of two tokens that are as likely to the full cache, either may be chosen"
 
 
 @pytest.mark.parametrize("kind", ["prompt_lookup", "assistant", "early_exit"])

@@ -13,7 +13,7 @@ pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own: .c
 
 
 def test_kl_to_vllms_own_cache(data_dir, smollm2, smollm2_tokenizer, tmp_path):
-    """In bfloat16, of which 0.0007 are two ways to compute the same attention, and the processor makes a difference."""
+    """In bfloat16, of which 0.0007 are two ways to compute the same attention."""
     import torch
 
     from logquant.quantizer.calibrate import calibrate
@@ -28,4 +28,4 @@ def test_kl_to_vllms_own_cache(data_dir, smollm2, smollm2_tokenizer, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     found = re.findall(r"chunks of (\d+): KL (\S+) over 2,000 positions", done.stdout)
     assert [int(chunk) for chunk, _ in found] == [64, 512]
-    assert all(0.001 < float(kl) <= 0.0045 for _, kl in found), found
+    assert all(0.001 < float(kl) <= 0.004 for _, kl in found), found
