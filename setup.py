@@ -178,7 +178,9 @@ def cpu_kernels() -> dict[str, tuple[Path, list[str]]]:
         for isa, flags in INSTRUCTION_SETS.items():
             if kernel == "attend" or isa not in ATTEND_ONLY:
                 objects[f"{kernel}.{isa}.o"] = (CSRC / "cpu" / f"{kernel}.cpp", [f"-DLOGQUANT_ISA={isa}", *flags])
-    return objects | {f"{name}.o": (CSRC / "cpu" / f"{name}.cpp", []) for name in ("dispatch", "choose_pages")}
+    return objects | {
+        f"{name}.o": (CSRC / "cpu" / f"{name}.cpp", []) for name in ("append", "choose_pages", "dispatch")
+    }
 
 
 def cuda_kernels(flags: list[str]) -> dict[str, tuple[Path, list[str]]]:

@@ -484,4 +484,84 @@ AttendCall attend_call(const Tensor& q_in, const Tensor& pages_in, const Tensor&
   return call;
 }
 
+// ------------------------------------------------------------------------------------------------- decode_step_
+DecodeStepCall decode_step_call(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& pages,
+                                const Tensor& window_k, const Tensor& window_v, const Tensor& positions,
+                                const Tensor& lengths, const Tensor& attention, const Tensor& queries,
+                                const Tensor& seen, const Fields& fields, double scale, double softcap,
+                                const OptionalTensor& key_map, const OptionalTensor& mask,
+                                const OptionalTensor& sinks) {
+  const PageFormat format = checked_format(fields);
+  check_same_device(q_in, "q",
+                    {{"k", &k_in},
+                     {"v", &v_in},
+                     {"positions", &positions},
+                     {"lengths", &lengths},
+                     {"attention", &attention},
+                     {"queries", &queries},
+                     {"seen", &seen}},
+                    {});
+  check_tokens(q_in, "q", format.head_dim);
+  check_tokens(window_k, "window_k", format.head_dim);
+  check_tokens(queries, "queries", format.head_dim);
+  const int64_t batch = q_in.size(0), query_heads = q_in.size(1);
+  const int64_t kv_heads = window_k.size(1), slots = window_k.size(2), dim = format.head_dim;
+  check_shape(q_in, "q", window_k.scalar_type(), {batch, query_heads, 1, dim});
+  check_shape(k_in, "k", window_k.scalar_type(), {batch, kv_heads, 1, dim});
+  check_shape(v_in, "v", window_k.scalar_type(), {batch, kv_heads, 1, format.value_dim});
+  check_shape(queries, "queries", window_k.scalar_type(), {batch, query_heads, queries.size(2), dim});
+  check_pages(pages, format, 4);
+  const int64_t in_pages = pages.size(2) * format.page_tokens;
+  check_shape(positions, "positions", ScalarType::Int, {batch, in_pages + slots});
+  check_shape(lengths, "lengths", ScalarType::Int, {batch, 2});
+  check_shape(seen, "seen", ScalarType::Long, {batch});
+  const int64_t counted = attention.dim() == 3 ? attention.size(2) : 0;
+  check_shape(attention, "attention", ScalarType::Float, {batch, kv_heads, counted});
+  LOGQUANT_CHECK(counted == 0 || counted == slots, "attention must have no slot, or window_k's ", slots, ", got ",
+                 counted);
+  // What is changed in place must be where it says.
+  for (const Named& written : {Named{"window_k", &window_k}, Named{"window_v", &window_v}, Named{"queries", &queries},
+                               Named{"positions", &positions}, Named{"lengths", &lengths}, Named{"seen", &seen},
+                               Named{"attention", &attention}}) {
+    LOGQUANT_CHECK(written.tensor->is_contiguous(), written.name, " must be contiguous");
+  }
+
+  DecodeStepCall call;
+  const OptionalTensor given = counted == 0 ? OptionalTensor() : OptionalTensor(attention);
+  const OptionalTensor by_position = mask ? OptionalTensor(positions) : OptionalTensor();
+  call.attend = attend_call(q_in, pages, window_k, window_v, fields, scale, softcap, key_map, by_position, mask,
+                            std::nullopt, sinks, std::nullopt, lengths, given);
+  if (counted > 0) call.attend.args.attention_out = static_cast<float*>(attention.data_ptr());
+  if (lengths.is_cpu()) {
+    const int32_t* const data = int32_data(lengths);
+    for (int64_t b = 0; b < batch; ++b) {
+      LOGQUANT_CHECK(data[2 * b + 1] < slots, "window_k must have room for another token, has ", slots,
+                     " slots, all of them in use in row ", b,
+                     ": cache.make_room() between steps moves tokens to pages");
+    }
+  }
+  call.q = call.attend.q;
+  call.k = with_contiguous_last_dim(k_in);
+  call.v = with_contiguous_last_dim(v_in);
+  AppendArgs& args = call.append;
+  args.q = tokens_view<Tokens>(call.q);
+  args.k = tokens_view<Tokens>(call.k);
+  args.v = tokens_view<Tokens>(call.v);
+  args.window_k = tokens_view<MutableTokens>(window_k);
+  args.window_v = tokens_view<MutableTokens>(window_v);
+  args.queries = tokens_view<MutableTokens>(queries);
+  args.batch = batch;
+  args.kv_heads = kv_heads;
+  args.query_heads = query_heads;
+  args.head_dim = dim;
+  args.value_dim = format.value_dim;
+  args.window_slots = slots;
+  args.query_slots = queries.size(2);
+  args.positions = static_cast<int32_t*>(positions.data_ptr()) + in_pages;
+  args.positions_batch_stride = positions.stride(0);
+  args.lengths = static_cast<int32_t*>(lengths.data_ptr());
+  args.seen = static_cast<int64_t*>(seen.data_ptr());
+  return call;
+}
+
 }  // namespace logquant

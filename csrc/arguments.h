@@ -47,6 +47,13 @@ struct AttendCall {
   OptionalTensor key_map, positions, mask, query_positions, sinks, page_table, lengths, attention;
 };
 
+// The attention sums are where they were before.
+struct DecodeStepCall {
+  AppendArgs append;
+  AttendCall attend;
+  Tensor q, k, v;
+};
+
 QuantizeCall quantize_call(const Tensor& k, const Tensor& v, const Fields& format, const OptionalTensor& index,
                            const OptionalTensor& key_map, const OptionalTensor& key_weights,
                            const OptionalTensor& value_feedback);
@@ -72,5 +79,10 @@ AttendCall attend_call(const Tensor& q, const Tensor& pages, const Tensor& windo
                        const OptionalTensor& query_positions, const OptionalTensor& sinks,
                        const OptionalTensor& page_table, const OptionalTensor& lengths,
                        const OptionalTensor& attention);
+DecodeStepCall decode_step_call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pages,
+                                const Tensor& window_k, const Tensor& window_v, const Tensor& positions,
+                                const Tensor& lengths, const Tensor& attention, const Tensor& queries,
+                                const Tensor& seen, const Fields& fields, double scale, double softcap,
+                                const OptionalTensor& key_map, const OptionalTensor& mask, const OptionalTensor& sinks);
 
 }  // namespace logquant

@@ -91,6 +91,19 @@ struct EvictArgs {
   int64_t tokens = 0, start = 0, step = 1, count = 0;
 };
 
+// One new token of every row goes to the end of its window (logquant/ops/reference/decode_step.py).
+struct AppendArgs {
+  Tokens q, k, v;  // of one token; all of one dtype
+  MutableTokens window_k, window_v,
+      queries;  // of the same dtype; the newest queries [batch, query head, slot, channel]
+  int64_t batch = 0, kv_heads = 0, query_heads = 0, head_dim = 0, value_dim = 0;
+  int64_t window_slots = 0, query_slots = 0;
+  int32_t* positions = nullptr;  // [batch, slots]: already at the window's first
+  int64_t positions_batch_stride = 0;
+  int32_t* lengths = nullptr;  // [batch, 2], contiguous: pages and window tokens in use
+  int64_t* seen = nullptr;     // [batch]: positions before this one
+};
+
 struct PageScoresArgs {
   PageFormat format;
   int64_t batch = 0, kv_heads = 0, group = 1, queries = 0;  // group: query heads of a KV head

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "arguments.h"
+#include "cpu/append.h"
 #include "cpu/kernels.h"
 
 namespace logquant {
@@ -70,6 +71,18 @@ std::tuple<Tensor, Tensor, Tensor> attend(const Tensor& q, const Tensor& pages, 
   return {call.out, call.lse, call.attention_out};
 }
 
+Tensor decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pages, Tensor window_k,
+                   Tensor window_v, Tensor positions, Tensor lengths, Tensor attention, Tensor queries, Tensor seen,
+                   const Fields& format, double scale, double softcap, const OptionalTensor& key_map,
+                   const OptionalTensor& mask, const OptionalTensor& sinks) {
+  const DecodeStepCall call = decode_step_call(q, k, v, pages, window_k, window_v, positions, lengths, attention,
+                                               queries, seen, format, scale, softcap, key_map, mask, sinks);
+  if (call.attend.lse.numel() == 0) return call.attend.out;
+  cpu::append(call.append);
+  cpu::kernels().attend(call.attend.args, parallel_for);
+  return call.attend.out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(logquant, m) {
@@ -87,6 +100,11 @@ STABLE_TORCH_LIBRARY(logquant, m) {
       "Tensor? query_positions=None, Tensor? sinks=None, Tensor? page_table=None, Tensor? lengths=None, "
       "Tensor? attention=None) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "decode_step_(Tensor q, Tensor k, Tensor v, Tensor pages, Tensor(a!) window_k, Tensor(b!) window_v, "
+      "Tensor(c!) positions, Tensor(d!) lengths, Tensor(e!) attention, Tensor(f!) queries, Tensor(g!) seen, "
+      "int[] format, float scale, float softcap=0.0, Tensor? key_map=None, Tensor? mask=None, Tensor? sinks=None) -> "
+      "Tensor");
+  m.def(
       "page_scores(Tensor q, Tensor pages, int[] format, float scale, Tensor? key_map=None, Tensor? means=None, "
       "Tensor? mean_scales=None) -> Tensor");
   m.def(
@@ -99,6 +117,7 @@ STABLE_TORCH_LIBRARY_IMPL(logquant, CPU, m) {
   m.impl("dequantize", TORCH_BOX(&dequantize));
   m.impl("evict_", TORCH_BOX(&evict));
   m.impl("attend", TORCH_BOX(&attend));
+  m.impl("decode_step_", TORCH_BOX(&decode_step));
   m.impl("page_scores", TORCH_BOX(&page_scores));
   m.impl("choose_pages", TORCH_BOX(&choose_pages));
 }

@@ -85,6 +85,14 @@ Tensor page_scores(const Tensor& q, const Tensor& pages, const Fields& format, d
   return call.scores;
 }
 
+void run(const AttendCall& call, const Launch& launch) {
+  cuda::AttendArgs args{call.args};
+  const int64_t floats = cuda::plan(args, multiprocessors(call.q.get_device_index()));
+  const Tensor workspace = torch::stable::new_empty(call.q, {floats}, ScalarType::Float);
+  cuda::use_workspace(args, static_cast<float*>(workspace.data_ptr()));
+  check_launch(cuda::attend(args, launch.stream()), "attend");
+}
+
 std::tuple<Tensor, Tensor, Tensor> attend(const Tensor& q, const Tensor& pages, const Tensor& window_k,
                                           const Tensor& window_v, const Fields& format, double scale, double softcap,
                                           const OptionalTensor& key_map, const OptionalTensor& positions,
@@ -94,13 +102,21 @@ std::tuple<Tensor, Tensor, Tensor> attend(const Tensor& q, const Tensor& pages, 
   const Launch launch(q);
   const AttendCall call = attend_call(q, pages, window_k, window_v, format, scale, softcap, key_map, positions, mask,
                                       query_positions, sinks, page_table, lengths, attention);
-  if (call.lse.numel() == 0) return {call.out, call.lse, call.attention_out};
-  cuda::AttendArgs args{call.args};
-  const int64_t floats = cuda::plan(args, multiprocessors(q.get_device_index()));
-  const Tensor workspace = torch::stable::new_empty(call.q, {floats}, ScalarType::Float);
-  cuda::use_workspace(args, static_cast<float*>(workspace.data_ptr()));
-  check_launch(cuda::attend(args, launch.stream()), "attend");
+  if (call.lse.numel() > 0) run(call, launch);
   return {call.out, call.lse, call.attention_out};
+}
+
+Tensor decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pages, Tensor window_k,
+                   Tensor window_v, Tensor positions, Tensor lengths, Tensor attention, Tensor queries, Tensor seen,
+                   const Fields& format, double scale, double softcap, const OptionalTensor& key_map,
+                   const OptionalTensor& mask, const OptionalTensor& sinks) {
+  const Launch launch(q);
+  const DecodeStepCall call = decode_step_call(q, k, v, pages, window_k, window_v, positions, lengths, attention,
+                                               queries, seen, format, scale, softcap, key_map, mask, sinks);
+  if (call.attend.lse.numel() == 0) return call.attend.out;
+  check_launch(cuda::append(call.append, launch.stream()), "append");
+  run(call.attend, launch);
+  return call.attend.out;
 }
 
 }  // namespace
@@ -110,6 +126,7 @@ STABLE_TORCH_LIBRARY_IMPL(logquant, CUDA, m) {
   m.impl("dequantize", TORCH_BOX(&dequantize));
   m.impl("evict_", TORCH_BOX(&evict));
   m.impl("attend", TORCH_BOX(&attend));
+  m.impl("decode_step_", TORCH_BOX(&decode_step));
   m.impl("page_scores", TORCH_BOX(&page_scores));
 }
 

@@ -23,6 +23,8 @@ struct AttendArgs : logquant::AttendArgs {
 cudaError_t quantize(const QuantizeArgs& args, cudaStream_t stream);
 cudaError_t dequantize(const DequantizeArgs& args, cudaStream_t stream);
 cudaError_t evict(const EvictArgs& args, cudaStream_t stream);
+// A window without room for its new token gets a NaN.
+cudaError_t append(const AppendArgs& args, cudaStream_t stream);
 cudaError_t page_scores(const PageScoresArgs& args, cudaStream_t stream);
 
 // Chooses the splits for a device with that many multiprocessors; returns how many floats of workspace attend() needs:

@@ -122,6 +122,23 @@ const char* emulated_evict(const int64_t* numbers) {
   return guarded([&] { return cuda::evict(a, nullptr); });
 }
 
+const char* emulated_append(const int64_t* numbers) {
+  Reader in(numbers);
+  logquant::AppendArgs a;
+  in.tokens(a.q);
+  in.tokens(a.k);
+  in.tokens(a.v);
+  in.tokens(a.window_k);
+  in.tokens(a.window_v);
+  in.tokens(a.queries);
+  in.strides(a.batch, a.kv_heads, a.query_heads, a.head_dim, a.value_dim, a.window_slots, a.query_slots);
+  a.positions = in.pointer<int32_t>();
+  a.positions_batch_stride = in.number();
+  a.lengths = in.pointer<int32_t>();
+  a.seen = in.pointer<int64_t>();
+  return guarded([&] { return cuda::append(a, nullptr); });
+}
+
 const char* emulated_page_scores(const int64_t* numbers) {
   Reader in(numbers);
   logquant::PageScoresArgs a;

@@ -25,6 +25,7 @@ from .other_layers import put_together, take_apart
 from .shared import Shared
 from .sizes import tensors_in
 from .slots import Slots
+from .static import StaticLayer, layers_of_fixed_size, make_room, resize
 from .storage import Allocator
 
 FILE_VERSION = 1
@@ -63,14 +64,25 @@ class LogQuantCache(DynamicCache):
     Args:
         config: the model's configuration.
         quantization: what to keep exact and how to store the rest.
+        max_length: given, the cache is of fixed size, with room for so many positions, and a step of decoding needs no
+            Python: ``generate`` compiles it by itself on a GPU, as with a ``StaticCache``
+            (:mod:`logquant.cache.static`).
         **options: fields of :class:`logquant.LogQuantConfig` given directly, as in ``LogQuantCache(config, bits=4)``.
 
     Raises:
         TypeError: ``quantization`` together with ``options``, or an unknown option.
-        ValueError: an invalid option, a head dimension that pages cannot hold, or a calibration of another model.
+        ValueError: an invalid option, a head dimension that pages cannot hold, a calibration of another model, or
+            ``recall`` or ``prune`` with a ``max_length``.
     """
 
-    def __init__(self, config: PreTrainedConfig, quantization: LogQuantConfig | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        quantization: LogQuantConfig | None = None,
+        *,
+        max_length: int | None = None,
+        **options: Any,
+    ) -> None:
         if quantization is not None and options:
             raise TypeError(f"give either quantization or its fields, got both: {', '.join(options)}")
         if not isinstance(config, PreTrainedConfig):
@@ -95,15 +107,22 @@ class LogQuantCache(DynamicCache):
                 stacklevel=2,
             )
         self._shared = Shared(Allocator(own))
+        self.max_length = max_length
+        if max_length is not None:
+            layers = layers_of_fixed_size(config, self.quantization, max_length)
         # Not DynamicCache's own __init__, which would make other layers. It is the base because transformers asks for
         # it where a cache must be able to crop and select rows (EncoderDecoderCache).
         Cache.__init__(
             self,
             layers=[
-                LogQuantLayer(self.quantization, self._shared, rows, i) if type(layer) is DynamicLayer else layer
-                for i, layer in enumerate(layers)
+                self._new_layer(rows, i) if type(layer) is DynamicLayer else layer for i, layer in enumerate(layers)
             ],
         )
+
+    def _new_layer(self, rows: Rows, index: int) -> LogQuantLayer:
+        if self.max_length is None:
+            return LogQuantLayer(self.quantization, self._shared, rows, index)
+        return StaticLayer(self.quantization, self._shared, rows, index, self.max_length)
 
     def _empty_slots(self, config: PreTrainedConfig) -> Slots:
         """Where the tokens of a sequence without any are."""
@@ -118,6 +137,17 @@ class LogQuantCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         """Append tokens to a layer, and return what attention is to see (:meth:`LogQuantLayer.update`)."""
         layer = self.layers[layer_idx]
+        if isinstance(layer, StaticLayer):
+            if not torch.compiler.is_compiling():
+                self.make_room(layer_idx)
+            if layer.can_step(key_states, value_states):
+                implementation = self._text_config._attn_implementation
+                if implementation == "logquant":
+                    token: Any = layer.step(key_states, value_states)
+                    return token, token
+                # What sdpa is called with shows only where nothing is compiled (:mod:`logquant.attention.handle`).
+                if implementation != "sdpa" or torch.compiler.is_compiling():
+                    return layer.append_step(key_states, value_states)
         if torch.compiler.is_compiling() and isinstance(layer, LogQuantLayer) and self._reads_plainly(layer):
             length = layer.get_seq_length() + key_states.shape[2]
             both: tuple[Tensor, Tensor] = compiled.read_layer(key_states, value_states, layer._layer_id, length)
@@ -138,7 +168,8 @@ class LogQuantCache(DynamicCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions that the layer holds, those of padding included."""
         length: int = super().get_seq_length(layer_idx)
-        self.left_behind.asked_for_length(length)
+        if self.max_length is None:
+            self.left_behind.asked_for_length(length)
         return length
 
     @property
@@ -157,9 +188,42 @@ class LogQuantCache(DynamicCache):
 
     @property
     def is_compileable(self) -> bool:
-        """False: ``generate`` is not to compile by itself (:mod:`logquant.attention.compiled`)."""
+        """Whether ``generate`` is to compile by itself: with a ``max_length``."""
         self.left_behind.kept()
-        return False
+        return self.max_length is not None and all(layer.is_compileable for layer in self.layers)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As of any cache; who asks for the mask of a step is about to take it (:meth:`make_room`)."""
+        if not torch.compiler.is_compiling():
+            self.make_room()
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        return sizes
+
+    def make_room(self, layer_idx: int | None = None) -> None:
+        """Between steps of a cache of fixed size: tokens that are due leave the window, so that another step fits.
+
+        ``generate`` calls this by itself. Who compiles a model and steps it in a loop of one's own, without masks made
+        outside of it, calls it before each step; without it, a step that finds no room raises an error on a CPU, and
+        gives NaN on a GPU. Reads from the device only where tokens may be due: every ``window`` steps or so.
+
+        Args:
+            layer_idx: the layer that tokens come to next, if not the first one.
+
+        Raises:
+            ValueError: all ``max_length`` positions are held; nothing has changed.
+        """
+        static = [layer for layer in self.layers if isinstance(layer, StaticLayer)]
+        if static and (layer_idx is None or self.layers[layer_idx] is static[0]):
+            make_room(static, self._shared)
+
+    def resize(self, max_length: int) -> None:
+        """Have room for ``max_length`` positions from now on; what is held is copied.
+
+        Raises:
+            ValueError: the cache is not of fixed size, has other layers, or holds more.
+        """
+        resize(self.layers, max_length)
+        self.max_length = max_length
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, ...]]:
         """Keys and values of each layer, dequantised, and its sliding window, as those of a ``DynamicCache``."""
@@ -237,7 +301,7 @@ class LogQuantCache(DynamicCache):
             batch = layer.batch_size if layer.is_initialized else 1
             copies = batch if rows.alike else 1
             exact, packed = (copies * sum(getattr(s, name) for s in rows.slots) for name in ("exact", "packed"))
-            exact += batch * (layer.get_seq_length() - rows.length)
+            exact += batch * (layer.length - rows.length)
             bits = None
             if exact + packed:
                 heads = layer.held.storage.window_k.shape[1]
@@ -288,7 +352,7 @@ class LogQuantCache(DynamicCache):
                 rows = layer.rows if rows is None and layer.is_initialized else rows
             else:
                 state = take_apart(vars(layer), f"layers.{i}", tensors)
-            layers.append({"kind": type(layer).__name__, "state": state})
+            layers.append({"kind": _kind(layer), "state": state})
         described: dict[str, Any] = {
             "version": FILE_VERSION,
             "settings": {name: value for name, value in asdict(self.quantization).items() if name != "calibration"},
@@ -309,6 +373,7 @@ class LogQuantCache(DynamicCache):
         path: str | os.PathLike[str],
         model: PreTrainedModel | PreTrainedConfig,
         device: torch.device | str | None = None,
+        max_length: int | None = None,
     ) -> LogQuantCache:
         """Read a cache that :meth:`save` has written.
 
@@ -316,6 +381,7 @@ class LogQuantCache(DynamicCache):
             path: the file.
             model: the model that the cache is for, or its configuration.
             device: where the tensors go; by default the model's device, or the CPU.
+            max_length: as of a new cache; the file says nothing of it.
 
         Raises:
             FileNotFoundError: no such file.
@@ -333,8 +399,9 @@ class LogQuantCache(DynamicCache):
         if "calibration" in described:
             calibration = Calibration.from_state(tensors, described["calibration"])
         config = model if isinstance(model, PreTrainedConfig) else model.config
-        cache = cls(config, LogQuantConfig(**described["settings"], calibration=calibration))
-        kinds = [type(layer).__name__ for layer in cache.layers]
+        settings = LogQuantConfig(**described["settings"], calibration=calibration)
+        cache = cls(config, settings, max_length=max_length)
+        kinds = [_kind(layer) for layer in cache.layers]
         if kinds != [layer["kind"] for layer in described["layers"]]:
             raise ValueError(f"{path} has other kinds of layers than a cache of this model: {kinds}")
         rows = None
@@ -353,7 +420,7 @@ class LogQuantCache(DynamicCache):
 
     def check_layers_agree(self) -> None:
         """Refuse if some layers have more tokens than others (ValueError), as after an error within a forward pass."""
-        lengths = {layer.get_seq_length() for layer in self.layers if isinstance(layer, LogQuantLayer)}
+        lengths = {layer.length for layer in self.layers if isinstance(layer, LogQuantLayer)}
         if len(lengths - {0}) > 1:
             raise ValueError(
                 f"the layers of the cache hold {sorted(lengths)} tokens: a forward pass ended early; rewind() the cache"
@@ -371,8 +438,13 @@ class LogQuantCache(DynamicCache):
             RuntimeError: a sliding or linear layer has forgotten what it would need; :meth:`reset` the cache then.
         """
         layers = [layer for layer in self.layers if isinstance(layer, CacheLayerMixin) and hasattr(layer, "crop")]
-        length = min(layer.get_seq_length() for layer in layers)
-        for layer in layers:
-            if layer.get_seq_length() > length:
-                layer.crop(length - layer.get_seq_length())
-        return length
+        lengths = [layer.length if isinstance(layer, LogQuantLayer) else layer.get_seq_length() for layer in layers]
+        for layer, length in zip(layers, lengths, strict=True):
+            if length > min(lengths):
+                layer.crop(min(lengths) - length)
+        return min(lengths)
+
+
+def _kind(layer: object) -> str:
+    """The kind of a layer, as files say it: those of fixed size hold the same."""
+    return LogQuantLayer.__name__ if isinstance(layer, LogQuantLayer) else type(layer).__name__

@@ -119,7 +119,9 @@ class Commit:
     def _make_room(self, exact: Exact, before: Rows, after: Rows, allocator: Allocator) -> None:
         """A page store and a window with room for the tokens afterwards, that hold what they hold now."""
         storage, (keys, values, in_window) = self._storage, exact
-        if in_window or before.length:
+        pages, slots = storage.pages.shape[2], storage.window_k.shape[2]
+        has_room = after.packed <= pages * storage.format.page_tokens and after.exact <= slots
+        if in_window or before.length or has_room:
             grows = after.packed > before.packed
             self._pages = storage.pages_with_room(before, after.packed) if grows else storage.pages
             self._window_k, self._window_v = storage.window_with_room(

@@ -57,7 +57,7 @@ class LayerContents(CacheLayerMixin):
     def __repr__(self) -> str:
         if not self.is_initialized:
             return "LogQuantLayer(empty)"
-        return f"LogQuantLayer(tokens={self.get_seq_length()}, packed={self.rows.packed}, exact={self.rows.exact})"
+        return f"LogQuantLayer(tokens={self.length}, packed={self.rows.packed}, exact={self.rows.exact})"
 
     @property
     def rows(self) -> Rows:
@@ -69,6 +69,11 @@ class LayerContents(CacheLayerMixin):
         if not self.is_initialized:
             raise AttributeError("batch_size is not known before the first update")
         return self.held.storage.window_k.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Positions, those of uncommitted tokens included."""
+        return self._length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -128,7 +133,7 @@ class LayerContents(CacheLayerMixin):
         if not self.is_initialized:
             return 0
         batch, heads, _, head_dim = self.held.storage.window_k.shape
-        return batch * heads * self.get_seq_length() * (head_dim + self.format.value_dim) * self.dtype.itemsize
+        return batch * heads * self.length * (head_dim + self.format.value_dim) * self.dtype.itemsize
 
     @abstractmethod
     def attend(self, view: KVView, call: AttentionCall) -> Tensor:

@@ -94,14 +94,17 @@ class Held:
     def _hear(self, call: AttentionCall | None, new: int, real: Tensor | None) -> Advice:
         """The advice with the queries of new positions, if all of them are known."""
         count = self.advice.needed(allocated=0 not in self.rows.packed_counts)
-        queries = self._asked(call, new, real) if count else None
+        queries = self._asked(call, new, real, least=count) if count else None
         return self.advice if queries is None else self.advice.hear(queries, count + self.rows.reserved)
 
-    def _asked(self, call: AttentionCall | None, new: int, real: Tensor | None) -> RecentQueries | None:
-        """The queries of new positions, if all of them are known."""
-        if call is None or call.query.shape[2] != new:
+    def _asked(
+        self, call: AttentionCall | None, new: int, real: Tensor | None, least: int | None = None
+    ) -> RecentQueries | None:
+        """The queries of new positions, if all of them are known, or the newest ``least``."""
+        if call is None or call.query.shape[2] < min(new, new if least is None else least):
             return None
-        return RecentQueries.of(call.query, real, self.storage.units.scale(call.scale), call.softcap)
+        of_those = None if real is None else real[:, new - call.query.shape[2] :]
+        return RecentQueries.of(call.query, of_those, self.storage.units.scale(call.scale), call.softcap)
 
     def _remember(self, advice: Advice, after: Rows) -> Advice:
         """The advice with those queries alone that rows need from now on, and as many more as a crop may take back."""

@@ -116,6 +116,11 @@ class Storage:
             self._own(pages)
         self.window_k, self.window_v = window_k, window_v
 
+    @property
+    def holders(self) -> weakref.WeakSet[Storage]:
+        """Those that hold this page store now; the set goes on to say so when this one holds another."""
+        return self._sharers
+
     def used_pages(self, rows: Rows) -> Tensor:
         """The pages that hold tokens, int32 ``[B, H, P, words]``."""
         pages = rows.packed // self.format.page_tokens

@@ -19,6 +19,7 @@ __all__ = [
     "PageFormat",
     "attend",
     "choose_pages",
+    "decode_step_",
     "dequantize",
     "evict_",
     "extension_error",
@@ -209,6 +210,54 @@ def observed_attend(
     """
     options = key_map, positions, mask, query_positions, sinks, page_table, lengths, attention
     return dispatch(reference.attend, (q, pages, window_k, window_v), (fmt, scale, softcap), options)
+
+
+def decode_step_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pages: Tensor,
+    window_k: Tensor,
+    window_v: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    attention: Tensor,
+    queries: Tensor,
+    seen: Tensor,
+    fmt: PageFormat,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    key_map: Tensor | None = None,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Append one token to each row's window, in place, and attend; see :func:`logquant.ops.reference.decode_step_`.
+
+    Args:
+        q: queries ``[B, Hq, 1, D]``, Hq a multiple of H.
+        k, v: the new keys ``[B, H, 1, D]`` and values ``[B, H, 1, Dv]``, dtype of ``q``.
+        pages: int32 ``[B, H, P, words]``.
+        window_k, window_v: ``[B, H, S, D]`` and ``[B, H, S, Dv]``, changed in place.
+        positions: int32 ``[B, P * page_tokens + S]``, the position of each slot's token, changed in place.
+        lengths: int32 ``[B, 2]``: pages and window tokens in use, changed in place.
+        attention: float32 ``[B, H, S]``, what each window slot has been given, changed in place; ``[B, H, 0]``: nobody
+            asks.
+        queries: ``[B, Hq, R, D]``: the query of position p goes to slot ``p % R``, in place.
+        seen: int64 ``[B]``, positions that came before, changed in place.
+        fmt, scale, softcap, key_map, sinks: as for :func:`attend`.
+        mask: as for :func:`attend`, looked up by ``positions``.
+
+    Returns:
+        ``[B, Hq, 1, Dv]``.
+
+    Raises:
+        ValueError: tensors on different devices.
+        RuntimeError: a wrong shape or dtype, or a row without room, where the CPU can tell; nothing has changed then.
+            On a GPU such a row attends to NaN from then on.
+    """
+    tensors = q, k, v, pages, window_k, window_v, positions, lengths, attention, queries, seen
+    return dispatch(reference.decode_step_, tensors, (fmt, scale, softcap), (key_map, mask, sinks))
 
 
 def page_scores(

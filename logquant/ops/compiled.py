@@ -35,6 +35,12 @@ def extension_error() -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def is_loaded() -> bool:
+    """Whether the compiled extension can be used: loading it is not for a compiler to trace."""
+    return extension_error() is None
+
+
 def has_cuda_kernels() -> bool:
     """Whether the extension was built with CUDA kernels, for whatever architecture."""
     return extension_error() is None and torch._C._dispatch_has_kernel_for_dispatch_key("logquant::attend", "CUDA")
@@ -118,6 +124,18 @@ def _fake_attend(
     )
 
 
+def decode_step_(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    # The format is the twelfth argument.
+    fmt, *others = args[10:]
+    out: Tensor = torch.ops.logquant.decode_step_.default(q, *args[:10], fmt.fields(), *others, **kwargs)
+    return out
+
+
+def _fake_decode_step_(q: Tensor, *args: Any, **_: Any) -> Tensor:
+    value_dim = PageFormat.from_fields(args[10]).value_dim
+    return q.new_empty((*q.shape[:3], value_dim))
+
+
 def page_scores(
     q: Tensor, pages: Tensor, fmt: PageFormat, scale: float, *args: Tensor | None, **kwargs: Tensor | None
 ) -> Tensor:
@@ -147,6 +165,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "dequantize": _fake_dequantize,
     "evict_": _fake_evict_,
     "attend": _fake_attend,
+    "decode_step_": _fake_decode_step_,
     "page_scores": _fake_page_scores,
     "choose_pages": _fake_choose_pages,
 }

@@ -1,8 +1,8 @@
-"""Backends, each with the operators' six functions, and which of them runs.
+"""Backends, each with the operators' seven functions, and which of them runs.
 
-A backend is whatever has ``quantize``, ``dequantize``, ``evict_``, ``attend``, ``page_scores`` and ``choose_pages``
-with the arguments of :mod:`logquant.ops.reference`: that package itself, :mod:`logquant.ops.compiled`, and what others
-:func:`register`.
+A backend is whatever has ``quantize``, ``dequantize``, ``evict_``, ``attend``, ``decode_step_``, ``page_scores`` and
+``choose_pages`` with the arguments of :mod:`logquant.ops.reference`: that package itself, :mod:`logquant.ops.compiled`,
+and what others :func:`register`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 class Backend(Protocol):
-    """The six functions, each with the arguments of the one of that name in :mod:`logquant.ops.reference`."""
+    """The seven functions, each with the arguments of the one of that name in :mod:`logquant.ops.reference`."""
 
     def quantize(self, *args: Any, **kwargs: Any) -> Tensor: ...
 
@@ -29,6 +29,8 @@ class Backend(Protocol):
     def evict_(self, *args: Any, **kwargs: Any) -> None: ...
 
     def attend(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def decode_step_(self, *args: Any, **kwargs: Any) -> Tensor: ...
 
     def page_scores(self, *args: Any, **kwargs: Any) -> Tensor: ...
 
@@ -82,10 +84,10 @@ def current() -> Backend:
     """The backend that runs: the chosen one, or the compiled kernels where they can be loaded."""
     if _chosen is not None:
         return _chosen
-    if error := compiled.extension_error():
-        compiled.warn_once(f"logquant runs in plain torch, which is slow: {error}")
-        return reference
-    return compiled
+    if compiled.is_loaded():
+        return compiled
+    compiled.warn_once(f"logquant runs in plain torch, which is slow: {compiled.extension_error()}")
+    return reference
 
 
 def dispatch(

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import is_cudagraph_unsafe_fx_node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.split_module import split_module
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache
 
 from logquant import LogQuantCache, LogQuantConfig
 from logquant.attention.call import AttentionCall
@@ -260,3 +260,127 @@ def test_a_compiled_cache_is_freed_with_its_last_user(ids):
     del cache
     gc.collect()
     assert layer() is None
+
+
+# --------------------------------------------------------------------------------------------- a cache of fixed size
+def prefilled(model, ids: Tensor, mask: Tensor | None, **options) -> LogQuantCache:
+    cache = LogQuantCache(model.config, **options)
+    with torch.no_grad():
+        seen = None if mask is None else mask[:, : ids.shape[1]]
+        model(ids, attention_mask=seen, **as_argument(cache))
+    return cache
+
+
+def mask_of(padded: bool) -> Tensor | None:
+    return torch.cat([pad_mask([300, 250], "left"), torch.ones(2, 200, dtype=torch.long)], 1) if padded else None
+
+
+@pytest.mark.parametrize("family", ["tiny", pytest.param("gemma2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("rule", "bits"), [("attention", 2), ("log", 8), ("recent", 2)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_step_of_fixed_size_is_one_graph_without_python(ids, family, rule, bits, padded):
+    """No recompilation as the context grows, evictions or not, and nothing that a CUDA graph cannot hold."""
+    if family == "tiny":
+        model = tiny_model()
+    else:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(family_config(family)).eval()
+    model.set_attn_implementation("logquant")
+    mask, options = mask_of(padded), {"rule": rule, "bits": bits}
+    cache = prefilled(model, ids[:, :300], mask, **options, max_length=512)
+    grows = prefilled(model, ids[:, :300], mask, **options)
+    unsafe: list[str] = []
+
+    def look(gm: fx.GraphModule, _: list[Tensor]) -> fx.GraphModule:
+        unsafe.extend(str(node.target) for node in gm.graph.nodes if is_cudagraph_unsafe_fx_node(node))
+        return gm
+
+    compiled = torch.compile(model, backend=aot_autograd(fw_compiler=look), fullgraph=True)
+
+    def forward(*args, **kwargs):
+        cache.make_room()
+        return compiled(*args, **kwargs)
+
+    got, graphs = decode(forward, cache, ids[:, :440], 300, mask)
+    want, _ = decode(model, grows, ids[:, :440], 300, mask)
+    assert (got - want).abs().max() < 1e-3 * want.abs().max()
+    assert not counters["graph_break"] and not unsafe
+    # A padding mask grows, so that its length is symbolic from the second step on.
+    assert graphs[-1] == graphs[3] <= (1 if mask is None else 2), graphs
+    assert cache.layers[-1].length == 440 and cache.layers[-1].rows.packed == grows.layers[-1].rows.packed == 256
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_recorded_step_is_replayed_with_its_inputs_overwritten(ids, padded):
+    """As a CUDA graph does it: all of the step is one recording, with tensors that stay where they are."""
+    model = tiny_model()
+    model.set_attn_implementation("logquant")
+    recorded: list[Recorded] = []
+
+    def record(gm: fx.GraphModule, _: list[Tensor]) -> Recorded:
+        recorded.append(Recorded(gm))
+        return recorded[-1]
+
+    cache, grows = (prefilled(model, ids[:, :300], mask_of(padded), max_length=n) for n in (512, None))
+    compiled = torch.compile(model, backend=aot_autograd(fw_compiler=record), fullgraph=True)
+    token, position = torch.empty(2, 1, dtype=torch.long), torch.empty(2, 1, dtype=torch.long)
+    seen = torch.zeros(2, 1, 1, 512, dtype=torch.bool) if padded else None
+    addresses = [t.data_ptr() for layer in cache.layers for t in vars(layer.steps).values() if isinstance(t, Tensor)]
+    for t in range(300, 440):
+        token.copy_(ids[:, t : t + 1])
+        position.fill_(t)
+        if padded:
+            seen[:, 0, 0, : t + 1] = mask_of(True)[:, : t + 1].bool()
+        cache.make_room()
+        with torch.no_grad():
+            got = compiled(token, attention_mask=seen, position_ids=position, **as_argument(cache)).logits
+            mask = None if seen is None else seen[..., : t + 1]
+            want = model(token, attention_mask=mask, position_ids=position, **as_argument(grows)).logits
+        assert (got - want).abs().max() < 1e-3 * want.abs().max(), t
+    assert len(recorded) == 1 and recorded[0].replays == 139
+    after = [t.data_ptr() for layer in cache.layers for t in vars(layer.steps).values() if isinstance(t, Tensor)]
+    assert after == addresses
+
+
+@pytest.mark.slow
+def test_generate_compiles_a_cache_of_fixed_size_by_itself(ids):
+    model = tiny_model()
+    model.set_attn_implementation("logquant")
+    config = CompileConfig(fullgraph=True, mode="default")
+    config._compile_all_devices = True  # as on a GPU
+    want, got = (
+        model.generate(
+            ids[:, :300],
+            attention_mask=mask_of(True)[:, :300],
+            **as_argument(LogQuantCache(model.config, max_length=512 if compiles else None)),
+            max_new_tokens=100,
+            do_sample=False,
+            pad_token_id=0,
+            **({"compile_config": config} if compiles else {}),
+        )
+        for compiles in (False, True)
+    )
+    assert torch.equal(got, want)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_other_attention_gets_all_positions_of_a_cache_of_fixed_size(ids):
+    model = tiny_model()
+    model.set_attn_implementation("sdpa")
+    mask = mask_of(True)
+    # Plain pages, which are the same whatever the attention tells of its queries.
+    plain = LogQuantConfig.paper(window=32)
+    cache, grows = (prefilled(model, ids[:, :300], mask, quantization=plain, max_length=n) for n in (512, None))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+
+    def forward(*args, **kwargs):
+        cache.make_room()
+        return compiled(*args, **kwargs)
+
+    got, graphs = decode(forward, cache, ids[:, :400], 300, mask)
+    want, _ = decode(model, grows, ids[:, :400], 300, mask)
+    assert (got - want).abs().max() < 1e-3 * want.abs().max()
+    assert graphs[-1] <= 2 and not counters["graph_break"]
+    cache.commit()
+    grows.commit()
+    assert cache.layers[0].rows.packed_counts == grows.layers[0].rows.packed_counts

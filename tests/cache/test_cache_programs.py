@@ -18,6 +18,7 @@ from torch import Tensor
 
 from logquant import LogQuantCache, LogQuantConfig
 from logquant.attention.call import AttentionCall
+from logquant.attention.steps import NewToken
 from logquant.attention.weights import HEARD
 from logquant.cache.layer import LogQuantLayer
 from logquant.files import fingerprint
@@ -31,6 +32,8 @@ from tests.helpers.rows import PlainRow
 
 WINDOW, HEADS, DIM = 32, 1, 16
 MODEL = tiny_config(num_hidden_layers=2, num_attention_heads=HEADS, num_key_value_heads=HEADS, head_dim=DIM)
+MODEL._attn_implementation = "logquant"  # a cache of fixed size takes steps for this one alone
+MAX_LENGTH = 2048
 # Scores that differ from layer to layer: column maps that do not depend on the tokens.
 CALIBRATION = Calibration(
     {i: torch.arange(DIM).float().roll(5 * i)[None].exp2() for i in (0, 1)}, fingerprint(MODEL), 0
@@ -179,10 +182,12 @@ class CachePrograms(RuleBasedStateMachine):
             ]
         ),
         batch=st.integers(1, 3),
+        fixed=st.booleans(),
     )
-    def start(self, rule: str, options: dict[str, Any], batch: int) -> None:
+    def start(self, rule: str, options: dict[str, Any], batch: int, fixed: bool) -> None:
         self.config = LogQuantConfig(window=WINDOW, **PLAIN | options | {"rule": rule})
-        self.cache = LogQuantCache(MODEL, self.config)
+        self.max_length = MAX_LENGTH if fixed and self.config.recall is None else None
+        self.cache = LogQuantCache(MODEL, self.config, max_length=self.max_length)
         self.batch, self.random = batch, torch.Generator().manual_seed(batch)
         self.rows = self.empty_rows()
         self.recording = False
@@ -195,7 +200,8 @@ class CachePrograms(RuleBasedStateMachine):
     @rule(new=st.integers(1, 120), data=st.data(), padded=st.booleans())
     def prompt(self, new: int, data: st.DataObject, padded: bool) -> None:
         real = [[True] * new] * self.batch
-        if padded:
+        # A step of a cache of fixed size is a token of each row.
+        if padded and (new > 1 or self.max_length is None):
             pads = data.draw(st.lists(st.integers(0, new), min_size=self.batch, max_size=self.batch))
             left = data.draw(st.booleans())
             real = [[(i >= p) if left else (i < new - p) for i in range(new)] for p in pads]
@@ -217,7 +223,8 @@ class CachePrograms(RuleBasedStateMachine):
             k, v = (torch.randn(self.batch, HEADS, new, DIM, generator=self.random) for _ in range(2))
             keys, _ = self.cache.update(k, v, i)
             mask = None if padding.all() else causal_mask(padding, new)
-            keys.kv_view.attend(AttentionCall(k, mask, 1.0, causal=mask is None))
+            what = keys if isinstance(keys, NewToken) else keys.kv_view
+            what.attend(AttentionCall(k, mask, 1.0, causal=mask is None))
             for row, tokens, is_real in zip(rows, torch.stack([k, v], 3)[:, 0], real, strict=True):
                 row.arrive(tokens, is_real, reserved)
         self.follow()
@@ -289,7 +296,7 @@ class CachePrograms(RuleBasedStateMachine):
     def save_and_load(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             self.cache.save(Path(folder, "cache"))
-            self.cache = LogQuantCache.load(Path(folder, "cache"), MODEL)
+            self.cache = LogQuantCache.load(Path(folder, "cache"), MODEL, max_length=self.max_length)
 
     @rule()
     def reset(self) -> None:

@@ -32,9 +32,10 @@ class OnDevice:
     def _run(self, name: str, *args: Any, **kwargs: Any) -> Any:
         moved, moved_kwargs = tree_map_only(Tensor, lambda x: x.to(self.device, copy=True), (args, kwargs))
         result = getattr(compiled, name)(*moved, **moved_kwargs)
-        if name == "evict_":
-            for tensor, changed in zip(args[:3], moved, strict=False):
-                tensor.copy_(changed)
+        if name.endswith("_"):
+            for tensor, changed in zip(args, moved, strict=True):
+                if isinstance(tensor, Tensor):
+                    tensor.copy_(changed)
         return tree_map_only(Tensor, Tensor.cpu, result)
 
 

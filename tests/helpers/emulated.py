@@ -87,7 +87,7 @@ def build(name: str, objects: Objects, flags: list[str], *, shared: bool) -> Pat
 def library() -> ctypes.CDLL:
     glue = plain("emulator/emulator.cpp", "tests/emulated_module.cpp")
     lib = ctypes.CDLL(str(build("kernels.so", sources() | glue, FLAGS, shared=True)))
-    for name in ("quantize", "dequantize", "evict", "page_scores", "attend", "attend_path"):
+    for name in ("append", "quantize", "dequantize", "evict", "page_scores", "attend", "attend_path"):
         getattr(lib, f"emulated_{name}").restype = ctypes.c_char_p
     lib.emulated_attend_workspace.restype = ctypes.c_int64
     return lib
@@ -305,6 +305,38 @@ def attend(*args: object, **kwargs: object) -> tuple[Tensor, Tensor, Tensor]:
         workspace = torch.full((_workspace(numbers),), torch.nan)
         _call("attend", [*numbers, workspace.data_ptr()])
     return out, lse, given
+
+
+def decode_step_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pages: Tensor,
+    window_k: Tensor,
+    window_v: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    attention: Tensor,
+    queries: Tensor,
+    seen: Tensor,
+    fmt: PageFormat,
+    scale: float,
+    softcap: float = 0.0,
+    key_map: Tensor | None = None,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    q, k, v = map(_dense, (q, k, v))
+    numbers = [n for x in (q, k, v, window_k, window_v, queries) for n in _tokens(x)]
+    numbers += [len(q), k.shape[1], q.shape[1], fmt.head_dim, fmt.value_dim, window_k.shape[2], queries.shape[2]]
+    first = positions.data_ptr() + 4 * pages.shape[2] * fmt.page_tokens
+    _call("append", [*numbers, first, positions.stride(0), lengths.data_ptr(), seen.data_ptr()])
+    counted = attention if attention.shape[2] else None
+    options = key_map, None if mask is None else positions, mask, None, sinks, None, lengths, counted
+    out, _, given = attend(q, pages, window_k, window_v, fmt, scale, softcap, *options)
+    if counted is not None:
+        attention.copy_(given)
+    return out
 
 
 def attend_workspace(*args: object, **kwargs: object) -> int:

@@ -15,7 +15,7 @@ from logquant.ops import compiled, reference, registry
 from tests.helpers.backends import OnDevice
 from tests.helpers.problems import Problem
 
-OPERATORS = ["quantize", "dequantize", "evict_", "attend", "page_scores", "choose_pages"]
+OPERATORS = ["quantize", "dequantize", "evict_", "attend", "decode_step_", "page_scores", "choose_pages"]
 
 
 # ------------------------------------------------------------------------------------------------- torch's own checks
@@ -29,9 +29,19 @@ def opcheck_arguments() -> dict[str, tuple[Any, ...]]:
         "dequantize": (problem.pages, fields, torch.bfloat16),
         "evict_": (*window, problem.pages.clone(), fields, 1, 192, 1, 2, 64),
         "attend": (problem.q, problem.pages, problem.window_k, problem.window_v, fields, 0.125),
+        "decode_step_": step_arguments(problem),
         "page_scores": (problem.q, problem.pages, fields, 0.125),
         "choose_pages": (torch.randn(2, 4, 1, 9), torch.tensor([[3]], dtype=torch.int32), 2, 3),
     }
+
+
+def step_arguments(problem: Problem) -> tuple[Any, ...]:
+    batch, heads, _, dim = problem.window_k.shape
+    new = torch.randn(batch, heads, 1, dim)
+    slots = [torch.zeros(batch, 128 + 192, dtype=torch.int32), torch.tensor([[2, 100]] * batch, dtype=torch.int32)]
+    state = torch.rand(batch, heads, 192), torch.zeros(batch, problem.q.shape[1], 4, dim), torch.full((batch,), 228)
+    window = [x.clone() for x in (problem.window_k, problem.window_v)]
+    return problem.q, new, new, problem.pages, *window, *slots, *state, problem.fmt.fields(), 0.125
 
 
 @pytest.mark.parametrize("name", OPERATORS)

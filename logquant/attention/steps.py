@@ -1,0 +1,181 @@
+"""Decoding in tensors of fixed size and address: what a compiled model or a CUDA graph holds of a cache layer.
+
+A step appends a token and attends, in one operator (:func:`logquant.ops.decode_step_`), and says nothing to the host:
+neither the graph nor its inputs depend on how long the context is. The layer learns of its steps between them
+(:mod:`logquant.cache.static`).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from ..format import PageFormat
+from ..modes import lasting
+from ..ops.reference import append_
+from .call import AttentionCall
+from .units import AS_THEY_ARE, Units, scaled
+
+# The tensors that are written in place by a step, or between steps.
+_TENSORS = ("pages", "window_k", "window_v", "positions", "lengths", "attention", "queries", "seen", "key_map")
+
+
+class Steps:
+    """A layer's tokens on the device, and the steps that have been taken.
+
+    Args:
+        fmt: the page format.
+        max_length: N, positions there is room for.
+        pages: int32 ``[B, H, P, words]``.
+        window_k, window_v: ``[B, H, S, D]`` and ``[B, H, S, Dv]``.
+        counts: whether what the window's slots are given is counted.
+        key_map: int16 ``[B, H, C]``, for its shape; None: the format needs none.
+
+    Attributes:
+        positions, lengths, attention, queries, seen: as for :func:`logquant.ops.decode_step_`.
+        scale, softcap: of the scores; as of the last step.
+        told: whether the queries are known of the steps that have been taken.
+    """
+
+    @lasting
+    def __init__(
+        self,
+        fmt: PageFormat,
+        max_length: int,
+        pages: Tensor,
+        window_k: Tensor,
+        window_v: Tensor,
+        *,
+        counts: bool,
+        key_map: Tensor | None,
+    ) -> None:
+        batch, heads, slots, _ = window_k.shape
+        self.fmt, self.max_length, self.units = fmt, max_length, AS_THEY_ARE
+        self.pages, self.window_k, self.window_v = pages, window_k, window_v
+        self.positions = pages.new_full((batch, pages.shape[2] * fmt.page_tokens + slots), -1)
+        self.lengths = pages.new_zeros(batch, 2)
+        self.attention = window_k.new_zeros(batch, heads, slots if counts else 0, dtype=torch.float32)
+        self.queries = window_k.new_zeros(batch, heads, 0, fmt.head_dim)
+        self.seen = pages.new_zeros(batch, dtype=torch.int64)
+        self.key_map = None if key_map is None else key_map.clone(memory_format=torch.contiguous_format)
+        self.scale, self.softcap, self.told = 1.0, 0.0, False
+        self.fix()
+
+    def fix(self) -> None:
+        """Tell the compiler that the tensors stay where they are, so that a CUDA graph may write to them."""
+        for tensor in map(vars(self).get, _TENSORS):
+            if tensor is not None:
+                torch._dynamo.mark_static_address(tensor)
+
+    @lasting
+    def keep_queries(self, heads: int, count: int) -> None:
+        """From now on the newest ``count`` queries of so many heads are kept; nothing changes if they are already."""
+        if self.queries.shape[1:3] != (heads, count):
+            batch, _, _, dim = self.window_k.shape
+            self.queries = self.window_k.new_zeros(batch, heads, count, dim)
+            torch._dynamo.mark_static_address(self.queries)
+
+    def newest(self, seen: int, count: int) -> Tensor:
+        """The queries of the last ``count`` of ``seen`` positions, ``[B, Hq, count, D]``, as far as they are kept."""
+        count = min(count, self.queries.shape[2])
+        slots = torch.arange(seen - count, seen, device=self.queries.device) % max(1, self.queries.shape[2])
+        return self.queries.index_select(2, slots)
+
+    def attend(self, keys: Tensor, values: Tensor, call: AttentionCall) -> Tensor:
+        """Append the token of ``keys`` ``[B, H, 1, D]`` and ``values``, and attend: ``[B, Hq, 1, Dv]``."""
+        self.scale, self.softcap, self.told = call.scale, call.softcap, True
+        out = ops.decode_step_(
+            self._own(call.query),
+            keys,
+            values,
+            self.pages,
+            self.window_k,
+            self.window_v,
+            self.positions,
+            self.lengths,
+            self.attention,
+            self.queries,
+            self.seen,
+            self.fmt,
+            scale=self.units.scale(call.scale),
+            softcap=call.softcap,
+            key_map=self.key_map,
+            mask=call.mask,
+            sinks=None if call.sinks is None else call.sinks.float(),
+        )
+        return self._outside(out, call)
+
+    def attend_again(self, call: AttentionCall) -> Tensor:
+        """Attend to what is there, ``[B, Hq, 1, Dv]``, as layers do that share the keys and values of another."""
+        out, _ = ops.attend(
+            self._own(call.query),
+            self.pages,
+            self.window_k,
+            self.window_v,
+            self.fmt,
+            scale=self.units.scale(call.scale),
+            softcap=call.softcap,
+            key_map=self.key_map,
+            positions=None if call.mask is None else self.positions,
+            mask=call.mask,
+            sinks=None if call.sinks is None else call.sinks.float(),
+            lengths=self.lengths,
+        )
+        return self._outside(out, call)
+
+    def _own(self, query: Tensor) -> Tensor:
+        return query if query.dtype == self.window_k.dtype else query.to(self.window_k.dtype)
+
+    def _outside(self, out: Tensor, call: AttentionCall) -> Tensor:
+        out = scaled(out, self.units.value)
+        return out if out.dtype == call.query.dtype else out.to(call.query.dtype)
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append a token, and give all: ``[B, H, N, D]`` and ``[B, H, N, Dv]`` by position, 0 where there is none."""
+        self.told = False
+        new = keys, values, self.window_k, self.window_v, self.positions, self.lengths
+        append_(keys, *new, self.queries[:, :, :0], self.seen)
+        packed = ops.dequantize(self.pages, self.fmt, dtype=self.window_k.dtype, key_map=self.key_map)
+        slots, in_pages = self.positions.shape[1], packed[0].shape[2]
+        slot = torch.arange(slots, device=keys.device)
+        pages, window = self.lengths[:, :1] * self.fmt.page_tokens, self.lengths[:, 1:]
+        used = torch.where(slot < in_pages, slot < pages, slot - in_pages < window) & (self.positions >= 0)
+        # Empty slots go to a position of their own, which is cut off.
+        position = torch.where(used, self.positions, self.max_length).long().clamp_max(self.max_length)
+        slot_of = torch.full((len(position), self.max_length + 1), slots, device=keys.device)
+        slot_of = slot_of.scatter(1, position, slot.expand_as(position))[:, None, : self.max_length, None]
+        both = []
+        for parts in zip(packed, (self.window_k, self.window_v), strict=True):
+            # One more slot, of zeros, stands for what is not there.
+            x = F.pad(torch.cat(parts, 2), (0, 0, 0, 1))
+            both.append(x.gather(2, slot_of.expand(-1, x.shape[1], -1, x.shape[3])))
+        return self.units.outside(both[0], both[1])
+
+
+class NewToken:
+    """The token that came last to a layer, in place of its keys and values: appended where it is attended to.
+
+    Args:
+        steps: of the layer.
+        keys, values: ``[B, H, 1, D]`` and ``[B, H, 1, Dv]``, in the layer's units.
+    """
+
+    def __init__(self, steps: Steps, keys: Tensor, values: Tensor) -> None:
+        self.steps, self.keys, self.values = steps, keys, values
+        self.appended = False
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Attention to this token and all before it, ``[B, Hq, 1, Dv]``."""
+        if self.appended:
+            return self.steps.attend_again(call)
+        self.appended = True
+        return self.steps.attend(self.keys, self.values, call)
+
+
+def inside(units: Units, keys: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values of a new token as a layer holds them."""
+    if keys.dtype != dtype or values.dtype != dtype:
+        keys, values = keys.to(dtype), values.to(dtype)
+    return units.inside(keys, values)

@@ -1,0 +1,338 @@
+"""``StaticLayer``: a layer of fixed size, whose steps need no Python.
+
+The host knows only that steps *may* have been taken (:attr:`StaticLayer.pending`); how many, it reads from the device
+when it looks at what is held. Then it learns of them as if the tokens had just come and attended, all at once, which is
+the same as one by one as long as no token had to leave the window in between: :meth:`StaticLayer.make_room` sees to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, StaticCache
+from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import StaticLayer as FullStaticLayer
+
+from ..attention.call import AttentionCall
+from ..attention.gradients import records
+from ..attention.steps import NewToken, Steps, inside
+from ..attention.view import KVView, View
+from ..config import LogQuantConfig
+from .held import Held
+from .layer import LogQuantLayer
+from .layout import Rows
+from .shared import Shared
+from .sizes import packed_tokens, window_capacity
+from .storage import Storage
+from .uncommitted import Exact, Uncommitted
+
+
+class StaticLayer(LogQuantLayer):
+    """A LogQuant layer with room for ``max_length`` positions.
+
+    Args:
+        config, shared, rows, index: as for :class:`LogQuantLayer`.
+        max_length: N.
+
+    Attributes:
+        steps: the tensors of a step; None until they are needed.
+        stepping: whether a step may be taken with them as they are.
+        pending: whether steps may have been taken that the host has not seen.
+    """
+
+    is_compileable = True
+
+    def __init__(self, config: LogQuantConfig, shared: Shared, rows: Rows, index: int, max_length: int) -> None:
+        self.max_length = max_length
+        super().__init__(config, shared, rows, index)
+
+    def reset(self) -> None:
+        self.pending = self.stepping = False
+        super().reset()
+        self.__dict__.pop("_held", None)
+        self.steps: Steps | None = None
+        self._holders: Collection[Storage] = ()
+        self._published = -1
+
+    # ----------------------------------------------------------------------------------------- what the host sees
+    @property
+    def held(self) -> Held:  # type: ignore[override]
+        """What is held, with the steps that have been taken."""
+        if self.pending:
+            self._catch_up()
+        return self._held
+
+    @held.setter
+    def held(self, held: Held) -> None:
+        self._held = held
+
+    def _catch_up(self) -> None:
+        steps, held = self.steps, self._held
+        assert steps is not None
+        self.pending = False
+        before, total = held.rows, int(steps.seen[0])
+        new = total - before.length
+        if not new:
+            return
+        keys, values = (w[:, :, : before.exact + new] for w in (steps.window_k, steps.window_v))
+        # Of the new tokens by themselves only the number counts here: in a batch with padding they lie elsewhere.
+        uncommitted = Uncommitted(Exact(keys, values, in_window=True), (keys[:, :, -new:], values[:, :, -new:]))
+        if steps.told:
+            if steps.queries.shape[2]:
+                uncommitted.call = AttentionCall(steps.newest(total, new), None, steps.scale, steps.softcap)
+            if held.chosen is not None:
+                uncommitted.given = steps.attention[:, :, : before.exact + new].clone()
+        try:
+            moved = held.take(uncommitted, None, self.shared.allocator)
+        except BaseException:
+            self.pending = True
+            raise
+        self._length = total
+        if moved:
+            self.version += 1
+
+    def settle(self) -> None:
+        """Let host and device know the same: steps that were taken, and whatever else has become of the tokens."""
+        if not self.is_initialized or self.speculation is not None:
+            return
+        self.commit()
+        if self._published != self.version:
+            self._publish()
+
+    def _publish(self) -> None:
+        """Write to the device what the host knows; tensors stay where they are if their shapes do."""
+        held, rows = self._held, self._held.rows
+        if not rows.length or held.storage.in_graph:
+            return
+        steps = self._with_buffers(held)
+        batch, page_tokens = len(steps.lengths), self.format.page_tokens
+        queries = held.advice.queries
+        wanted = held.advice.needed(allocated=0 not in rows.packed_counts)
+        if queries is not None and not (steps.queries.shape[2] >= wanted > 0):
+            steps.keep_queries(queries.parts[0].shape[1], wanted)
+        table, first = held.layout.positions(self.device), steps.positions.shape[1] - steps.window_k.shape[2]
+        steps.positions[:, : rows.packed] = table[:, : rows.packed]
+        steps.positions[:, first : first + rows.exact] = table[:, rows.packed :]
+        used = [[slots.packed // page_tokens, slots.exact] for slots in rows.each(batch)]
+        steps.lengths.copy_(torch.tensor(used, dtype=torch.int32))
+        steps.seen.fill_(rows.length)
+        if held.chosen is not None:
+            steps.attention.zero_()
+            steps.attention[:, :, : held.chosen.given.shape[2]] = held.chosen.given
+        if steps.key_map is not None and held.advice.key_map is not None:
+            steps.key_map.copy_(held.advice.key_map)
+        steps.units, self._length = held.storage.units, rows.length
+        self._published, self.stepping = self.version, True
+        self.shared.room = 0
+
+    def _with_buffers(self, held: Held) -> Steps:
+        """The steps' tensors, of which the layer's window and page store are some."""
+        storage, rows, steps = held.storage, held.rows, self.steps
+        slots, pages = (
+            window_capacity(self.config),
+            packed_tokens(self.config, self.max_length) // self.format.page_tokens,
+        )
+        window_k, window_v, store = storage.window_k, storage.window_v, storage.pages
+        if steps is None or steps.window_k.shape[0] != len(window_k) or steps.window_k.device != window_k.device:
+            steps = None
+        if steps is None or window_k is not steps.window_k:
+            own = (None, None) if steps is None else (steps.window_k, steps.window_v)
+            window_k, window_v = (
+                _copied(x, mine, slots, rows.exact) for x, mine in zip((window_k, window_v), own, strict=True)
+            )
+        if steps is None or store is not steps.pages:
+            mine = None if steps is None else steps.pages
+            if any(other is not storage and other.pages is mine for other in self._holders):
+                mine = None  # a copy of this cache holds it
+            store = _copied(store, mine, pages, rows.packed // self.format.page_tokens)
+        storage.replace(store, window_k, window_v)
+        self._holders = storage.holders
+        if steps is None:
+            counts = held.chosen is not None
+            made = Steps(
+                self.format, self.max_length, store, window_k, window_v, counts=counts, key_map=held.advice.key_map
+            )
+            self.steps = steps = made
+        elif store is not steps.pages:
+            steps.pages = store
+            steps.fix()
+        return steps
+
+    # -------------------------------------------------------------------------------------------------- tokens come
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self._with_buffers(self._held)
+
+    def can_step(self, key_states: Tensor, value_states: Tensor) -> bool:
+        """Whether these can come without the host."""
+        return self.stepping and key_states.shape[2] == 1 and not records(key_states, value_states)
+
+    def step(self, key_states: Tensor, value_states: Tensor) -> NewToken:
+        """A token of each row comes, and will be appended when it is attended to."""
+        self.pending = True
+        assert self.steps is not None
+        return NewToken(self.steps, *inside(self.steps.units, key_states, value_states, self.dtype))
+
+    def append_step(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """A token of each row comes; the keys and values of all N positions, as plain tensors."""
+        self.pending = True
+        assert self.steps is not None
+        return self.steps.append(*inside(self.steps.units, key_states, value_states, self.dtype))
+
+    def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        if (total := self.length + key_states.shape[2]) > self.max_length:
+            raise ValueError(
+                f"max_length of this LogQuant cache is {self.max_length} positions, and it would hold {total}: make it "
+                "with a larger one, or cache.resize(max_length)"
+            )
+        self.stepping = False
+        return super()._update(key_states, value_states)
+
+    def append(self, keys: Tensor, values: Tensor) -> KVView:
+        view = super().append(keys, values)
+        self._published = -1
+        return view
+
+    def observe(self, view: View, call: AttentionCall | None) -> None:
+        super().observe(view, call)
+        if view.new > 1 and self.steps is not None:
+            self.settle()
+
+    def make_room(self) -> int:
+        """Between steps: tokens that are due leave the window. Returns how many steps can be taken until the next time.
+
+        Raises:
+            ValueError: all N positions are held.
+        """
+        self.settle()
+        if not self.is_initialized:
+            return 0
+        if self._length >= self.max_length:
+            raise ValueError(
+                f"max_length of this LogQuant cache is {self.max_length} positions, and all are held: make it with a "
+                "larger one, or cache.resize(max_length)"
+            )
+        return min(window_capacity(self.config) - self.rows.exact, self.max_length - self._length)
+
+    def resize(self, max_length: int) -> None:
+        """Have room for another number of positions; what is held is copied."""
+        if self.is_initialized:
+            self.commit()
+        self.max_length, self.steps, self.stepping, self._published = max_length, None, False, -1
+        self.settle()
+
+    # ------------------------------------------------------------------------------------- what transformers asks for
+    @property
+    def length(self) -> int:
+        if self.pending:
+            self._catch_up()
+        return self._length
+
+    def get_seq_length(self) -> Any:
+        """Positions: while steps are taken a tensor, for only the device knows."""
+        return self.steps.seen[0] if self.stepping and self.steps is not None else self._length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.stepping and query_length == 1:
+            return self.max_length, 0
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return self.max_length
+
+    # ------------------------------------------------------------------------------------------ what changes the rest
+    @property
+    def record_past(self) -> bool:
+        return self.speculation is not None
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        if self.is_initialized:
+            self.settle()
+        LogQuantLayer.record_past.fset(self, value)  # type: ignore[attr-defined]
+        self.stepping = False
+        self.settle()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As of any layer, but the token of the last step has taken its place, and with it those that were due then."""
+        super().crop(tokens_to_remove)
+        self.settle()
+
+    def _select_rows(self, indices: Tensor) -> None:
+        super()._select_rows(indices)
+        self.settle()
+
+    def to(self, device: torch.device | str) -> None:
+        super().to(device)
+        self.settle()
+
+    def restore(self, rows: Rows | None, tensors: dict[str, Tensor], described: dict[str, Any]) -> None:
+        super().restore(rows, tensors, described)
+        self.settle()
+
+    def copy(self) -> LogQuantLayer:
+        if self.pending:
+            self._catch_up()
+        twin = super().copy()
+        assert isinstance(twin, StaticLayer)
+        twin.steps, twin.stepping, twin._published, twin._holders = None, False, -1, ()
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__() | {"steps": None, "stepping": False, "_published": -1}
+        return state | {"_holders": ()}
+
+    @property
+    def nbytes(self) -> int:
+        steps = self.steps
+        own = () if steps is None else (steps.positions, steps.lengths, steps.attention, steps.queries, steps.seen)
+        return super().nbytes + sum(t.nbytes for t in own)
+
+
+def layers_of_fixed_size(config: PreTrainedConfig, quantization: LogQuantConfig, max_length: int) -> list[Any]:
+    """The layers of a cache of fixed size, with a ``DynamicLayer`` where attention sees all tokens.
+
+    Raises:
+        ValueError: no positive ``max_length``, or an option that goes with caches that grow alone.
+    """
+    if max_length < 1:
+        raise ValueError(f"max_length must be at least 1, got {max_length}")
+    for name in ("recall", "prune"):
+        if (option := getattr(quantization, name)) is not None:
+            raise ValueError(f"{name} does not go with max_length: got {name}={option!r} and max_length={max_length}")
+    return [
+        DynamicLayer() if type(layer) is FullStaticLayer else layer
+        for layer in StaticCache(config=config, max_cache_len=max_length).layers
+    ]
+
+
+def make_room(layers: list[StaticLayer], shared: Shared) -> None:
+    """:meth:`LogQuantCache.make_room` of these layers."""
+    shared.room -= 1
+    if shared.room <= 0:
+        shared.room = min([layer.make_room() for layer in layers])
+
+
+def resize(layers: Sequence[object], max_length: int) -> None:
+    """:meth:`LogQuantCache.resize` of these layers."""
+    static = [layer for layer in layers if isinstance(layer, StaticLayer)]
+    if len(static) < len(layers) or not static:
+        kinds = sorted({type(layer).__name__ for layer in layers})
+        raise ValueError(f"resize is for caches with a max_length and full attention in all layers, got {kinds}")
+    held = max(layer.length for layer in static)
+    if max_length < held:
+        raise ValueError(f"max_length must be at least the {held} positions that are held, got {max_length}")
+    for layer in static:
+        layer.resize(max_length)
+
+
+def _copied(x: Tensor, into: Tensor | None, room: int, used: int) -> Tensor:
+    """``x`` with ``room`` of its third dimension, of which ``used`` hold something; in ``into``, if that is given."""
+    if into is None:
+        with torch.inference_mode(False), torch.no_grad():
+            into = x.new_zeros(*x.shape[:2], max(room, used), *x.shape[3:])
+    into[:, :, :used] = x[:, :, :used]
+    return into
