@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can tell, in one command of less than ten minutes on a machine with a CUDA build of torch:
-# subnormal operands, build, tests, compute-sanitizer, and attention against torch SDPA, FlashAttention and FlashInfer.
+# in the order of what is worth most: subnormal operands, build, tests, attention against torch SDPA, FlashAttention and
+# FlashInfer, a decode step in CUDA graphs, and compute-sanitizer.
 # Results: benchmarks/results/gpu_*.json, and what was printed in gpu.log beside them.
 #
 #   benchmarks/gpu.sh             needs a GPU, nvcc, and a Python with a CUDA build of torch ($PYTHON, or python3); no
@@ -72,6 +73,25 @@ main() {
     try tests env LOGQUANT_HYPOTHESIS=brief "$python" -m pytest -q -p no:cacheprovider tests/ops/test_ops.py -k "$backend"
   fi
 
+  step "attention"
+  # Larger batches of the longest contexts would not leave room for what the fused operator is compared with.
+  bench gqa4 --heads 32 --kv-heads 8 --context "$contexts" --batch 1 --rounds "$rounds"
+  if ! $emulate; then
+    bench gqa4_batch8 --heads 32 --kv-heads 8 --context 2048,8192,32768 --batch 8 --rounds "$rounds"
+    bench gqa4_batch64 --heads 32 --kv-heads 8 --context 2048,8192 --batch 64 --rounds "$rounds"
+  fi
+  bench gqa8 --heads 64 --kv-heads 8 --context "$contexts" --batch 1 --rounds "$rounds"
+  bench mha --heads 32 --kv-heads 32 --context "${contexts%,131072}" --batch 1 --rounds "$rounds"
+  bench dim64 --heads 32 --kv-heads 8 --dim 64 --context "$contexts" --batch 1 --rounds "$rounds"
+
+  step "a decode step, in CUDA graphs and without"
+  if $emulate; then
+    try "decode step" "$python" benchmarks/decode_step.py --device cpu --tiny --layers 2 --contexts 300 --rounds 2 --steps 8 --json "$results/gpu_step.json"
+  else
+    try "decode step" "$python" benchmarks/decode_step.py --device cuda --json "$results/gpu_step.json"
+    try "decode step, batch 8" "$python" benchmarks/decode_step.py --device cuda --batch 8 --contexts 8192 --json "$results/gpu_step_batch8.json"
+  fi
+
   step "compute-sanitizer on a sample"
   if $emulate; then
     echo "left out: the emulated kernels run under ASan, UBSan and TSan in make sanitize"
@@ -83,17 +103,6 @@ main() {
   else
     echo "left out: compute-sanitizer was not found"
   fi
-
-  step "attention"
-  # Larger batches of the longest contexts would not leave room for what the fused operator is compared with.
-  bench gqa4 --heads 32 --kv-heads 8 --context "$contexts" --batch 1 --rounds "$rounds"
-  if ! $emulate; then
-    bench gqa4_batch8 --heads 32 --kv-heads 8 --context 2048,8192,32768 --batch 8 --rounds "$rounds"
-    bench gqa4_batch64 --heads 32 --kv-heads 8 --context 2048,8192 --batch 64 --rounds "$rounds"
-  fi
-  bench gqa8 --heads 64 --kv-heads 8 --context "$contexts" --batch 1 --rounds "$rounds"
-  bench mha --heads 32 --kv-heads 32 --context "${contexts%,131072}" --batch 1 --rounds "$rounds"
-  bench dim64 --heads 32 --kv-heads 8 --dim 64 --context "$contexts" --batch 1 --rounds "$rounds"
 
   step "done"
   if [ ${#failed[@]} -gt 0 ]; then

@@ -12,10 +12,12 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <thread>
 #include <vector>
 
+#include "cpu/append.h"
 #include "format.h"
 
 namespace {
@@ -400,9 +402,46 @@ void compare_tiles(const cpu::Kernels& amx, const cpu::Kernels& avx512, unsigned
   }
 }
 
+// Two rows, of which one has had more tokens; nothing else is touched.
+void append_to_rows() {
+  constexpr int kBatch = 2, kHeads = 2, kDim = 3, kSlots = 4, kKept = 2;
+  std::vector<float> token(kBatch * kHeads * kDim), window(kBatch * kHeads * kSlots * kDim), values(window.size());
+  std::vector<float> queries(kBatch * kHeads * kKept * kDim);
+  std::iota(token.begin(), token.end(), 1.0f);
+  std::vector<int32_t> positions(kBatch * kSlots, -1), lengths{5, 0, 7, 3};
+  std::vector<int64_t> seen{9, 9};
+  AppendArgs args;
+  args.q = args.k = args.v = {token.data(), Dtype::kFloat32, kHeads * kDim, kDim, kDim};
+  args.window_k = {window.data(), Dtype::kFloat32, kHeads * kSlots * kDim, kSlots * kDim, kDim};
+  args.window_v = {values.data(), Dtype::kFloat32, kHeads * kSlots * kDim, kSlots * kDim, kDim};
+  args.queries = {queries.data(), Dtype::kFloat32, kHeads * kKept * kDim, kKept * kDim, kDim};
+  args.batch = kBatch;
+  args.kv_heads = args.query_heads = kHeads;
+  args.head_dim = args.value_dim = kDim;
+  args.window_slots = kSlots;
+  args.query_slots = kKept;
+  args.positions = positions.data();
+  args.positions_batch_stride = kSlots;
+  args.lengths = lengths.data();
+  args.seen = seen.data();
+  cpu::append(args);
+
+  std::vector<float> expected(window.size()), expected_queries(queries.size());
+  for (int i = 0; i < kBatch * kHeads * kDim; ++i) {
+    const int b = i / (kHeads * kDim), head = i / kDim, channel = i % kDim;
+    expected[(head * kSlots + (b == 0 ? 0 : 3)) * kDim + channel] = token[i];
+    expected_queries[(head * kKept + 1) * kDim + channel] = token[i];
+  }
+  const bool right = window == expected && values == expected && queries == expected_queries &&
+                     positions == std::vector<int32_t>{9, -1, -1, -1, -1, -1, -1, 9} &&
+                     lengths == std::vector<int32_t>{5, 1, 7, 4} && seen == std::vector<int64_t>{10, 10};
+  check(right, "append does not write where it should", "all", PageFormat{});
+}
+
 }  // namespace
 
 int main() {
+  append_to_rows();
   // Once each: that asks the system, where it is needed.
   for (const cpu::Kernels* set : cpu::available_kernels()) cpu::use_kernels(set->name);
   constexpr auto kFloat32 = Dtype::kFloat32, kFloat16 = Dtype::kFloat16, kBFloat16 = Dtype::kBFloat16;

@@ -106,6 +106,7 @@ class LogQuantCache(DynamicCache):
                 UserWarning,
                 stacklevel=2,
             )
+        self._first = next((i for i, layer in enumerate(layers) if type(layer) is DynamicLayer), 0)
         self._shared = Shared(Allocator(own))
         self.max_length = max_length
         if max_length is not None:
@@ -212,9 +213,9 @@ class LogQuantCache(DynamicCache):
         Raises:
             ValueError: all ``max_length`` positions are held; nothing has changed.
         """
-        static = [layer for layer in self.layers if isinstance(layer, StaticLayer)]
-        if static and (layer_idx is None or self.layers[layer_idx] is static[0]):
-            make_room(static, self._shared)
+        if self.max_length is None or (layer_idx is not None and layer_idx != self._first):
+            return
+        make_room([layer for layer in self.layers if isinstance(layer, StaticLayer)], self._shared)
 
     def resize(self, max_length: int) -> None:
         """Have room for ``max_length`` positions from now on; what is held is copied.

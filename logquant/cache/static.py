@@ -312,7 +312,7 @@ def layers_of_fixed_size(config: PreTrainedConfig, quantization: LogQuantConfig,
 def make_room(layers: list[StaticLayer], shared: Shared) -> None:
     """:meth:`LogQuantCache.make_room` of these layers."""
     shared.room -= 1
-    if shared.room <= 0:
+    if shared.room <= 0 and layers:
         shared.room = min([layer.make_room() for layer in layers])
 
 

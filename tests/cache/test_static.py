@@ -57,8 +57,9 @@ def test_steps_are_those_of_a_cache_that_grows(model, ids, rule, bits, padded):
     """From a prompt that overflows the window, and through two evictions."""
     mask = torch.cat([pad_mask([260, 215], "left"), torch.ones(2, 240, dtype=torch.long)], 1) if padded else None
     cuts = [260, *range(261, 421)]
-    fixed, grows = LogQuantCache(model.config, rule=rule, bits=bits, max_length=MAX_LENGTH), LogQuantCache(
-        model.config, rule=rule, bits=bits
+    fixed, grows = (
+        LogQuantCache(model.config, rule=rule, bits=bits, max_length=MAX_LENGTH),
+        LogQuantCache(model.config, rule=rule, bits=bits),
     )
     got, want = (feed(model, cache, ids, mask, cuts) for cache in (fixed, grows))
     real = slice(None) if mask is None else mask[:, :420].bool()

@@ -20,7 +20,15 @@ if cubins.nvcc() is None:
 needs_cuobjdump = pytest.mark.skipif(sass.cuobjdump() is None, reason="needs cuobjdump")
 
 # Registers that the occupancy written beside each kernel allows; of the others, 255.
-REGISTERS = {"quantize": 64, "evict": 64, "dequantize": 64, "attend": 48, "attend_general": 128, "page_scores": 64}
+REGISTERS = {
+    "append": 40,
+    "quantize": 64,
+    "evict": 64,
+    "dequantize": 64,
+    "attend": 48,
+    "attend_general": 128,
+    "page_scores": 64,
+}
 # Warp instructions of the page loop a cached token and KV head: fp16 and bf16 models with up to 8 query rows, then with
 # 9 to 16 (of both warps, where two share a page). GOALS: 8 rows of plain formats by head dim; 16 rows may take 1.6
 # times as much, 1.25 key columns a channel 1.25 times.
@@ -46,7 +54,7 @@ SM_REGISTERS, SM_SHARED = 65536, 227 << 10
 
 # On the newest architecture one kernel of each kind: machine code differs little from that for 100.
 EACH_KIND = ["quantize", "evict", "dequantize", "attend", "attend_general", "attend_prefill", "attend_d128"]
-cheap = ["quantize", "evict", "dequantize", "attend", "attend_d128"]
+cheap = ["append", "quantize", "evict", "dequantize", "attend", "attend_d128"]
 quick = [pytest.param(name, "90", id=f"{name}-90") for name in cheap]
 thorough = [
     pytest.param(name, arch, id=f"{name}-{arch}", marks=pytest.mark.slow)
