@@ -71,7 +71,7 @@ class RecentQueries(NamedTuple):
     @property
     def size(self) -> int:
         """How many there are for each sequence, n."""
-        return sum([part.shape[2] for part in self.parts])
+        return len(self.parts) if len(self.parts) > 1 else self.parts[0].shape[2]
 
     def keep(self, count: int) -> RecentQueries:
         """The newest ``count`` of each sequence; perhaps in the same memory."""
@@ -99,6 +99,10 @@ class RecentQueries(NamedTuple):
     def then(self, newer: RecentQueries, count: int) -> RecentQueries:
         """The newest ``count`` of these and newer ones, in memory of their own."""
         came = newer.size
+        if came == 1 == self.parts[0].shape[2] and self.real is None and newer.real is None and newer.positions:
+            # As in most steps.
+            parts = (*self.parts, newer.parts[0].clone())[-count:]
+            return RecentQueries(parts, None, min(self.positions + 1, count), newer.scale, newer.softcap)
         positions = newer.positions + (self.positions if newer.positions == came else 0)
         if self.real is None and newer.real is None:
             older = self.apart() if self.parts[0].shape[2] > 1 else self
