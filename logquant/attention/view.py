@@ -84,9 +84,10 @@ def unpacked(
 class Layout(Protocol):
     """Where the tokens of each row are (:class:`logquant.cache.layout.Rows`)."""
 
-    length: int
-    packed_counts: tuple[int, ...]
-
+    @property
+    def length(self) -> int: ...
+    @property
+    def packed_counts(self) -> tuple[int, ...]: ...
     @property
     def alike(self) -> bool: ...
     @property

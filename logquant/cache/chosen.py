@@ -34,10 +34,31 @@ class ChosenRows:
 
     def __init__(self, rows: Rows, chosen: Chosen) -> None:
         self._rows, self._chosen = rows, chosen
-        self.length = rows.length
-        self.alike = rows.alike
-        self.packed_counts, self.complete = rows.packed_counts, rows.complete
-        self.lengths, self.real_positions, self.all_seen = rows.lengths, rows.real_positions, rows.all_seen
+
+    @property
+    def length(self) -> int:
+        return self._rows.length
+
+    @property
+    def packed_counts(self) -> tuple[int, ...]:
+        return self._rows.packed_counts
+
+    @property
+    def alike(self) -> bool:
+        return self._rows.alike
+
+    @property
+    def complete(self) -> bool:
+        return self._rows.complete
+
+    def lengths(self, device: torch.device, page_tokens: int, window_tokens: int) -> Tensor | None:
+        return self._rows.lengths(device, page_tokens, window_tokens)
+
+    def real_positions(self, mask: Tensor | None, new: int, batch: int) -> Tensor | None:
+        return self._rows.real_positions(mask, new, batch)
+
+    def all_seen(self, mask: Tensor) -> Tensor:
+        return self._rows.all_seen(mask)
 
     def positions(self, device: torch.device, new: int = 0) -> Tensor:
         """As :meth:`logquant.cache.layout.Rows.positions`, of each row of the batch."""

@@ -135,7 +135,7 @@ class LogQuantLayer(LayerContents):
         recorded = traced and self._record(keys, values)
         in_window = rows.length > 0 and rows.exact + new <= window_capacity(self.config) + rows.reserved
         in_window = in_window and not (traced and (recorded or storage.in_graph))
-        states = (keys, values) if recorded else (keys.detach(), values.detach())
+        states = (keys.detach(), values.detach()) if traced and not recorded else (keys, values)
         seen, held = (keys, values), states
         if rows.length > 0:
             seen = held = storage.append(rows, *states, in_window=in_window)
