@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
 from logquant import LogQuantCache
@@ -89,6 +90,37 @@ def test_bytes_held_at_8000_tokens(smollm2, prompt):
     assert choice == choice_nbytes(cache.quantization, 8000, config.num_key_value_heads)
     assert cache.full_precision_nbytes == heads * 8000 * 2 * head_dim * 4
     assert all(isinstance(layer, LogQuantLayer) for layer in cache.layers)
+
+
+@pytest.mark.parametrize("options", [{"bits": 8}, pytest.param({}, marks=pytest.mark.slow)])
+def test_a_cache_of_fixed_size_gives_the_tokens_of_one_that_grows(smollm2, prompt, options):
+    fixed, grows = (LogQuantCache(smollm2.config, **options, max_length=n) for n in (512, None))
+    assert torch.equal(greedy(smollm2, prompt[:, :300], fixed, 60), greedy(smollm2, prompt[:, :300], grows, 60))
+    assert fixed.layers[0].rows.packed == 192
+
+
+@pytest.mark.slow
+def test_one_compiled_step_serves_from_300_to_4000_tokens(smollm2, smollm2_tokenizer, data_dir):
+    """No graph break, and nothing is compiled anew, whatever becomes of the tokens in between."""
+    (ids,) = texts_of(smollm2_tokenizer, data_dir, [4020])
+    torch._dynamo.reset()
+    counters.clear()
+    cache, grows = (LogQuantCache(smollm2.config, max_length=n) for n in (4096, None))
+    compiled = torch.compile(smollm2, backend="aot_eager", fullgraph=True)
+    begin = 0
+    # Chunks are not compiled; single tokens are.
+    for end in [300, *range(301, 316), 1000, *range(1001, 1005), 4000, *range(4001, 4011)]:
+        part = ids[None, begin:end]
+        forward = compiled if end == begin + 1 else smollm2
+        cache.make_room()
+        with torch.no_grad():
+            got = forward(part, logits_to_keep=1, **as_argument(cache)).logits
+            want = smollm2(part, logits_to_keep=1, **as_argument(grows)).logits
+        assert got.argmax() == want.argmax() and (got - want).abs().max() < 0.02 * want.abs().max(), end
+        begin = end
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert cache.layers[0].rows.packed > 3700
+    torch._dynamo.reset()
 
 
 def texts_of(tokenizer, data_dir, lengths: list[int]) -> list[Tensor]:
