@@ -164,10 +164,10 @@ def plan(spec: CacheSpec, config: PreTrainedConfig, *, budget: int, tokens: int,
     def nbytes(count: int) -> int:
         return sequence_nbytes(spec, config, count, itemsize, decoding=True)
 
-    return Plan(spec.name, nbytes(tokens), budget // nbytes(tokens), _largest(lambda n: nbytes(n) <= budget))
+    return Plan(spec.name, nbytes(tokens), budget // nbytes(tokens), largest(lambda n: nbytes(n) <= budget))
 
 
-def _largest(fits: Callable[[int], bool]) -> int:
+def largest(fits: Callable[[int], bool]) -> int:
     """The largest number up to 2^40 that fits, if every smaller one does."""
     low, high = 0, _MOST_TOKENS
     while low < high:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import enum
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +25,17 @@ from .shared import (
 )
 from .tables import ResultTable
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from ..methods.registry import CacheSpec
+    from ..plan import Plan
+
+
+class Engine(str, enum.Enum):
+    transformers = "transformers"
+    vllm = "vllm"
+
 
 def command(
     memory: Annotated[float, typer.Option(help="GiB for keys and values.", callback=finite)] = 1.0,
@@ -31,6 +43,12 @@ def command(
     caches: Caches = "full,logquant",
     model: Model = None,
     dtype: Annotated[Dtype, typer.Option(help="Of exact tokens.")] = Dtype.bfloat16,
+    engine: Annotated[
+        Engine, typer.Option(help="Whose caches: transformers', or vLLM's pool of blocks with LogQuant in it.")
+    ] = Engine.transformers,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(min=1, help="Of vLLM: tokens of a step, which are exact while a prompt is read.")
+    ] = 2048,
     json_file: Json = None,
 ) -> None:
     """Say how many sequences fit into memory, and how long a single one may be, from a model's configuration alone."""
@@ -47,7 +65,10 @@ def command(
         config = models.load_config(model)
     check_fits("--caches", specs, config)
     with errors_of("--model"):
-        plans = [plan(spec, config, budget=budget, tokens=context, itemsize=dtype.torch.itemsize) for spec in specs]
+        if engine is Engine.vllm:
+            plans = _in_vllm(specs, config, budget, context, dtype, max_num_batched_tokens)
+        else:
+            plans = [plan(spec, config, budget=budget, tokens=context, itemsize=dtype.torch.itemsize) for spec in specs]
     table = ResultTable(
         ("cache", "a sequence", "sequences", "longest, tokens"),
         title=f"{context:,} tokens of {config.model_type} in {memory:g} GiB",
@@ -56,3 +77,21 @@ def command(
         table.add_row(each.cache, megabytes(each.nbytes), f"{each.batch:,}", f"{each.longest:,}")
     table.show()
     write_json(json_file, "plan", arguments, results=[each.as_dict() for each in plans])
+
+
+def _in_vllm(
+    specs: list[CacheSpec], config: PreTrainedConfig, budget: int, tokens: int, dtype: Dtype, chunk: int
+) -> list[Plan]:
+    from .. import plan_vllm
+    from ..integrations.vllm import guards
+    from ..methods.registry import settings_given
+
+    plans = []
+    for spec in specs:
+        options = settings_given(spec.name)
+        if not spec.is_full and spec.name.partition(":")[0] != "logquant":
+            raise ValueError(f"cache must be full or logquant with settings for vLLM, got {spec.name!r}")
+        quantization = None if spec.is_full else guards.config_from(options)
+        blocks = plan_vllm.blocks_of(quantization, config, dtype.torch)
+        plans.append(plan_vllm.plan(spec.name, blocks, budget=budget, tokens=tokens, chunk=chunk))
+    return plans

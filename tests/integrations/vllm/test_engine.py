@@ -7,10 +7,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own: .ci/vllm")
 
+from benchmarks.vllm_capacity import held
 from benchmarks.vllm_engine import engine, kv_cache_manager
+from logquant import plan_vllm
+from logquant.integrations.vllm import guards
 from tests.helpers.vllm_models import save_first_layers
 
 NEW = 48
@@ -55,6 +59,14 @@ def prompts(llm):
     ids = llm.get_tokenizer()(TEXT)["input_ids"]
     lengths = [100, 129, 400, 641, 700, 1000, 1500, 2100]
     return [{"prompt_token_ids": ids[7 * i :][:length]} for i, length in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("tokens", [300, 900, 1700, 2200])
+def test_as_many_requests_fit_as_the_plan_says(llm, tokens):
+    config = llm.llm_engine.model_config
+    blocks = plan_vllm.blocks_of(guards.config_from({}), config.hf_text_config, torch.float32)
+    budget = llm.llm_engine.vllm_config.cache_config.kv_cache_memory_bytes
+    assert held(kv_cache_manager(llm), tokens, 256) == blocks.requests(budget, tokens, 256)
 
 
 class Written:
