@@ -69,6 +69,14 @@ class Steps:
             if tensor is not None:
                 torch._dynamo.mark_static_address(tensor)
 
+    def fits(self, window_k: Tensor, window_v: Tensor) -> bool:
+        """Whether the tokens of such a window can be held here."""
+        pairs = (self.window_k, window_k), (self.window_v, window_v)
+        return all(
+            (a.shape[:2], a.shape[3], a.dtype, a.device) == (b.shape[:2], b.shape[3], b.dtype, b.device)
+            for a, b in pairs
+        )
+
     @lasting
     def keep_queries(self, heads: int, count: int) -> None:
         """From now on the newest ``count`` queries of so many heads are kept; nothing changes if they are already."""

@@ -150,7 +150,7 @@ class LogQuantCache(DynamicCache):
                 if implementation != "sdpa" or torch.compiler.is_compiling():
                     return layer.append_step(key_states, value_states)
         if torch.compiler.is_compiling() and isinstance(layer, LogQuantLayer) and self._reads_plainly(layer):
-            length = layer.get_seq_length() + key_states.shape[2]
+            length = layer.length + key_states.shape[2]
             both: tuple[Tensor, Tensor] = compiled.read_layer(key_states, value_states, layer._layer_id, length)
             return both
         updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)

@@ -47,14 +47,15 @@ class StaticLayer(LogQuantLayer):
 
     def __init__(self, config: LogQuantConfig, shared: Shared, rows: Rows, index: int, max_length: int) -> None:
         self.max_length = max_length
+        self.steps: Steps | None = None
+        self._holders: Collection[Storage] = ()
         super().__init__(config, shared, rows, index)
 
     def reset(self) -> None:
+        """Forget all tokens; tensors stay where they are, so that a compiled step serves the next text, too."""
         self.pending = self.stepping = False
         super().reset()
         self.__dict__.pop("_held", None)
-        self.steps: Steps | None = None
-        self._holders: Collection[Storage] = ()
         self._published = -1
 
     # ----------------------------------------------------------------------------------------- what the host sees
@@ -69,6 +70,7 @@ class StaticLayer(LogQuantLayer):
     def held(self, held: Held) -> None:
         self._held = held
 
+    @torch.compiler.disable
     def _catch_up(self) -> None:
         steps, held = self.steps, self._held
         assert steps is not None
@@ -136,7 +138,7 @@ class StaticLayer(LogQuantLayer):
             packed_tokens(self.config, self.max_length) // self.format.page_tokens,
         )
         window_k, window_v, store = storage.window_k, storage.window_v, storage.pages
-        if steps is None or steps.window_k.shape[0] != len(window_k) or steps.window_k.device != window_k.device:
+        if steps is not None and not steps.fits(window_k, window_v):
             steps = None
         if steps is None or window_k is not steps.window_k:
             own = (None, None) if steps is None else (steps.window_k, steps.window_v)

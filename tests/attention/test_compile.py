@@ -307,6 +307,12 @@ def test_a_step_of_fixed_size_is_one_graph_without_python(ids, family, rule, bit
     assert not counters["graph_break"] and not unsafe
     # A padding mask grows, so that its length is symbolic from the second step on.
     assert graphs[-1] == graphs[3] <= (1 if mask is None else 2), graphs
+    with torch.no_grad():
+        cache.reset()
+        model(ids[:, :300], attention_mask=None if mask is None else mask[:, :300], **as_argument(cache))
+    again, more = decode(forward, cache, ids[:, :310], 300, mask)
+    assert torch.equal(again, got[:, :10]) and more[-1] == graphs[-1], "another text is not another program"
+    got, _ = decode(forward, cache, ids[:, :440], 310, mask)
     assert cache.layers[-1].length == 440 and cache.layers[-1].rows.packed == grows.layers[-1].rows.packed == 256
 
 
