@@ -54,6 +54,7 @@ class StaticLayer(LogQuantLayer):
     def reset(self) -> None:
         """Forget all tokens; tensors stay where they are, so that a compiled step serves the next text, too."""
         self.pending = self.stepping = False
+        self._taken = 0
         super().reset()
         self.__dict__.pop("_held", None)
         self._published = -1
@@ -92,9 +93,10 @@ class StaticLayer(LogQuantLayer):
         except BaseException:
             self.pending = True
             raise
-        self._length = total
+        self._length, self._taken = total, 0
         if moved:
             self.version += 1
+            self._publish()
 
     def settle(self) -> None:
         """Let host and device know the same: steps that were taken, and whatever else has become of the tokens."""
@@ -173,16 +175,27 @@ class StaticLayer(LogQuantLayer):
         return self.stepping and key_states.shape[2] == 1 and not records(key_states, value_states)
 
     def step(self, key_states: Tensor, value_states: Tensor) -> NewToken:
-        """A token of each row comes, and will be appended when it is attended to."""
-        self.pending = True
+        """A token of each row comes, and will be appended when it is attended to.
+
+        Raises:
+            RuntimeError: as :meth:`update`, where nothing is compiled.
+        """
+        self._begin_step()
         assert self.steps is not None
         return NewToken(self.steps, *inside(self.steps.units, key_states, value_states, self.dtype))
 
     def append_step(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """A token of each row comes; the keys and values of all N positions, as plain tensors."""
-        self.pending = True
+        self._begin_step()
         assert self.steps is not None
         return self.steps.append(*inside(self.steps.units, key_states, value_states, self.dtype))
+
+    def _begin_step(self) -> None:
+        if not torch.compiler.is_compiling():
+            # Steps that were compiled are missing here, in all layers alike.
+            self.shared.arrive(self._index, self._length + self._taken)
+            self._taken += 1
+        self.pending = True
 
     def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         if (total := self.length + key_states.shape[2]) > self.max_length:
@@ -235,7 +248,7 @@ class StaticLayer(LogQuantLayer):
 
     def get_seq_length(self) -> Any:
         """Positions: while steps are taken a tensor, for only the device knows."""
-        return self.steps.seen[0] if self.stepping and self.steps is not None else self._length
+        return self.steps.seen[0].clone() if self.stepping and self.steps is not None else self._length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if self.stepping and query_length == 1:

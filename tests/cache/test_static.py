@@ -217,6 +217,34 @@ def test_a_step_without_room_changes_nothing(model, ids):
     step()
 
 
+def test_a_forward_pass_that_ended_early_is_noticed_and_taken_back(model, ids):
+    """Under the rule attention what the token gave to others would go on to count."""
+    cache, grows = (LogQuantCache(model.config, rule="log", max_length=n) for n in (MAX_LENGTH, None))
+    for each in (cache, grows):
+        feed(model, each, ids, None, [300, 301])
+    before = cache.get_seq_length()
+    new = torch.ones(2, 2, 1, 32)
+    token, _ = cache.update(new, new, 0)
+    token.attend(AttentionCall(torch.ones(2, 4, 1, 32), None, 1.0))
+    assert before == 301, "a number, not what becomes of it"
+    with pytest.raises(RuntimeError, match="rewind"):
+        feed(model, cache, ids, None, [303])
+    assert cache.rewind() == 301
+    got, want = (feed(model, each, ids, None, list(range(302, 330))) for each in (cache, grows))
+    assert (got - want).abs().max() < 1e-3 * want.abs().max()
+
+
+@pytest.mark.parametrize("look", [lambda c: c.nbytes, lambda c: c.commit(), copy.deepcopy, lambda c: c.report()])
+def test_whoever_looks_leaves_the_next_step_as_it_was(model, ids, look):
+    cache, grows = LogQuantCache(model.config, max_length=MAX_LENGTH), LogQuantCache(model.config)
+    feed(model, cache, ids, None, [300])
+    feed(model, grows, ids, None, [300])
+    for end in range(301, 400):
+        got, want = (feed(model, each, ids, None, [end]) for each in (cache, grows))
+        assert (got - want).abs().max() < 1e-3 * want.abs().max()
+        look(cache)
+
+
 def test_a_layer_that_shares_the_keys_of_another_attends_to_the_token_once_more(model, ids):
     cache = LogQuantCache(model.config, max_length=MAX_LENGTH)
     feed(model, cache, ids, None, [300])

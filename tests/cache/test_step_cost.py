@@ -69,8 +69,8 @@ def test_a_step_of_fixed_size_is_one_operator_a_layer_and_waits_for_nothing(rule
     assert more.pop("decode_step_") == LAYERS
     assert not WAITS & more.keys()
     # What is left makes the mask, once a step, from a position that the host does not know.
-    assert sum(more.values()) <= 8 and max(more.values(), default=0) < LAYERS + 1, more
-    assert sum(counts.values()) <= sum(full.values()) + 8, "no more than with a full cache"
+    assert sum(more.values()) <= 10 and max(more.values(), default=0) < LAYERS + 1, more
+    assert sum(counts.values()) <= sum(full.values()) + 10, "no more than with a full cache"
 
 
 @pytest.mark.parametrize("rule", ["attention", "log", "recent"])
