@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from .layer import LogQuantLayer
 from .layout import Rows
 from .left_behind import LeftBehind
 from .other_layers import put_together, take_apart
+from .report import LayerReport, report_of
 from .shared import Shared
 from .sizes import tensors_in
 from .slots import Slots
@@ -30,26 +31,6 @@ from .storage import Allocator
 
 FILE_VERSION = 1
 KIND = "cache"
-
-
-class LayerReport(NamedTuple):
-    """What one layer of a cache holds.
-
-    Attributes:
-        layer: its index.
-        kind: its class.
-        exact, packed: tokens of all rows that are exact (uncommitted ones among them) and that are quantised; None
-            where a layer is not LogQuant's.
-        nbytes: bytes of its tensors.
-        bits_per_element: of its tensors, for each element of the keys and values of its tokens; None if it has none.
-    """
-
-    layer: int
-    kind: str
-    exact: int | None
-    packed: int | None
-    nbytes: int
-    bits_per_element: float | None
 
 
 class LogQuantCache(DynamicCache):
@@ -292,24 +273,7 @@ class LogQuantCache(DynamicCache):
 
     def report(self) -> list[LayerReport]:
         """What each layer holds."""
-        lines = []
-        for i, layer in enumerate(self.layers):
-            kind = type(layer).__name__
-            if not isinstance(layer, LogQuantLayer):
-                lines.append(LayerReport(i, kind, None, None, sum(t.nbytes for t in tensors_in(vars(layer))), None))
-                continue
-            rows = layer.rows
-            batch = layer.batch_size if layer.is_initialized else 1
-            copies = batch if rows.alike else 1
-            exact, packed = (copies * sum(getattr(s, name) for s in rows.slots) for name in ("exact", "packed"))
-            exact += batch * (layer.length - rows.length)
-            bits = None
-            if exact + packed:
-                heads = layer.held.storage.window_k.shape[1]
-                elements = (exact + packed) * heads * (layer.format.head_dim + layer.format.value_dim)
-                bits = 8 * layer.nbytes / elements
-            lines.append(LayerReport(i, kind, exact, packed, layer.nbytes, bits))
-        return lines
+        return [report_of(i, layer) for i, layer in enumerate(self.layers)]
 
     # ------------------------------------------------------------------------------------- moving, saving, recovering
     def to(self, device: torch.device | str) -> LogQuantCache:
