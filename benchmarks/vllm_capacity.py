@@ -28,11 +28,12 @@ def held(manager: object, tokens: int, chunk: int) -> int:
         requests.append(request)
         while request.num_computed_tokens < tokens:
             count = min(chunk, tokens - request.num_computed_tokens)
-            if manager.allocate_slots(request, count) is None:
+            # Blocks whose contents nobody computes must not be found by them.
+            if manager.allocate_slots(request, count, delay_cache_blocks=True) is None:
                 break
             request.num_computed_tokens += count
         else:
-            if manager.allocate_slots(request, 1) is not None:
+            if manager.allocate_slots(request, 1, delay_cache_blocks=True) is not None:
                 continue
         for each in requests:
             manager.free(each)
