@@ -509,7 +509,9 @@ DecodeStepCall decode_step_call(const Tensor& q_in, const Tensor& k_in, const Te
   check_shape(q_in, "q", window_k.scalar_type(), {batch, query_heads, 1, dim});
   check_shape(k_in, "k", window_k.scalar_type(), {batch, kv_heads, 1, dim});
   check_shape(v_in, "v", window_k.scalar_type(), {batch, kv_heads, 1, format.value_dim});
-  check_shape(queries, "queries", window_k.scalar_type(), {batch, query_heads, queries.size(2), dim});
+  // Where none are kept, nobody may know of how many heads.
+  const int64_t kept_heads = queries.size(2) == 0 ? queries.size(1) : query_heads;
+  check_shape(queries, "queries", window_k.scalar_type(), {batch, kept_heads, queries.size(2), dim});
   check_pages(pages, format, 4);
   const int64_t in_pages = pages.size(2) * format.page_tokens;
   check_shape(positions, "positions", ScalarType::Int, {batch, in_pages + slots});

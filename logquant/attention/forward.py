@@ -14,6 +14,7 @@ from .call import AttentionCall
 from .exact import exact_attention
 from .handle import KVHandle
 from .steps import NewToken
+from .view import View
 
 
 def logquant_attention_forward(
@@ -37,12 +38,7 @@ def logquant_attention_forward(
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     causal = causal and attention_mask is None and query.shape[2] > 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if isinstance(key, NewToken):
-        if dropout:
-            raise ValueError(f"the logquant attention has no dropout, got {dropout}; call model.eval()")
-        call = AttentionCall(query, attention_mask, scale, softcap or 0.0, s_aux)
-        return key.attend(call).transpose(1, 2).contiguous(), None
-    view = key.kv_view if isinstance(key, KVHandle) else None
+    view: View | None = key if isinstance(key, NewToken) else key.kv_view if isinstance(key, KVHandle) else None
     if view is None and compiled.is_layer_id(key):
         return compiled.attend_layer(query, key, attention_mask, scale, softcap or 0.0, s_aux, causal), None
     if (view is None or view.plain) and not softcap and s_aux is None:

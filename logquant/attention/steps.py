@@ -7,6 +7,8 @@ neither the graph nor its inputs depend on how long the context is. The layer le
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +18,9 @@ from ..format import PageFormat
 from ..modes import lasting
 from ..ops.reference import append_
 from .call import AttentionCall
-from .units import AS_THEY_ARE, Units, scaled
+from .exact import exact_attention
+from .units import AS_THEY_ARE, scaled
+from .view import Observer, View
 
 # The tensors that are written in place by a step, or between steps.
 _TENSORS = ("pages", "window_k", "window_v", "positions", "lengths", "attention", "queries", "seen", "key_map")
@@ -36,7 +40,7 @@ class Steps:
     Attributes:
         positions, lengths, attention, queries, seen: as for :func:`logquant.ops.decode_step_`.
         scale, softcap: of the scores; as of the last step.
-        told: whether the queries are known of the steps that have been taken.
+        queries_known: whether they are, of the steps that have been taken.
     """
 
     @lasting
@@ -60,7 +64,7 @@ class Steps:
         self.queries = window_k.new_zeros(batch, heads, 0, fmt.head_dim)
         self.seen = pages.new_zeros(batch, dtype=torch.int64)
         self.key_map = None if key_map is None else key_map.clone(memory_format=torch.contiguous_format)
-        self.scale, self.softcap, self.told = 1.0, 0.0, False
+        self.scale, self.softcap, self.queries_known = 1.0, 0.0, False
         self.fix()
 
     def fix(self) -> None:
@@ -93,7 +97,7 @@ class Steps:
 
     def attend(self, keys: Tensor, values: Tensor, call: AttentionCall) -> Tensor:
         """Append the token of ``keys`` ``[B, H, 1, D]`` and ``values``, and attend: ``[B, Hq, 1, Dv]``."""
-        self.scale, self.softcap, self.told = call.scale, call.softcap, True
+        self.scale, self.softcap, self.queries_known = call.scale, call.softcap, True
         out = ops.decode_step_(
             self._own(call.query),
             keys,
@@ -140,19 +144,22 @@ class Steps:
         out = scaled(out, self.units.value)
         return out if out.dtype == call.query.dtype else out.to(call.query.dtype)
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append a token, and give all: ``[B, H, N, D]`` and ``[B, H, N, Dv]`` by position, 0 where there is none."""
-        self.told = False
-        new = keys, values, self.window_k, self.window_v, self.positions, self.lengths
-        append_(keys, *new, self.queries[:, :, :0], self.seen)
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Append the token of ``keys`` ``[B, H, 1, D]`` and ``values``, of whose query nothing is known."""
+        self.queries_known = False
+        written = self.window_k, self.window_v, self.positions, self.lengths, self.queries[:, :, :0], self.seen
+        append_(keys, keys, values, *written)
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """All keys ``[B, H, N, D]`` and values ``[B, H, N, Dv]`` by position, 0 where there is none."""
         packed = ops.dequantize(self.pages, self.fmt, dtype=self.window_k.dtype, key_map=self.key_map)
         slots, in_pages = self.positions.shape[1], packed[0].shape[2]
-        slot = torch.arange(slots, device=keys.device)
+        slot = torch.arange(slots, device=self.pages.device)
         pages, window = self.lengths[:, :1] * self.fmt.page_tokens, self.lengths[:, 1:]
         used = torch.where(slot < in_pages, slot < pages, slot - in_pages < window) & (self.positions >= 0)
         # Empty slots go to a position of their own, which is cut off.
         position = torch.where(used, self.positions, self.max_length).long().clamp_max(self.max_length)
-        slot_of = torch.full((len(position), self.max_length + 1), slots, device=keys.device)
+        slot_of = torch.full((len(position), self.max_length + 1), slots, device=slot.device)
         slot_of = slot_of.scatter(1, position, slot.expand_as(position))[:, None, : self.max_length, None]
         both = []
         for parts in zip(packed, (self.window_k, self.window_v), strict=True):
@@ -162,28 +169,74 @@ class Steps:
         return self.units.outside(both[0], both[1])
 
 
-class NewToken:
-    """The token that came last to a layer, in place of its keys and values: appended where it is attended to.
+class SteppingLayer(Observer, Protocol):
+    """A layer that takes steps.
 
-    Args:
-        steps: of the layer.
-        keys, values: ``[B, H, 1, D]`` and ``[B, H, 1, Dv]``, in the layer's units.
+    Attributes:
+        taken: another number after each step, where nothing is compiled.
     """
 
-    def __init__(self, steps: Steps, keys: Tensor, values: Tensor) -> None:
-        self.steps, self.keys, self.values = steps, keys, values
-        self.appended = False
+    taken: int
+
+
+class NewToken(View):
+    """The token that came last to a layer, and all before it: appended where it is attended to.
+
+    Its positions are all N that there is room for, as those of the mask that goes with it.
+
+    Args:
+        layer: whose it is.
+        steps: of the layer.
+        keys, values: ``[B, H, 1, D]`` and ``[B, H, 1, Dv]``, as they came.
+    """
+
+    plain = False
+    layer: SteppingLayer
+
+    def __init__(self, layer: SteppingLayer, steps: Steps, keys: Tensor, values: Tensor) -> None:
+        super().__init__(layer, keys, values, 1)
+        self.steps, self._appended = steps, False
+        self._taken = None if torch.compiler.is_compiling() else layer.taken
+
+    @property
+    def length(self) -> int:
+        return self.steps.max_length
+
+    def check_current(self) -> None:
+        if self._taken is not None and self._taken != self.layer.taken:
+            raise RuntimeError("these keys and values are stale: their LogQuant cache layer was updated since")
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """Attention to this token and all before it, ``[B, Hq, 1, Dv]``."""
-        if self.appended:
-            return self.steps.attend_again(call)
-        self.appended = True
-        return self.steps.attend(self.keys, self.values, call)
+        """Attention to this token and all before it, ``[B, Hq, 1, Dv]``.
 
+        Raises:
+            RuntimeError: the layer was updated since, or its window has no room.
+        """
+        self.check_current()
+        query, mask = call.query, call.mask
+        if (grouped := query.shape[2] > 1) and mask is not None and mask.shape[1] > 1:
+            return exact_attention(call, *self.dense())
+        if grouped:  # query heads that came as queries of their KV head
+            mask = None if mask is None else mask[:, :, :1]
+            call = call._replace(query=query.flatten(1, 2).unsqueeze(2), mask=mask)
+        call = call._replace(causal=False)
+        if self._appended:
+            out = self.steps.attend_again(call)
+        else:
+            self._appended = True
+            out = self.steps.attend(*self._inside(), call)
+        return out.squeeze(2).unflatten(1, query.shape[1:3]) if grouped else out
 
-def inside(units: Units, keys: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys and values of a new token as a layer holds them."""
-    if keys.dtype != dtype or values.dtype != dtype:
-        keys, values = keys.to(dtype), values.to(dtype)
-    return units.inside(keys, values)
+    def dense(self) -> tuple[Tensor, Tensor]:
+        if not self._appended:
+            self._appended = True
+            self.steps.append(*self._inside())
+        return self.steps.dense()
+
+    def _inside(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as the layer holds them."""
+        dtype = self.steps.window_k.dtype
+        keys, values = self.keys, self.values
+        if keys.dtype != dtype or values.dtype != dtype:
+            keys, values = keys.to(dtype), values.to(dtype)
+        return self.steps.units.inside(keys, values)

@@ -26,7 +26,7 @@ from .report import LayerReport, report_of
 from .shared import Shared
 from .sizes import tensors_in
 from .slots import Slots
-from .static import StaticLayer, layers_of_fixed_size, make_room, resize
+from .static import StaticLayer, check_length, check_sliding, layers_of_fixed_size, make_room, resize
 from .storage import Allocator
 
 FILE_VERSION = 1
@@ -119,17 +119,15 @@ class LogQuantCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         """Append tokens to a layer, and return what attention is to see (:meth:`LogQuantLayer.update`)."""
         layer = self.layers[layer_idx]
+        if self.max_length is not None and layer_idx == 0 and key_states.shape[2] > 1:
+            check_length(self.layers, key_states.shape[2])
         if isinstance(layer, StaticLayer):
             if not torch.compiler.is_compiling():
                 self.make_room(layer_idx)
-            if layer.can_step(key_states, value_states):
-                implementation = self._text_config._attn_implementation
-                if implementation == "logquant":
-                    token: Any = layer.step(key_states, value_states)
-                    return token, token
-                # What sdpa is called with shows only where nothing is compiled (:mod:`logquant.attention.handle`).
-                if implementation != "sdpa" or torch.compiler.is_compiling():
-                    return layer.append_step(key_states, value_states)
+            if layer.can_step(key_states):
+                # What other attention is called with shows only where nothing is compiled (attention/handle.py).
+                fused = not torch.compiler.is_compiling() or self._text_config._attn_implementation == "logquant"
+                return layer.step(key_states, value_states) if fused else layer.append_step(key_states, value_states)
         if torch.compiler.is_compiling() and isinstance(layer, LogQuantLayer) and self._reads_plainly(layer):
             length = layer.length + key_states.shape[2]
             both: tuple[Tensor, Tensor] = compiled.read_layer(key_states, value_states, layer._layer_id, length)
@@ -143,15 +141,17 @@ class LogQuantCache(DynamicCache):
 
     def __bool__(self) -> bool:
         """True, but for an empty cache of a model like Phi-3, which would throw it away before a long prompt."""
-        length = super().get_seq_length()
+        if not self.left_behind.may_be:
+            return True
+        length = int(super().get_seq_length())
         self.left_behind.asked_for_truth(length)
-        return length > 0 or not self.left_behind.may_be
+        return length > 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions that the layer holds, those of padding included."""
         length: int = super().get_seq_length(layer_idx)
-        if self.max_length is None:
-            self.left_behind.asked_for_length(length)
+        if self.left_behind.may_be and not torch.compiler.is_compiling():
+            self.left_behind.asked_for_length(int(length))
         return length
 
     @property
@@ -184,9 +184,9 @@ class LogQuantCache(DynamicCache):
     def make_room(self, layer_idx: int | None = None) -> None:
         """Between steps of a cache of fixed size: tokens that are due leave the window, so that another step fits.
 
-        ``generate`` calls this by itself. Who compiles a model and steps it in a loop of one's own, without masks made
-        outside of it, calls it before each step; without it, a step that finds no room raises an error on a CPU, and
-        gives NaN on a GPU. Reads from the device only where tokens may be due: every ``window`` steps or so.
+        ``generate`` calls this by itself. If you compile a model and call it in your own loop, without masks that are
+        made outside of it, call this before each step: without it, a step that finds no room raises an error on a CPU,
+        and gives NaN on a GPU. Reads from the device only where tokens may be due.
 
         Args:
             layer_idx: the layer that tokens come to next, if not the first one.
@@ -251,6 +251,7 @@ class LogQuantCache(DynamicCache):
         for layer in self.layers:
             if isinstance(layer, LogQuantLayer):
                 layer.check_crop(tokens_to_remove)
+        check_sliding(self.layers, tokens_to_remove)
         super().crop(tokens_to_remove)
 
     @property
@@ -406,6 +407,7 @@ class LogQuantCache(DynamicCache):
         lengths = [layer.length if isinstance(layer, LogQuantLayer) else layer.get_seq_length() for layer in layers]
         for layer, length in zip(layers, lengths, strict=True):
             if length > min(lengths):
+                check_sliding([layer], min(lengths) - length)
                 layer.crop(min(lengths) - length)
         return min(lengths)
 

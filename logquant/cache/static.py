@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticSlidingWindowLayer
 from transformers.cache_utils import StaticLayer as FullStaticLayer
 
 from ..attention.call import AttentionCall
-from ..attention.gradients import records
-from ..attention.steps import NewToken, Steps, inside
+from ..attention.handle import handles
+from ..attention.steps import NewToken, Steps
 from ..attention.view import KVView, View
 from ..config import LogQuantConfig
 from .held import Held
@@ -26,7 +26,7 @@ from .layer import LogQuantLayer
 from .layout import Rows
 from .shared import Shared
 from .sizes import packed_tokens, window_capacity
-from .storage import Storage
+from .storage import Storage, check_states
 from .uncommitted import Exact, Uncommitted
 
 
@@ -39,7 +39,8 @@ class StaticLayer(LogQuantLayer):
 
     Attributes:
         steps: the tensors of a step; None until they are needed.
-        stepping: whether a step may be taken with them as they are.
+        can_take_steps: whether they are as the host knows the layer, so that steps may be taken.
+        taken: steps since the host looked last, but for compiled ones.
         pending: whether steps may have been taken that the host has not seen.
     """
 
@@ -49,15 +50,16 @@ class StaticLayer(LogQuantLayer):
         self.max_length = max_length
         self.steps: Steps | None = None
         self._holders: Collection[Storage] = ()
+        self._query_heads = 0  # until they are known
         super().__init__(config, shared, rows, index)
 
     def reset(self) -> None:
         """Forget all tokens; tensors stay where they are, so that a compiled step serves the next text, too."""
-        self.pending = self.stepping = False
-        self._taken = 0
+        self.pending = self.can_take_steps = False
+        self.taken = 0
         super().reset()
         self.__dict__.pop("_held", None)
-        self._published = -1
+        self.published_version = -1
 
     # ----------------------------------------------------------------------------------------- what the host sees
     @property
@@ -80,10 +82,16 @@ class StaticLayer(LogQuantLayer):
         new = total - before.length
         if not new:
             return
+        if before.exact + new > steps.window_k.shape[2]:
+            self.pending = True
+            raise RuntimeError(
+                f"{new} steps were taken where the window had room for {steps.window_k.shape[2] - before.exact}: call "
+                "cache.make_room() between steps. Tokens are lost: reset() the cache and feed it the sequence again"
+            )
         keys, values = (w[:, :, : before.exact + new] for w in (steps.window_k, steps.window_v))
         # Of the new tokens by themselves only the number counts here: in a batch with padding they lie elsewhere.
         uncommitted = Uncommitted(Exact(keys, values, in_window=True), (keys[:, :, -new:], values[:, :, -new:]))
-        if steps.told:
+        if steps.queries_known:
             if steps.queries.shape[2]:
                 uncommitted.call = AttentionCall(steps.newest(total, new), None, steps.scale, steps.softcap)
             if held.chosen is not None:
@@ -93,7 +101,7 @@ class StaticLayer(LogQuantLayer):
         except BaseException:
             self.pending = True
             raise
-        self._length, self._taken = total, 0
+        self._length, self.taken = total, 0
         if moved:
             self.version += 1
             self._publish()
@@ -103,20 +111,22 @@ class StaticLayer(LogQuantLayer):
         if not self.is_initialized or self.speculation is not None:
             return
         self.commit()
-        if self._published != self.version:
+        if self.published_version != self.version:
             self._publish()
 
     def _publish(self) -> None:
         """Write to the device what the host knows; tensors stay where they are if their shapes do."""
         held, rows = self._held, self._held.rows
+        self.can_take_steps = False
         if not rows.length or held.storage.in_graph:
             return
         steps = self._with_buffers(held)
         batch, page_tokens = len(steps.lengths), self.format.page_tokens
-        queries = held.advice.queries
+        if held.advice.queries is not None:
+            self._query_heads = held.advice.queries.parts[0].shape[1]
         wanted = held.advice.needed(allocated=0 not in rows.packed_counts)
-        if queries is not None and not (steps.queries.shape[2] >= wanted > 0):
-            steps.keep_queries(queries.parts[0].shape[1], wanted)
+        if self._query_heads and steps.queries.shape[2] < wanted:
+            steps.keep_queries(self._query_heads, wanted)
         table, first = held.layout.positions(self.device), steps.positions.shape[1] - steps.window_k.shape[2]
         steps.positions[:, : rows.packed] = table[:, : rows.packed]
         steps.positions[:, first : first + rows.exact] = table[:, rows.packed :]
@@ -129,7 +139,7 @@ class StaticLayer(LogQuantLayer):
         if steps.key_map is not None and held.advice.key_map is not None:
             steps.key_map.copy_(held.advice.key_map)
         steps.units, self._length = held.storage.units, rows.length
-        self._published, self.stepping = self.version, True
+        self.published_version, self.can_take_steps = self.version, True
         self.shared.room = 0
 
     def _with_buffers(self, held: Held) -> Steps:
@@ -170,49 +180,61 @@ class StaticLayer(LogQuantLayer):
         super().lazy_initialization(key_states, value_states)
         self._with_buffers(self._held)
 
-    def can_step(self, key_states: Tensor, value_states: Tensor) -> bool:
-        """Whether these can come without the host."""
-        return self.stepping and key_states.shape[2] == 1 and not records(key_states, value_states)
+    def can_step(self, key_states: Tensor) -> bool:
+        """Whether these can come without the host; never with gradients, for which the host has to look after."""
+        return self.can_take_steps and key_states.shape[2] == 1 and not torch.is_grad_enabled()
 
-    def step(self, key_states: Tensor, value_states: Tensor) -> NewToken:
+    def step(self, key_states: Tensor, value_states: Tensor) -> tuple[Any, Any]:
         """A token of each row comes, and will be appended when it is attended to.
 
+        Returns:
+            What stands for all keys and values; where a model is being compiled, an object that only the attention
+            function ``"logquant"`` understands.
+
         Raises:
-            RuntimeError: as :meth:`update`, where nothing is compiled.
+            as :meth:`update`, where nothing is compiled.
         """
-        self._begin_step()
+        self._begin_step(key_states, value_states)
         assert self.steps is not None
-        return NewToken(self.steps, *inside(self.steps.units, key_states, value_states, self.dtype))
+        token = NewToken(self, self.steps, key_states, value_states)
+        return (token, token) if torch.compiler.is_compiling() else handles(token)
 
     def append_step(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """A token of each row comes; the keys and values of all N positions, as plain tensors."""
-        self._begin_step()
+        self._begin_step(key_states, value_states)
         assert self.steps is not None
-        return self.steps.append(*inside(self.steps.units, key_states, value_states, self.dtype))
+        return NewToken(self, self.steps, key_states, value_states).dense()
 
-    def _begin_step(self) -> None:
+    def _begin_step(self, key_states: Tensor, value_states: Tensor) -> None:
         if not torch.compiler.is_compiling():
+            check_states(key_states, value_states, self._held.storage)
             # Steps that were compiled are missing here, in all layers alike.
-            self.shared.arrive(self._index, self._length + self._taken)
-            self._taken += 1
+            self.shared.arrive(self._index, self._length + self.taken)
+            self.taken += 1
         self.pending = True
 
     def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        if (total := self.length + key_states.shape[2]) > self.max_length:
+        self.check_length(key_states.shape[2])
+        self.can_take_steps = False
+        return super()._update(key_states, value_states)
+
+    def check_length(self, new: int) -> None:
+        """Refuse (ValueError) more positions than there is room for."""
+        if (total := self.length + new) > self.max_length:
             raise ValueError(
                 f"max_length of this LogQuant cache is {self.max_length} positions, and it would hold {total}: make it "
                 "with a larger one, or cache.resize(max_length)"
             )
-        self.stepping = False
-        return super()._update(key_states, value_states)
 
     def append(self, keys: Tensor, values: Tensor) -> KVView:
         view = super().append(keys, values)
-        self._published = -1
+        self.published_version = -1
         return view
 
     def observe(self, view: View, call: AttentionCall | None) -> None:
         super().observe(view, call)
+        if call is not None and call.query.shape[2] == view.new:
+            self._query_heads = call.query.shape[1]
         if view.new > 1 and self.steps is not None:
             self.settle()
 
@@ -225,18 +247,14 @@ class StaticLayer(LogQuantLayer):
         self.settle()
         if not self.is_initialized:
             return 0
-        if self._length >= self.max_length:
-            raise ValueError(
-                f"max_length of this LogQuant cache is {self.max_length} positions, and all are held: make it with a "
-                "larger one, or cache.resize(max_length)"
-            )
+        self.check_length(1)
         return min(window_capacity(self.config) - self.rows.exact, self.max_length - self._length)
 
     def resize(self, max_length: int) -> None:
         """Have room for another number of positions; what is held is copied."""
         if self.is_initialized:
             self.commit()
-        self.max_length, self.steps, self.stepping, self._published = max_length, None, False, -1
+        self.max_length, self.steps, self.can_take_steps, self.published_version = max_length, None, False, -1
         self.settle()
 
     # ------------------------------------------------------------------------------------- what transformers asks for
@@ -248,10 +266,10 @@ class StaticLayer(LogQuantLayer):
 
     def get_seq_length(self) -> Any:
         """Positions: while steps are taken a tensor, for only the device knows."""
-        return self.steps.seen[0].clone() if self.stepping and self.steps is not None else self._length
+        return self.steps.seen[0].clone() if self.can_take_steps and self.steps is not None else self._length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if self.stepping and query_length == 1:
+        if self.can_take_steps and query_length == 1 and not torch.is_grad_enabled():
             return self.max_length, 0
         return self.length + query_length, 0
 
@@ -268,7 +286,7 @@ class StaticLayer(LogQuantLayer):
         if self.is_initialized:
             self.settle()
         LogQuantLayer.record_past.fset(self, value)  # type: ignore[attr-defined]
-        self.stepping = False
+        self.can_take_steps = False
         self.settle()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -285,6 +303,10 @@ class StaticLayer(LogQuantLayer):
         self.settle()
 
     def restore(self, rows: Rows | None, tensors: dict[str, Tensor], described: dict[str, Any]) -> None:
+        if rows is not None and rows.length > self.max_length:
+            raise ValueError(
+                f"max_length must be at least the {rows.length} positions of the file, got {self.max_length}"
+            )
         super().restore(rows, tensors, described)
         self.settle()
 
@@ -293,18 +315,20 @@ class StaticLayer(LogQuantLayer):
             self._catch_up()
         twin = super().copy()
         assert isinstance(twin, StaticLayer)
-        twin.steps, twin.stepping, twin._published, twin._holders = None, False, -1, ()
+        twin.steps, twin.can_take_steps, twin.published_version, twin._holders = None, False, -1, ()
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__() | {"steps": None, "stepping": False, "_published": -1}
+        state = super().__getstate__() | {"steps": None, "can_take_steps": False, "published_version": -1}
         return state | {"_holders": ()}
 
     @property
     def nbytes(self) -> int:
         steps = self.steps
-        own = () if steps is None else (steps.positions, steps.lengths, steps.attention, steps.queries, steps.seen)
-        return super().nbytes + sum(t.nbytes for t in own)
+        if steps is None:
+            return super().nbytes
+        own = steps.positions, steps.lengths, steps.attention, steps.queries, steps.seen, steps.key_map
+        return super().nbytes + sum(t.nbytes for t in own if t is not None)
 
 
 def layers_of_fixed_size(config: PreTrainedConfig, quantization: LogQuantConfig, max_length: int) -> list[Any]:
@@ -315,13 +339,31 @@ def layers_of_fixed_size(config: PreTrainedConfig, quantization: LogQuantConfig,
     """
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {max_length}")
-    for name in ("recall", "prune"):
-        if (option := getattr(quantization, name)) is not None:
+    for name in ("recall", "prune", "evict"):
+        if (option := getattr(quantization, name, None)) is not None:
             raise ValueError(f"{name} does not go with max_length: got {name}={option!r} and max_length={max_length}")
     return [
         DynamicLayer() if type(layer) is FullStaticLayer else layer
         for layer in StaticCache(config=config, max_cache_len=max_length).layers
     ]
+
+
+def check_length(layers: Sequence[object], new: int) -> None:
+    """Refuse (ValueError) more positions than there is room for, before any layer takes one."""
+    static = next((layer for layer in layers if isinstance(layer, StaticLayer)), None)
+    if static is not None:
+        static.check_length(new)
+
+
+def check_sliding(layers: Sequence[object], tokens_to_remove: int) -> None:
+    """Refuse (RuntimeError) a crop of sliding layers of fixed size that have forgotten what would come back."""
+    for layer in layers:
+        if isinstance(layer, StaticSlidingWindowLayer) and tokens_to_remove < 0 and layer.is_initialized:
+            if int(layer.cumulative_length) > layer.max_cache_len:
+                raise RuntimeError(
+                    f"a sliding layer has forgotten all but its newest {layer.max_cache_len} tokens, and cannot take "
+                    "any of them back: reset() the cache and feed it the sequence again"
+                )
 
 
 def make_room(layers: list[StaticLayer], shared: Shared) -> None:

@@ -243,7 +243,7 @@ def decode_step_(
         lengths: int32 ``[B, 2]``: pages and window tokens in use, changed in place.
         attention: float32 ``[B, H, S]``, what each window slot has been given, changed in place; ``[B, H, 0]``: nobody
             asks.
-        queries: ``[B, Hq, R, D]``: the query of position p goes to slot ``p % R``, in place.
+        queries: ``[B, Hq, R, D]``: the query of position p goes to slot ``p % R``, in place. R may be 0.
         seen: int64 ``[B]``, positions that came before, changed in place.
         fmt, scale, softcap, key_map, sinks: as for :func:`attend`.
         mask: as for :func:`attend`, looked up by ``positions``.

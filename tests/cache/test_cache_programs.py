@@ -18,7 +18,6 @@ from torch import Tensor
 
 from logquant import LogQuantCache, LogQuantConfig
 from logquant.attention.call import AttentionCall
-from logquant.attention.steps import NewToken
 from logquant.attention.weights import HEARD
 from logquant.cache.layer import LogQuantLayer
 from logquant.files import fingerprint
@@ -32,7 +31,6 @@ from tests.helpers.rows import PlainRow
 
 WINDOW, HEADS, DIM = 32, 1, 16
 MODEL = tiny_config(num_hidden_layers=2, num_attention_heads=HEADS, num_key_value_heads=HEADS, head_dim=DIM)
-MODEL._attn_implementation = "logquant"  # a cache of fixed size takes steps for this one alone
 MAX_LENGTH = 2048
 # Scores that differ from layer to layer: column maps that do not depend on the tokens.
 CALIBRATION = Calibration(
@@ -221,10 +219,10 @@ class CachePrograms(RuleBasedStateMachine):
         reserved = max(WINDOW, new) if self.recording else 0
         for i, rows in enumerate(self.rows):
             k, v = (torch.randn(self.batch, HEADS, new, DIM, generator=self.random) for _ in range(2))
-            keys, _ = self.cache.update(k, v, i)
+            with torch.no_grad():  # a cache of fixed size takes no steps with gradients
+                keys, _ = self.cache.update(k, v, i)
             mask = None if padding.all() else causal_mask(padding, new)
-            what = keys if isinstance(keys, NewToken) else keys.kv_view
-            what.attend(AttentionCall(k, mask, 1.0, causal=mask is None))
+            keys.kv_view.attend(AttentionCall(k, mask, 1.0, causal=mask is None))
             for row, tokens, is_real in zip(rows, torch.stack([k, v], 3)[:, 0], real, strict=True):
                 row.arrive(tokens, is_real, reserved)
         self.follow()

@@ -147,15 +147,79 @@ def test_generate_gives_the_same_tokens(model, ids):
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_other_attention_takes_no_steps_and_is_right(ids, implementation):
+@pytest.mark.parametrize("padded", [False, True])
+def test_other_attention_takes_steps_too(ids, implementation, padded):
+    """With "sdpa" as with "logquant"; with "eager" over dequantised tensors of all positions."""
     other = tiny_model()
     other.set_attn_implementation(implementation)
-    fixed, grows = LogQuantCache(other.config, rule="log", max_length=400), LogQuantCache(other.config, rule="log")
-    got, want = (feed(other, cache, ids, None, [200, *range(201, 300)]) for cache in (fixed, grows))
+    mask = torch.cat([pad_mask([200, 150], "left"), torch.ones(2, 240, dtype=torch.long)], 1) if padded else None
+    fixed, grows = (LogQuantCache(other.config, LogQuantConfig.paper(), max_length=n) for n in (400, None))
+    for cache in (fixed, grows):
+        cache.set_padding(mask)
+    got, want = (feed(other, cache, ids, mask, [200, *range(201, 301)]) for cache in (fixed, grows))
+    real = slice(None) if mask is None else mask[:, :300].bool()
+    assert (got - want)[real].abs().max() < 1e-3 * want.abs().max()
+    assert not fixed.layers[0].pending or fixed.layers[0].taken > 0
+
+
+def test_steps_with_gradients_go_the_way_of_a_cache_that_grows(model, ids):
+    fixed, grows = (LogQuantCache(model.config, max_length=n) for n in (400, None))
+    for implementation in ("logquant", "eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        start = int(fixed.get_seq_length())
+        for cache in (fixed, grows):
+            feed(
+                model,
+                cache,
+                ids,
+                None,
+                [start + 200 if start == 0 else start + 1, start + 202 if start == 0 else start + 2],
+            )
+        at = int(fixed.get_seq_length())
+        got, want = (model(ids[:, at : at + 1], **as_argument(cache)).logits for cache in (fixed, grows))
+        assert got.requires_grad and (got - want).abs().max() < 1e-3 * want.abs().max()
+        for cache in (fixed, grows):
+            cache.crop(-1)
+    model.set_attn_implementation("logquant")
+
+
+@pytest.mark.parametrize("then", ["step", "generate"])
+def test_cropped_to_nothing_it_begins_anew(model, ids, then):
+    fixed, grows = (LogQuantCache(model.config, max_length=n) for n in (400, None))
+    outs = []
+    for cache in (fixed, grows):
+        feed(model, cache, ids, None, [210, 211])
+        cache.crop(-211)
+        assert cache.get_seq_length() == 0
+        if then == "step":
+            outs.append(feed(model, cache, ids[:, 5:], None, [1, 2, 3, 100, 101]))
+        else:
+            options = dict(max_new_tokens=20, do_sample=False, pad_token_id=0)
+            outs.append(model.generate(ids[:, 7:190], **as_argument(cache), **options).float())
+    assert (outs[0] - outs[1]).abs().max() < 1e-3 * outs[1].abs().max()
+
+
+@pytest.mark.parametrize("make", [LogQuantConfig.paper, LogQuantConfig.small, LogQuantConfig.fine])
+def test_presets(ids, make):
+    model = tiny_model(head_dim=64)
+    model.set_attn_implementation("logquant")
+    fixed, grows = (LogQuantCache(model.config, make(), max_length=n) for n in (400, None))
+    got, want = (feed(model, cache, ids, None, [200, *range(201, 300)]) for cache in (fixed, grows))
     assert (got - want).abs().max() < 1e-3 * want.abs().max()
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "qwen3"])
+def test_queries_that_became_unknown_are_heard_again(model, ids):
+    fixed, grows = (LogQuantCache(model.config, max_length=n) for n in (400, None))
+    for cache in (fixed, grows):
+        feed(model, cache, ids, None, [250, 251])
+        cache.commit()
+        cache.crop(-60)
+    fixed, grows = copy.deepcopy(fixed), copy.deepcopy(grows)
+    got, want = (feed(model, cache, ids, None, list(range(192, 300))) for cache in (fixed, grows))
+    assert (got - want).abs().max() < 1e-3 * want.abs().max()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "qwen3", "deepseek_v3", "phi3"])
 def test_families_with_other_layers_softcaps_and_sinks(ids, family):
     """Sliding layers are of fixed size, too."""
     torch.manual_seed(0)
@@ -203,9 +267,9 @@ def test_a_step_without_room_changes_nothing(model, ids):
     new, query = torch.ones(batch, heads, 1, dim), torch.ones(batch, 4, 1, dim)
 
     def step() -> None:
-        token = layer.step(new, new)
-        assert isinstance(token, NewToken)
-        token.attend(AttentionCall(query, None, 1.0))
+        token, _ = layer.step(new, new)
+        assert isinstance(token.kv_view, NewToken)
+        token.kv_view.attend(AttentionCall(query, None, 1.0))
 
     room = 3 * 64 + 4 - layer.rows.exact
     for _ in range(room):
@@ -224,8 +288,9 @@ def test_a_forward_pass_that_ended_early_is_noticed_and_taken_back(model, ids):
         feed(model, each, ids, None, [300, 301])
     before = cache.get_seq_length()
     new = torch.ones(2, 2, 1, 32)
-    token, _ = cache.update(new, new, 0)
-    token.attend(AttentionCall(torch.ones(2, 4, 1, 32), None, 1.0))
+    with torch.no_grad():
+        token, _ = cache.update(new, new, 0)
+    token.kv_view.attend(AttentionCall(torch.ones(2, 4, 1, 32), None, 1.0))
     assert before == 301, "a number, not what becomes of it"
     with pytest.raises(RuntimeError, match="rewind"):
         feed(model, cache, ids, None, [303])
@@ -251,8 +316,8 @@ def test_a_layer_that_shares_the_keys_of_another_attends_to_the_token_once_more(
     layer = cache.layers[0]
     batch, heads, _, dim = layer.held.storage.window_k.shape
     call = AttentionCall(torch.randn(batch, 4, 1, dim), None, 0.2)
-    token = layer.step(torch.randn(batch, heads, 1, dim), torch.randn(batch, heads, 1, dim))
-    first, second = token.attend(call), token.attend(call)
+    token, _ = layer.step(torch.randn(batch, heads, 1, dim), torch.randn(batch, heads, 1, dim))
+    first, second = token.kv_view.attend(call), token.kv_view.attend(call)
     assert torch.equal(first, second) and layer.length == 301
 
 
