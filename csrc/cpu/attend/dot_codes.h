@@ -80,8 +80,8 @@ LOGQUANT_INLINE void dot_codes(const int32_t* words, int count, int64_t stride, 
   constexpr int kPairs = 16 / bits;  // pairs of elements in a word
   constexpr int kSums = kSumsPerVector<NR, bits>;
   const int32_t* const row_pairs = reinterpret_cast<const int32_t*>(row_codes);
-  I32 sum[kSums][NR][kVectors] = {};
-  const auto add_words = [&](int w) __attribute__((always_inline)) {
+  I32 sum[kSums][NR][kVectors];
+  const auto add_words = [&](auto is_first, int w) __attribute__((always_inline)) {
     next_page.fetch(lines);
     I32 x[kVectors];
     for (int k = 0; k < kVectors; ++k) x[k] = load(words + w * stride + k * kLanes);
@@ -89,7 +89,12 @@ LOGQUANT_INLINE void dot_codes(const int32_t* words, int count, int64_t stride, 
       constexpr int kPlace = i % kSums, kShift = bits * (i - kPlace);
       constexpr int kMask = static_cast<int>(lane_mask(bits)) << (bits * kPlace);
       I32 codes[kVectors];
-      for (int k = 0; k < kVectors; ++k) codes[k] = (kShift == 0 ? x[k] : shift_right(x[k], kShift)) & kMask;
+      for (int k = 0; k < kVectors; ++k) {
+        // Above the last pair there is nothing to mask.
+        codes[k] = i == kPairs - 1 && kPlace == 0 ? shift_halves_right(x[k], kShift)
+                   : kShift == 0                  ? x[k] & kMask
+                                                  : shift_right(x[k], kShift) & kMask;
+      }
       if constexpr (Fine::kAny && i == kPairs - 1) {
         for (int k = 0; k < kVectors; ++k) {
           codes[k] |= fine.template above<bits, bits * kPlace>(k * kLanes, w) & (kMask << bits);
@@ -97,14 +102,18 @@ LOGQUANT_INLINE void dot_codes(const int32_t* words, int count, int64_t stride, 
       }
       for (int r = 0; r < NR; ++r) {
         const I32 pair = splat(row_pairs[r * (codes_per_row / 2) + w * kPairs + i]);
-        for (int k = 0; k < kVectors; ++k) sum[kPlace][r][k] = dot_pairs(sum[kPlace][r][k], codes[k], pair);
+        for (int k = 0; k < kVectors; ++k) {
+          const I32 before = is_first && i < kSums ? I32{} : sum[kPlace][r][k];
+          sum[kPlace][r][k] = dot_pairs(before, codes[k], pair);
+        }
       }
     });
   };
+  add_words(std::true_type{}, 0);
   if constexpr (Fine::kAny) {
-    unroll<4>(add_words);
+    unroll<3>([&](auto w) __attribute__((always_inline)) { add_words(std::false_type{}, 1 + w); });
   } else {
-    for (int w = 0; w < count; ++w) add_words(w);
+    for (int w = 1; w < count; ++w) add_words(std::false_type{}, w);
   }
   for (int r = 0; r < NR; ++r) {
     for (int k = 0; k < kVectors; ++k) {
