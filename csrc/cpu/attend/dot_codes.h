@@ -4,6 +4,20 @@
 // Lanes are tokens (of keys) or channels (of values), and a word of a lane runs along the axis that is summed: shifted
 // and masked it is two int16 codes (format.h), which one instruction multiplies by a pair of a row's numbers, the same
 // in every lane. A word is read once for all rows. tiled_dot.h has the same sums from matrix tiles.
+//
+// Instructions of AVX2 on vectors per page of 64 tokens and 128 channels of 2 bits, plain (16-bit parameters, no map),
+// keys and values together, with 1 | 3 | 4 | 8 query rows:
+//                                          1       3       4       8
+//   multiplications of pairs            1024    3072    4096    8192
+//   their additions                      976    3000    4000    8000
+//   shifts and masks of words           1408    1792    1792    1792
+//   transposed words, folding, softmax,
+//   rounding (about)                     800    1600    2000    3600
+//   all                                 4200    9500   11900   21600
+//   cycles a token, four pipes            16      37      46      84
+//   measured, Zen 4 at 2.55 GHz           17      37      47      93
+// (Broadcasts of pairs are loads alone.) So it is bound by the number of instructions, of which four go a cycle: with
+// AVX-VNNI, which needs no additions, by the two pipes that multiply, 32 cycles a token with 4 rows.
 #pragma once
 
 #include "prefetcher.h"

@@ -1,7 +1,7 @@
 // The query rows of a task, and the sizes that every part of attention (attend.cpp) shares.
 //
 // Row r of a KV head is query r % queries of query head r / queries of its group. A task has up to kMaxRows rows,
-// padded to NR = 1, 2, 4 or 8, which is a constant of what is compiled; padding rows hold zeros and are never written
+// padded to NR = 1, 2, 3, 4 or 8, which is a constant of what is compiled; padding rows hold zeros and are never written
 // out.
 #pragma once
 
@@ -38,11 +38,20 @@ struct TaskRows {
   LOGQUANT_INLINE int64_t query(const AttendArgs& args, int r) const { return (first_row + r) % args.queries; }
 };
 
+// How many of `count` vectors reduce_lanes takes at a time: a power of two, of which the last may be padding.
+constexpr int reduced_at_once(int count) {
+  int n = 1;
+  while (n < count && n < kLanes) n *= 2;
+  return n;
+}
+
 // Calls f(first row, vector of the rows' results), kLanes rows at most at a time; lanes past NR are unspecified.
 template <int NR, class Op, class F>
 LOGQUANT_INLINE void reduce_rows(const F32 (&v)[NR], Op op, F&& f) {
-  constexpr int kStep = NR < kLanes ? NR : kLanes;
-  for (int r = 0; r < NR; r += kStep) f(r, reduce_lanes<kStep>(v + r, op));
+  constexpr int kStep = reduced_at_once(NR), kPadded = (NR + kStep - 1) / kStep * kStep;
+  F32 padded[kPadded];
+  unroll<kPadded>([&](auto r) __attribute__((always_inline)) { padded[r] = v[r < NR ? r : 0]; });
+  for (int r = 0; r < NR; r += kStep) f(r, reduce_lanes<kStep>(padded + r, op));
 }
 
 }  // namespace
