@@ -28,8 +28,8 @@ LOGQUANT_INLINE I32 every_mth(const I32* v, std::integer_sequence<int, lane...>)
 }
 
 #if defined(LOGQUANT_AVX2)
-// [G][kWords] words to [kWords][G], kWords >= 4: four words of eight tokens at a time, half as many instructions as below
-// need. Words that are left over are written together with some of the four before them, again.
+// [G][kWords] words to [kWords][G], kWords >= 4: four words of eight tokens at a time, half as many instructions as
+// below need. Words that are left over are written together with some of the four before them, again.
 template <int kWords>
 LOGQUANT_INLINE void transpose_by_four(const int32_t* in, int32_t* out, int tokens) {
   const auto four = [&](int t, int w) __attribute__((always_inline)) {

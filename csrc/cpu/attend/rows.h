@@ -1,8 +1,8 @@
 // The query rows of a task, and the sizes that every part of attention (attend.cpp) shares.
 //
 // Row r of a KV head is query r % queries of query head r / queries of its group. A task has up to kMaxRows rows,
-// padded to NR = 1, 2, 3, 4 or 8, which is a constant of what is compiled; padding rows hold zeros and are never written
-// out.
+// padded to NR = 1, 2, 3, 4 or 8, which is a constant of what is compiled; padding rows hold zeros and are never
+// written out.
 #pragma once
 
 #include "../simd.h"
