@@ -9,12 +9,12 @@
 // keys and values together, with 1 | 3 | 4 | 8 query rows:
 //                                          1       3       4       8
 //   multiplications of pairs            1024    3072    4096    8192
-//   their additions                      976    3000    4000    8000
+//   their additions                     1024    3072    4096    8192
 //   shifts and masks of words           1408    1792    1792    1792
 //   transposed words, folding, softmax,
 //   rounding (about)                     800    1600    2000    3600
-//   all                                 4200    9500   11900   21600
-//   cycles a token, four pipes            16      37      46      84
+//   all                                 4300    9500   12000   21800
+//   cycles a token, four pipes            17      37      47      85
 //   measured, Zen 4 at 2.55 GHz           17      37      47      93
 // (Broadcasts of pairs are loads alone.) So it is bound by the number of instructions, of which four go a cycle: with
 // AVX-VNNI, which needs no additions, by the two pipes that multiply, 32 cycles a token with 4 rows.
@@ -94,8 +94,8 @@ LOGQUANT_INLINE void dot_codes(const int32_t* words, int count, int64_t stride, 
   constexpr int kPairs = 16 / bits;  // pairs of elements in a word
   constexpr int kSums = kSumsPerVector<NR, bits>;
   const int32_t* const row_pairs = reinterpret_cast<const int32_t*>(row_codes);
-  I32 sum[kSums][NR][kVectors];
-  const auto add_words = [&](auto is_first, int w) __attribute__((always_inline)) {
+  I32 sum[kSums][NR][kVectors] = {};
+  const auto add_words = [&](int w) __attribute__((always_inline)) {
     next_page.fetch(lines);
     I32 x[kVectors];
     for (int k = 0; k < kVectors; ++k) x[k] = load(words + w * stride + k * kLanes);
@@ -116,18 +116,14 @@ LOGQUANT_INLINE void dot_codes(const int32_t* words, int count, int64_t stride, 
       }
       for (int r = 0; r < NR; ++r) {
         const I32 pair = splat(row_pairs[r * (codes_per_row / 2) + w * kPairs + i]);
-        for (int k = 0; k < kVectors; ++k) {
-          const I32 before = is_first && i < kSums ? I32{} : sum[kPlace][r][k];
-          sum[kPlace][r][k] = dot_pairs(before, codes[k], pair);
-        }
+        for (int k = 0; k < kVectors; ++k) sum[kPlace][r][k] = dot_pairs(sum[kPlace][r][k], codes[k], pair);
       }
     });
   };
-  add_words(std::true_type{}, 0);
   if constexpr (Fine::kAny) {
-    unroll<3>([&](auto w) __attribute__((always_inline)) { add_words(std::false_type{}, 1 + w); });
+    unroll<4>(add_words);
   } else {
-    for (int w = 1; w < count; ++w) add_words(std::false_type{}, w);
+    for (int w = 0; w < count; ++w) add_words(w);
   }
   for (int r = 0; r < NR; ++r) {
     for (int k = 0; k < kVectors; ++k) {

@@ -48,10 +48,14 @@ constexpr int reduced_at_once(int count) {
 // Calls f(first row, vector of the rows' results), kLanes rows at most at a time; lanes past NR are unspecified.
 template <int NR, class Op, class F>
 LOGQUANT_INLINE void reduce_rows(const F32 (&v)[NR], Op op, F&& f) {
-  constexpr int kStep = reduced_at_once(NR), kPadded = (NR + kStep - 1) / kStep * kStep;
-  F32 padded[kPadded];
-  unroll<kPadded>([&](auto r) __attribute__((always_inline)) { padded[r] = v[r < NR ? r : 0]; });
-  for (int r = 0; r < NR; r += kStep) f(r, reduce_lanes<kStep>(padded + r, op));
+  constexpr int kStep = reduced_at_once(NR);
+  if constexpr (NR % kStep == 0) {
+    for (int r = 0; r < NR; r += kStep) f(r, reduce_lanes<kStep>(v + r, op));
+  } else {
+    static_assert(NR == 3);
+    const F32 padded[4] = {v[0], v[1], v[2], v[2]};
+    for (int r = 0; r < NR; r += kStep) f(r, reduce_lanes<kStep>(padded + r, op));
+  }
 }
 
 }  // namespace
