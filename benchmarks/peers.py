@@ -43,39 +43,46 @@ STEPS = 8
 """Steps of another program in a turn: it is asked for a text, not for a token."""
 
 
+Step = Callable[[], Any]
+"""Takes a step; what another program's returns are the seconds that it took."""
+
+
 class Peer(Protocol):
     """Another program with one kind of KV cache. ``slow``: reading a long prompt takes it many minutes."""
 
     name: str
     slow: bool
 
-    def read(self, prompt: list[int]) -> None:
-        """Have a prompt in the cache; it begins with the one before."""
-
-    def step(self) -> float:
-        """Seconds of one step after that prompt, from :data:`STEPS` in a row."""
+    def after(self, prompt: list[int]) -> Step:
+        """Have a prompt in the cache. What is returned tells the seconds of a step after it, of :data:`STEPS`."""
 
 
 class LlamaCpp:
-    """llama.cpp's server, called in this process, with flash attention.
+    """llama.cpp with flash attention.
 
     Args:
         file: the model, GGUF.
         cache_type: of ggml, for keys and values.
-        longest: tokens that its cache has room for.
         states: where what it has read is kept from one run to the next; None: nowhere.
     """
 
-    package = "xllamacpp"
+    def __init__(self, file: Path, cache_type: str, states: Path | None = None) -> None:
+        self.name, self.slow = f"llama.cpp, {cache_type}", cache_type != "f16"
+        self._file, self._type, self._states = file, cache_type, states
 
-    def __init__(self, file: Path, cache_type: str, longest: int, states: Path | None = None) -> None:
+    def after(self, prompt: list[int]) -> LlamaText:
+        return LlamaText(self._file, self._type, prompt, self._states)
+
+
+class LlamaText:
+    """One prompt in llama.cpp's server, called in this process; arguments as for :class:`LlamaCpp`."""
+
+    def __init__(self, file: Path, cache_type: str, prompt: list[int], states: Path | None) -> None:
         import xllamacpp
 
-        self.name, self.slow = f"llama.cpp, {cache_type}", cache_type != "f16"
-        self._states, self._label = states, f"{file.stem}-{cache_type}"
         params = xllamacpp.CommonParams()
         params.model.path = str(file)
-        params.n_ctx, params.n_parallel, params.verbosity = longest, 1, -1
+        params.n_ctx, params.n_parallel, params.verbosity = len(prompt) + 256, 1, -1
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
         params.cache_type_k = params.cache_type_v = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{cache_type.upper()}")
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
@@ -84,19 +91,13 @@ class LlamaCpp:
         if states is not None:
             states.mkdir(parents=True, exist_ok=True)
             params.slot_save_path, params.endpoint_slots = f"{states.resolve()}/", True
-        self._server = xllamacpp.Server(params)
-        self._prompt: list[int] = []
-
-    def read(self, prompt: list[int]) -> None:
-        self._prompt = prompt
-        if self._states is None:
-            self.step()
-            return
-        name = f"{self._label}-{len(prompt)}.bin"
-        if (self._states / name).exists():
+        self._server, self._prompt = xllamacpp.Server(params), prompt
+        name = f"{file.stem}-{cache_type}-{len(prompt)}.bin"
+        if states is not None and (states / name).exists():
             self._slot("restore", name)
-        else:
-            self.step()
+            return
+        self()
+        if states is not None:
             self._slot("save", name)
 
     def ask(self) -> dict[str, Any]:
@@ -106,7 +107,7 @@ class LlamaCpp:
         )
         return answer
 
-    def step(self) -> float:
+    def __call__(self) -> float:
         timings = self.ask()["timings"]
         if timings["predicted_n"] != STEPS + 1:
             raise RuntimeError(f"llama.cpp must write {STEPS + 1} tokens, wrote {timings['predicted_n']}")
@@ -127,10 +128,8 @@ class OpenVino:
     Args:
         file: the model, GGUF.
         precision: of keys and values.
-        longest: tokens that its cache has room for.
+        longest: tokens that its cache has room for, at least.
     """
-
-    package = "openvino-genai"
 
     def __init__(self, file: Path, precision: str, longest: int) -> None:
         import openvino_genai
@@ -152,18 +151,20 @@ class OpenVino:
         self._config.max_new_tokens = self._config.min_new_tokens = STEPS + 1
         self._config.ignore_eos, self._config.do_sample = True, False
 
-    def read(self, prompt: list[int]) -> None:
+    def after(self, prompt: list[int]) -> Step:
         import openvino
 
-        self._prompt = openvino.Tensor(torch.tensor([prompt]).numpy())
-        self.step()
+        tokens = openvino.Tensor(torch.tensor([prompt]).numpy())
 
-    def step(self) -> float:
-        answer = self._pipeline.generate(self._prompt, self._config)
-        durations = list(answer.perf_metrics.raw_metrics.m_durations)
-        if len(durations) != STEPS:
-            raise RuntimeError(f"OpenVINO GenAI must take {STEPS} steps after the first token, took {len(durations)}")
-        return Timing.of(durations).median / 1e6
+        def step() -> float:
+            answer = self._pipeline.generate(tokens, self._config)
+            durations = list(answer.perf_metrics.raw_metrics.m_durations)
+            if len(durations) != STEPS:
+                raise RuntimeError(f"OpenVINO GenAI must take {STEPS} steps after one token, took {len(durations)}")
+            return Timing.of(durations).median / 1e6
+
+        step()
+        return step
 
 
 def other_programs(file: Path, longest: int, states: Path | None) -> tuple[list[Peer], dict[str, str]]:
@@ -171,7 +172,7 @@ def other_programs(file: Path, longest: int, states: Path | None) -> tuple[list[
     peers: list[Peer] = []
     skipped = {}
     kinds: list[tuple[str, str, Callable[[str], Peer], tuple[str, ...]]] = [
-        ("llama.cpp", "xllamacpp", lambda kind: LlamaCpp(file, kind, longest, states), ("f16", "q8_0", "q4_0")),
+        ("llama.cpp", "xllamacpp", lambda kind: LlamaCpp(file, kind, states), ("f16", "q8_0", "q4_0")),
         ("OpenVINO GenAI", "openvino_genai", lambda kind: OpenVino(file, kind, longest), ("f16", "u8", "u4")),
     ]
     for name, module, make, caches in kinds:
@@ -211,10 +212,10 @@ class Row:
 
 
 @torch.inference_mode()
-def measure(
+def contenders(
     loaded: dict[torch.dtype, Any], peers: list[Peer], context: int, rounds: int, caches: dict[torch.dtype, str]
-) -> tuple[list[Row], dict[str, str]]:
-    """A turn with each contender in every round, after the same prompt.
+) -> tuple[dict[str, Step], dict[str, Callable[[], None]], dict[str, str]]:
+    """What takes a step after a prompt, by name; what is called after it; and why some are left out.
 
     Args:
         loaded: models, by dtype.
@@ -222,21 +223,15 @@ def measure(
         context: tokens of the prompt.
         rounds: timed turns of each.
         caches: names, separated by commas, by dtype.
-
-    Returns:
-        What each took, and why some are left out.
     """
     first = next(iter(loaded.values()))
     prompt = random_tokens(first, context)
     # Read once: what a cache holds changes nothing about its time.
     exact = DynamicCache(config=first.config)
     first(prompt, **as_argument(exact), logits_to_keep=1)
-    calls: dict[str, Callable[[], Any]] = {}
+    calls: dict[str, Step] = {peer.name: peer.after(prompt[0].tolist()) for peer in peers}
     after: dict[str, Callable[[], None]] = {}
     skipped = {}
-    for peer in peers:
-        peer.read(prompt[0].tolist())
-        calls[peer.name] = peer.step
     for dtype, model in loaded.items():
         for layer in exact.layers:
             layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
@@ -246,8 +241,42 @@ def measure(
         steps, back = steps_of(model, contenders_after(prompt, model, specs, 1, exact), rounds)
         calls |= {f"{_program(name)}, {kind}": step for name, step in steps.items()}
         after |= {f"{_program(name)}, {kind}": undo for name, undo in back.items()}
+    return calls, after, skipped
+
+
+@torch.inference_mode()
+def measure(
+    loaded: dict[torch.dtype, Any],
+    peers: list[Peer],
+    contexts: dict[int, dict[torch.dtype, str]],
+    rounds: int,
+    longest_slow: int,
+) -> tuple[list[Row], dict[str, str]]:
+    """A turn with each contender after each prompt, in every round: slopes are small, and machines are not quiet.
+
+    Args:
+        loaded, peers, rounds: as for :func:`contenders`.
+        contexts: tokens of the prompts, each with its caches (:func:`contenders`).
+        longest_slow: tokens that slow peers read at most.
+
+    Returns:
+        What each took, and why some are left out.
+    """
+    calls: dict[Any, Step] = {}
+    after: dict[Any, Callable[[], None]] = {}
+    skipped = {}
+    for context, caches in contexts.items():
+        taken = [peer for peer in peers if context <= longest_slow or not peer.slow]
+        steps, undo, missing = contenders(loaded, taken, context, rounds, caches)
+        calls |= {(name, context): step for name, step in steps.items()}
+        after |= {(name, context): back for name, back in undo.items()}
+        skipped |= missing
+        print(f"{context} tokens are read", file=sys.stderr, flush=True)
+    # By contender, then by context.
+    names = list(dict.fromkeys(name for name, _ in calls))
+    calls = dict(sorted(calls.items(), key=lambda item: (names.index(item[0][0]), item[0][1])))
     timings = time_interleaved(calls, rounds, before_each=_let_threads_sleep, after=after, clock=_seconds)
-    return [Row(name, context, timing) for name, timing in timings.items()], skipped
+    return [Row(name, context, timing) for (name, context), timing in timings.items()], skipped
 
 
 def _program(cache: str) -> str:
@@ -337,16 +366,16 @@ def main(argv: list[str] | None = None) -> None:
     with written(arguments) as result:
         loaded = {dtype: models.load(dtype=dtype)[0] for dtype in DTYPES}
         peers, result["skipped"] = other_programs(gguf_file(), max(contexts) + 256, arguments.states)
-        for context in contexts:
-            short = context <= arguments.longest_slow
-            slow = QUANTISED if short else {}
-            taken = [peer for peer in peers if short or not peer.slow]
-            caches = {dtype: ",".join([CACHES, *slow.get(dtype, ())]) for dtype in loaded}
-            rows, skipped = measure(loaded, taken, context, arguments.rounds, caches)
-            result["results"] += rows
-            result["skipped"] |= skipped
-            print("\n".join(table(rows)), flush=True)
-        if not short:
+        names = {
+            context: {
+                dtype: ",".join([CACHES, *(QUANTISED.get(dtype, ()) if context <= arguments.longest_slow else ())])
+                for dtype in loaded
+            }
+            for context in contexts
+        }
+        result["results"], skipped = measure(loaded, peers, names, arguments.rounds, arguments.longest_slow)
+        result["skipped"] |= skipped
+        if max(contexts) > arguments.longest_slow:
             result["skipped"] |= dict.fromkeys(
                 [
                     *(peer.name for peer in peers if peer.slow),
