@@ -107,6 +107,8 @@ void attend_split(const AttendArgs& args, const AttendPlan& plan, int64_t task) 
     attend_rows<1>(args, plan, rows, head, split);
   } else if (rows.rows == 2) {
     attend_rows<2>(args, plan, rows, head, split);
+  } else if (rows.rows == 3) {
+    attend_rows<kTiled<3> ? 4 : 3>(args, plan, rows, head, split);  // tiles have rows to spare
   } else if (rows.rows <= 4) {
     attend_rows<4>(args, plan, rows, head, split);
   } else {

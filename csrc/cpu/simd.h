@@ -81,6 +81,11 @@ LOGQUANT_INLINE I32 load(const int32_t* p) { return *reinterpret_cast<const I32U
 LOGQUANT_INLINE void store(float* p, F32 x) { *reinterpret_cast<F32Unaligned*>(p) = x; }
 LOGQUANT_INLINE void store(int32_t* p, I32 x) { *reinterpret_cast<I32Unaligned*>(p) = x; }
 
+// Of 32-bit lanes, and of both halves of each.
+LOGQUANT_INLINE I32 shift_halves_right(I32 x, int n) {
+  typedef uint16_t U16 __attribute__((vector_size(4 * kLanes)));
+  return bits_as<I32>(bits_as<U16>(x) >> static_cast<uint16_t>(n));
+}
 LOGQUANT_INLINE I32 shift_right(I32 x, int n) { return bits_as<I32>(bits_as<U32>(x) >> static_cast<uint32_t>(n)); }
 LOGQUANT_INLINE F32 select(I32 mask, F32 yes, F32 no) { return mask ? yes : no; }
 LOGQUANT_INLINE I32 select(I32 mask, I32 yes, I32 no) { return mask ? yes : no; }
@@ -141,7 +146,10 @@ LOGQUANT_INLINE I32 dot_pairs(I32 sum, I32 a, I32 b) {
 #if defined(LOGQUANT_DPWSSD)
   return bits_as<I32>(LOGQUANT_DPWSSD(bits_as<__m256i>(sum), bits_as<__m256i>(a), bits_as<__m256i>(b)));
 #else
-  return sum + bits_as<I32>(_mm256_madd_epi16(bits_as<__m256i>(a), bits_as<__m256i>(b)));
+  sum += bits_as<I32>(_mm256_madd_epi16(bits_as<__m256i>(a), bits_as<__m256i>(b)));
+  // Without this, gcc multiplies for all sums first and keeps the products in memory until it adds them.
+  asm("" : "+x"(sum));
+  return sum;
 #endif
 }
 LOGQUANT_INLINE F32 gather(const float* p, I32 index) { return _mm256_i32gather_ps(p, bits_as<__m256i>(index), 4); }
@@ -275,17 +283,22 @@ LOGQUANT_INLINE void store_half(uint16_t* p, F32 x) {
 }
 #endif
 
-// The low halves of 32-bit lanes, of two vectors.
+// Two vectors of numbers that fit into 16 bits; of others comes anything.
 LOGQUANT_INLINE void store_s16(int16_t* p, I32 low, I32 high) {
+#if defined(LOGQUANT_AVX2)
+  const __m256i halves = _mm256_packs_epi32(bits_as<__m256i>(low), bits_as<__m256i>(high));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(halves, 0xD8));
+#else
   typedef int16_t I16 __attribute__((vector_size(4 * kLanes)));
   const I16 x = [&]<int... lane>(std::integer_sequence<int, lane...>) __attribute__((always_inline)) {
     return __builtin_shufflevector(bits_as<I16>(low), bits_as<I16>(high), (2 * lane)...);
   }(std::make_integer_sequence<int, 2 * kLanes>{});
   __builtin_memcpy(p, &x, sizeof(x));
+#endif
 }
 
 // out[j] = table[index[j]]; gathers are slow, so the table is held in registers where it fits: reads up to
-// kTablePadding elements of it, whatever is in them.
+// kTablePadding elements of it, whatever is in them. With AVX2 it does not fit, and single loads are faster.
 constexpr int kTablePadding = 128;
 template <class T>
 LOGQUANT_INLINE void lookup(const T* table, [[maybe_unused]] int size, const int32_t* index, int count, T* out) {
@@ -306,7 +319,14 @@ LOGQUANT_INLINE void lookup(const T* table, [[maybe_unused]] int size, const int
   if (size <= 4 * kLanes) return in_registers(std::integral_constant<int, 4>{});
   if (size <= 8 * kLanes) return in_registers(std::integral_constant<int, 8>{});
 #endif
+#if defined(LOGQUANT_AVX2)
+  for (int j = 0; j < count; j += 4) {
+    const T a = table[index[j]], b = table[index[j + 1]], c = table[index[j + 2]], d = table[index[j + 3]];
+    out[j] = a, out[j + 1] = b, out[j + 2] = c, out[j + 3] = d;
+  }
+#else
   for (int j = 0; j < count; j += kLanes) store(out + j, gather(table, load(index + j)));
+#endif
 }
 
 // The low bytes of 32-bit lanes.

@@ -159,6 +159,8 @@ void test_integers() {
   std::mt19937 random(0);
   int32_t table[64];
   for (int32_t& x : table) x = static_cast<int32_t>(random());
+  int32_t padded[kTablePadding] = {};  // lookup may read all of it
+  std::memcpy(padded, table, sizeof(table));
   const int32_t (&eight)[8] = *reinterpret_cast<const int32_t (*)[8]>(table);
   for (int round = 0; round < 1000; ++round) {
     I32 sum, codes, index;
@@ -179,10 +181,19 @@ void test_integers() {
     uint16_t narrow_shorts[kLanes + 1];
     store_u8(narrow_bytes, gathered);
     store_u16(narrow_shorts + 1, gathered);
+    const I32 small = gathered >> 16, halves = shift_halves_right(gathered, 14);
+    int16_t packed[2 * kLanes + 1];
+    store_s16(packed + 1, small, dots >> 16);
+    int32_t picked[kLanes], at[kLanes];
+    store(at, index);
+    lookup(padded, 64, at, kLanes, picked);
     for (int i = 0; i < kLanes; ++i) {
       check(dots[i] == sum[i] + (codes[i] & 0xFFFF) * low + (codes[i] >> 16) * high, "dot_pairs");
       check(gathered[i] == table[index[i]], "gather");
-      check(found[i] == table[index[i] & 7], "lookup");
+      check(found[i] == table[index[i] & 7] && picked[i] == table[index[i]], "lookup");
+      check(packed[1 + i] == small[i] && packed[1 + kLanes + i] == dots[i] >> 16, "store_s16");
+      const uint32_t word = static_cast<uint32_t>(gathered[i]);
+      check(halves[i] == static_cast<int32_t>(word >> 30 << 16 | (word & 0xFFFF) >> 14), "shift_halves_right");
       uint16_t expected;
       std::memcpy(&expected, shorts + i, sizeof(expected));
       check(wide_bytes[i] == bytes[i] && wide_shorts[i] == expected, "load_u8 or load_u16");

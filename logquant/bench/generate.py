@@ -74,7 +74,7 @@ class GenerateResult:
 
 
 @dataclass
-class _Contender:
+class Contender:
     """What decodes one token of each sequence at a time.
 
     Args:
@@ -144,6 +144,27 @@ def _take(cache: Cache, model: PreTrainedModel, exact: Cache, batch: int) -> Cac
     return cache
 
 
+def contenders_after(
+    prompt: Tensor,
+    model: PreTrainedModel,
+    specs: list[CacheSpec],
+    batch: int,
+    exact: Cache | None = None,
+    attention: Mapping[str, str] | None = None,
+    on_progress: Callable[[], None] = lambda: None,
+) -> dict[str, Contender]:
+    """By name, what decodes after a prompt; arguments as for :func:`prefilled` and :func:`bench_generate`."""
+    caches = {}
+    for spec in specs:
+        caches[spec.name] = prefilled(spec, model, prompt, batch, exact)
+        on_progress()
+    tokens = prompt[:, -1:].expand(batch, -1)
+    contenders: dict[str, Contender] = {}
+    for spec in specs:
+        contenders |= _contenders(spec, caches[spec.name], tokens, attention)
+    return contenders
+
+
 @torch.inference_mode()
 def bench_generate(
     model: PreTrainedModel,
@@ -172,16 +193,9 @@ def bench_generate(
     model.set_attn_implementation("logquant")
     prompt = random_tokens(model, context)
     exact = _run(model, prompt, DynamicCache(config=model.config)) if len(specs) > 1 else None
-    caches = {}
-    for spec in specs:
-        caches[spec.name] = prefilled(spec, model, prompt, batch, exact)
-        on_progress()
-    fewer = {spec.name: baseline_steps for spec in specs if spec.is_baseline} if baseline_steps else {}
-    tokens = prompt[:, -1:].expand(batch, -1)
+    contenders = contenders_after(prompt, model, specs, batch, exact, attention, on_progress)
     del exact
-    contenders: dict[str, _Contender] = {}
-    for spec in specs:
-        contenders |= _contenders(spec, caches[spec.name], tokens, attention)
+    fewer = {spec.name: baseline_steps for spec in specs if spec.is_baseline} if baseline_steps else {}
     timings = _time_steps(model, contenders, steps, on_progress, fewer)
     fulls = {name: timings[name] for spec in specs for name in forms_of(spec, attention) if name != spec.name}
     fulls = dict(sorted(fulls.items(), key=lambda item: item[1].median))
@@ -223,7 +237,7 @@ def bench_budget(
     """
     model.set_attn_implementation("logquant")
     prompt = random_tokens(model, context - steps - WARMUP)
-    contenders: dict[str, _Contender] = {}
+    contenders: dict[str, Contender] = {}
     plans: dict[str, Plan] = {}
     for spec in specs:
         planned = plan(spec, model.config, budget=budget, tokens=context, itemsize=model.dtype.itemsize)
@@ -255,7 +269,7 @@ def random_tokens(model: PreTrainedModel, tokens: int) -> Tensor:
 
 def _contenders(
     spec: CacheSpec, cache: Cache, tokens: Tensor, attention: Mapping[str, str] | None
-) -> dict[str, _Contender]:
+) -> dict[str, Contender]:
     """By name, what decodes into a cache: one, or the two forms of a full one, which share it where they can."""
     implementation = (attention or {}).get(spec.name, "logquant")
     *others, last = forms_of(spec, attention).items()
@@ -264,21 +278,23 @@ def _contenders(
     found = {}
     for name, masked in others:
         own = cache if shared else copy.deepcopy(cache)
-        found[name] = _Contender(own, tokens, implementation, masked, passing=shared)
-    return found | {last[0]: _Contender(cache, tokens, implementation, masked=last[1])}
+        found[name] = Contender(own, tokens, implementation, masked, passing=shared)
+    return found | {last[0]: Contender(cache, tokens, implementation, masked=last[1])}
 
 
-def _time_steps(
-    model: PreTrainedModel,
-    contenders: dict[str, _Contender],
-    steps: int,
-    on_progress: Callable[[], None],
-    fewer: dict[str, int] | None = None,
-) -> dict[str, Timing]:
-    """Decode one token of each sequence with each contender in turn; the tokens are committed afterwards."""
+def steps_of(
+    model: PreTrainedModel, contenders: Mapping[str, Contender], steps: int
+) -> tuple[dict[str, Callable[[], Tensor]], dict[str, Callable[[], None]]]:
+    """What :func:`~.timing.time_interleaved` calls for each contender, and after it (``after``).
+
+    Args:
+        model: what decodes.
+        contenders: by name.
+        steps: how often each is called, after :data:`WARMUP` times that are not timed.
+    """
     in_use = "logquant"
 
-    def step_with(contender: _Contender) -> Callable[[], Tensor]:
+    def step_with(contender: Contender) -> Callable[[], Tensor]:
         cache, tokens = contender.cache, contender.tokens
         mask = None
         if contender.masked:
@@ -297,15 +313,24 @@ def _time_steps(
 
         return step
 
+    after: dict[str, Callable[[], None]] = {
+        name: partial(c.cache.crop, -1) for name, c in contenders.items() if c.passing
+    }
+    return {name: step_with(contender) for name, contender in contenders.items()}, after
+
+
+def _time_steps(
+    model: PreTrainedModel,
+    contenders: dict[str, Contender],
+    steps: int,
+    on_progress: Callable[[], None],
+    fewer: dict[str, int] | None = None,
+) -> dict[str, Timing]:
+    """Decode one token of each sequence with each contender in turn; the tokens are committed afterwards."""
+    calls, after = steps_of(model, contenders, steps)
+    clock = clock_of(model.device.type)
     try:
-        timings = time_interleaved(
-            {name: step_with(contender) for name, contender in contenders.items()},
-            steps,
-            fewer=fewer,
-            after={name: partial(c.cache.crop, -1) for name, c in contenders.items() if c.passing},
-            on_progress=on_progress,
-            clock=clock_of(model.device.type),
-        )
+        timings = time_interleaved(calls, steps, fewer=fewer, after=after, on_progress=on_progress, clock=clock)
     finally:
         model.set_attn_implementation("logquant")
     for contender in contenders.values():

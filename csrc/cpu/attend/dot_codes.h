@@ -4,6 +4,20 @@
 // Lanes are tokens (of keys) or channels (of values), and a word of a lane runs along the axis that is summed: shifted
 // and masked it is two int16 codes (format.h), which one instruction multiplies by a pair of a row's numbers, the same
 // in every lane. A word is read once for all rows. tiled_dot.h has the same sums from matrix tiles.
+//
+// Instructions of AVX2 on vectors per page of 64 tokens and 128 channels of 2 bits, plain (16-bit parameters, no map),
+// keys and values together, with 1 | 3 | 4 | 8 query rows:
+//                                          1       3       4       8
+//   multiplications of pairs            1024    3072    4096    8192
+//   their additions                     1024    3072    4096    8192
+//   shifts and masks of words           1408    1792    1792    1792
+//   transposed words, folding, softmax,
+//   rounding (about)                     800    1600    2000    3600
+//   all                                 4300    9500   12000   21800
+//   cycles a token, four pipes            17      37      47      85
+//   measured, Zen 4 at 2.55 GHz           17      37      47      93
+// (Broadcasts of pairs are loads alone.) So it is bound by the number of instructions, of which four go a cycle: with
+// AVX-VNNI, which needs no additions, by the two pipes that multiply, 32 cycles a token with 4 rows.
 #pragma once
 
 #include "prefetcher.h"
@@ -89,7 +103,12 @@ LOGQUANT_INLINE void dot_codes(const int32_t* words, int count, int64_t stride, 
       constexpr int kPlace = i % kSums, kShift = bits * (i - kPlace);
       constexpr int kMask = static_cast<int>(lane_mask(bits)) << (bits * kPlace);
       I32 codes[kVectors];
-      for (int k = 0; k < kVectors; ++k) codes[k] = (kShift == 0 ? x[k] : shift_right(x[k], kShift)) & kMask;
+      for (int k = 0; k < kVectors; ++k) {
+        // Above the last pair there is nothing to mask.
+        codes[k] = i == kPairs - 1 && kPlace == 0 ? shift_halves_right(x[k], kShift)
+                   : kShift == 0                  ? x[k] & kMask
+                                                  : shift_right(x[k], kShift) & kMask;
+      }
       if constexpr (Fine::kAny && i == kPairs - 1) {
         for (int k = 0; k < kVectors; ++k) {
           codes[k] |= fine.template above<bits, bits * kPlace>(k * kLanes, w) & (kMask << bits);

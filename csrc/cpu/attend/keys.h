@@ -27,10 +27,38 @@ LOGQUANT_INLINE I32 every_mth(const I32* v, std::integer_sequence<int, lane...>)
   return x;
 }
 
+#if defined(LOGQUANT_AVX2)
+// [G][kWords] words to [kWords][G], kWords >= 4: four words of eight tokens at a time, half as many instructions as
+// below need. Words that are left over are written together with some of the four before them, again.
+template <int kWords>
+LOGQUANT_INLINE void transpose_by_four(const int32_t* in, int32_t* out, int tokens) {
+  const auto four = [&](int t, int w) __attribute__((always_inline)) {
+    const auto row = [&](int i) __attribute__((always_inline)) {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + (t + i) * kWords + w));
+    };
+    const auto rows = [&](int i) __attribute__((always_inline)) { return _mm256_set_m128i(row(i + 4), row(i)); };
+    const __m256i low01 = _mm256_unpacklo_epi32(rows(0), rows(1)), high01 = _mm256_unpackhi_epi32(rows(0), rows(1));
+    const __m256i low23 = _mm256_unpacklo_epi32(rows(2), rows(3)), high23 = _mm256_unpackhi_epi32(rows(2), rows(3));
+    int32_t* const to = out + w * tokens + t;
+    store(to, bits_as<I32>(_mm256_unpacklo_epi64(low01, low23)));
+    store(to + tokens, bits_as<I32>(_mm256_unpackhi_epi64(low01, low23)));
+    store(to + 2 * tokens, bits_as<I32>(_mm256_unpacklo_epi64(high01, high23)));
+    store(to + 3 * tokens, bits_as<I32>(_mm256_unpackhi_epi64(high01, high23)));
+  };
+  for (int t = 0; t < tokens; t += kLanes) {
+    for (int w = 0; w + 4 <= kWords; w += 4) four(t, w);
+    if constexpr (kWords % 4 != 0) four(t, kWords - 4);
+  }
+}
+#endif
+
 // [G][M * N] words to [M * N][G], N a power of two, M odd: log2(N) rounds of separating even from odd elements, then
 // every M-th.
 template <int M, int N>
 LOGQUANT_INLINE void transpose_words(const int32_t* in, int32_t* out, int tokens) {
+#if defined(LOGQUANT_AVX2)
+  return transpose_by_four<M * N>(in, out, tokens);
+#endif
   constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
   constexpr int kWords = M * N;
   for (int t = 0; t < tokens; t += kLanes) {

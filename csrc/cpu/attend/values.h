@@ -17,15 +17,15 @@ namespace {
 struct FoldedWeights {
   static constexpr int kScales = kMaxRows + kLanes;  // of a group: whole vectors are stored
 
-  int16_t* codes;      // [groups][NR][G]
-  float* scale;        // [groups][kScales]
-  float* value_scale;  // [G]: of one group
+  int16_t* codes;   // [groups][NR][G]
+  float* scale;     // [groups][kScales]
+  float* products;  // [NR][G]: of one group, before they are rounded
 
   FoldedWeights(const PageFormat& f, int padded_rows, Arena& arena) {
     const int64_t groups = f.value_groups();
     codes = arena.take<int16_t>(groups * padded_rows * f.page_tokens);
     scale = arena.take<float>(groups * kScales);
-    value_scale = arena.take<float>(f.page_tokens);
+    products = arena.take<float>(padded_rows * f.page_tokens);
   }
 };
 
@@ -56,12 +56,13 @@ LOGQUANT_INLINE void fold_group(const PageFormat& f, const int32_t* page, bool b
   for (int r = 0; r < NR; ++r) zero_sums[r] = load(acc.zero_sums + (r * groups + group) * kLanes);
   for (int t = 0; t < tokens; t += kLanes) {
     const auto [scale_t, zero_t] = value_params_at(f, page, group * tokens + t);
-    store(folded.value_scale + t, scale_t);
     const F32 middle = fma(scale_t, splat(0.5f * static_cast<float>(code_mask(bits))), zero_t);
     const bool counts = !symmetric || any_above(zero_t, splat(kInfinity));
     for (int r = 0; r < NR; ++r) {
       const F32 weight = load(weights + r * kUnitTokens + t);
-      largest[r] = max(largest[r], weight * scale_t);
+      const F32 product = weight * scale_t;
+      store(folded.products + r * tokens + t, product);
+      largest[r] = max(largest[r], product);
       if (!counts) continue;
       // A token that the row does not see must not poison it with a NaN.
       const F32 seen = biased ? select(weight == splat(0.0f), splat(0.0f), middle) : middle;
@@ -77,7 +78,7 @@ LOGQUANT_INLINE void fold_group(const PageFormat& f, const int32_t* page, bool b
   for (int r = 0; r < NR; ++r) {
     const F32 factor = splat(inverse[r]);
     I32 sum = round_to_codes(codes + r * tokens, tokens, [&](int t) __attribute__((always_inline)) {
-      return load(weights + r * kUnitTokens + t) * load(folded.value_scale + t) * factor;
+      return load(folded.products + r * tokens + t) * factor;
     });
     F32 middles = splat(0.5f * static_cast<float>(code_mask(bits)));
     if (f.fine_values > 0) {

@@ -24,11 +24,12 @@ constexpr int kWindowTokens = kWindowSums / NR < 4 ? kWindowSums / NR : 4;  // a
 template <int NR, Dtype dtype, bool pairs>
 LOGQUANT_INLINE void window_scores(const PageFormat& f, const void* k, int64_t stride, int tokens, float factor,
                                    const Queries& queries, float* scores) {
-  constexpr int kBlock = kWindowTokens<NR>, kTotals = NR * kBlock, kStep = kTotals < kLanes ? kTotals : kLanes;
+  constexpr int kBlock = kWindowTokens<NR>, kTotals = NR * kBlock, kStep = reduced_at_once(kTotals);
+  constexpr int kParts = (kTotals + kStep - 1) / kStep;
   const int dim = f.head_dim;
   for (int t = 0; t < tokens; t += kBlock) {
-    F32 sum[kTotals];
-    unroll<kTotals>([&](auto i) __attribute__((always_inline)) { sum[i] = splat(0.0f); });
+    F32 sum[kParts * kStep];
+    unroll<kParts * kStep>([&](auto i) __attribute__((always_inline)) { sum[i] = splat(0.0f); });
     // Past the last token the last one is read again.
     int64_t rows[kBlock];
     for (int k = 0; k < kBlock; ++k) rows[k] = smaller(t + k, tokens - 1) * stride;
@@ -63,14 +64,16 @@ LOGQUANT_INLINE void window_scores(const PageFormat& f, const void* k, int64_t s
             [](F32 to, F32 q, F32 x) __attribute__((always_inline)) { return fma(q, x, to); });
       }
     }
-    unroll<kTotals / kStep>([&](auto part) __attribute__((always_inline)) {
+    unroll<kParts>([&](auto part) __attribute__((always_inline)) {
       F32 total = reduce_lanes<kStep>(sum + part * kStep, Add{});
       if (pairs) total *= splat(factor);
       float totals[kLanes];
       store(totals, total);
       unroll<kStep / kBlock>([&](auto i) __attribute__((always_inline)) {
         constexpr int kRow = part * (kStep / kBlock) + i;
-        __builtin_memcpy(scores + kRow * kUnitTokens + t, totals + i * kBlock, sizeof(float) * kBlock);
+        if constexpr (kRow < NR) {
+          __builtin_memcpy(scores + kRow * kUnitTokens + t, totals + i * kBlock, sizeof(float) * kBlock);
+        }
       });
     });
   }
