@@ -357,13 +357,13 @@ def check_length(layers: Sequence[object], new: int) -> None:
 
 def check_sliding(layers: Sequence[object], tokens_to_remove: int) -> None:
     """Refuse (RuntimeError) a crop of sliding layers of fixed size that have forgotten what would come back."""
-    for layer in layers:
-        if isinstance(layer, StaticSlidingWindowLayer) and tokens_to_remove < 0 and layer.is_initialized:
-            if int(layer.cumulative_length) > layer.max_cache_len:
-                raise RuntimeError(
-                    f"a sliding layer has forgotten all but its newest {layer.max_cache_len} tokens, and cannot take "
-                    "any of them back: reset() the cache and feed it the sequence again"
-                )
+    sliding = [layer for layer in layers if isinstance(layer, StaticSlidingWindowLayer)]
+    for layer in sliding if tokens_to_remove < 0 else ():
+        if layer.is_initialized and int(layer.cumulative_length) > layer.max_cache_len:
+            raise RuntimeError(
+                f"a sliding layer has forgotten all but its newest {layer.max_cache_len} tokens, and cannot take any of "
+                "them back: reset() the cache and feed it the sequence again"
+            )
 
 
 def make_room(layers: list[StaticLayer], shared: Shared) -> None:
