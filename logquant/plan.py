@@ -89,11 +89,13 @@ def sequence_nbytes(
         decoding: count the pages that the store of a cache which has decoded may have to spare.
 
     Raises:
-        ValueError: another cache; a layer that is neither full nor sliding-window attention, whose size the
-            configuration alone does not tell; or as :func:`head_shape`.
+        ValueError: another cache, or one with ``evict``; a layer that is neither full nor sliding-window attention,
+            whose size the configuration alone does not tell; or as :func:`head_shape`.
     """
     if spec.is_baseline:
         raise ValueError(f"cache must be full, logquant or one with its settings, got {spec.name!r}")
+    if spec.quantization is not None and spec.quantization.evict is not None:
+        raise ValueError(f"cache must be one without evict, of which the text says how much stays, got {spec.name!r}")
     nbytes = 0
     for i, layer in enumerate(DynamicCache(config=config).layers):
         kept, shape = tokens, head_shape(config, i)
