@@ -98,7 +98,8 @@ class Held:
         ragged = self.ragged
         if ragged is not None:
             scale = self.storage.units.scale(uncommitted.call.scale if uncommitted.call else 1.0)
-            ragged = ragged.hear(uncommitted.call, exact.keys, rows, new, real, scale)
+            with own_arithmetic(exact.keys.device):
+                ragged = ragged.hear(uncommitted.call, exact.keys, rows, new, real, scale)
         if exact.in_window and real is None and after.packed_counts == rows.packed_counts:
             # The new tokens are where they belong already, as in most steps.
             self.rows, self.advice, self.chosen = after, self._remember(advice, after), chosen

@@ -26,17 +26,20 @@ class Ragged:
         counts: int32 ``[B, H]`` on the CPU, how many of them each head has.
         kept: the same, how many tokens the rule keeps of those that have left: fewer than fill the pages.
         named: int32 ``[B, H, exact]``, the last query that has named each exact token (:mod:`logquant.eviction.corm`).
-
-    Attributes:
-        table: int32 ``[B, H, most]``, the pages of each head; 0 where it has fewer.
+        table: int32 ``[B, H, most]``, the pages of each head, 0 where it has fewer, if that is known already.
     """
 
-    def __init__(self, spec: EvictSpec, pool: Tensor, counts: Tensor, kept: Tensor, named: Tensor) -> None:
+    def __init__(
+        self,
+        spec: EvictSpec,
+        pool: Tensor,
+        counts: Tensor,
+        kept: Tensor,
+        named: Tensor,
+        table: Tensor | None = None,
+    ) -> None:
         self.spec, self.pool, self.counts, self.kept, self.named = spec, pool, counts, kept, named
-        first = F.pad(counts.flatten().cumsum(0)[:-1], (1, 0)).view_as(counts)
-        page = torch.arange(int(counts.max()) if counts.numel() else 0)
-        table = torch.where(page < counts[..., None], first[..., None] + page, 0)
-        self.table = table.int().to(pool.device)
+        self.table = _table(counts).to(pool.device) if table is None else table
 
     @staticmethod
     def empty(spec: EvictSpec, fmt: PageFormat, keys: Tensor) -> Ragged:
@@ -158,8 +161,8 @@ class Ragged:
                 )
 
     def _with(self, **changes: Any) -> Ragged:
-        own = {name: getattr(self, name) for name in ("pool", "counts", "kept", "named")}
-        return Ragged(self.spec, **own | changes)
+        names = ("pool", "counts", "kept", "named", *(() if "counts" in changes else ("table",)))
+        return Ragged(self.spec, **{name: getattr(self, name) for name in names} | changes)
 
     # ------------------------------------------------------------------------------------------------- they attend
     def attend(
@@ -228,6 +231,10 @@ class Ragged:
         own = table[torch.arange(table.shape[2], device=table.device) < counts.to(table.device)[..., None]]
         return Ragged(self.spec, pool[own.long()], counts, kept, function(self.named)[:, :, : after.exact])
 
+    def tokens(self, page_tokens: int) -> int:
+        """Tokens of all rows that are in pages, the mean over KV heads."""
+        return round(int(self.counts.sum()) * page_tokens / max(1, self.counts.shape[1]))
+
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors."""
@@ -260,3 +267,10 @@ class Ragged:
                 "tokens that have left the window"
             )
         return Ragged(spec, pool, counts.cpu(), kept.cpu(), named)
+
+
+def _table(counts: Tensor) -> Tensor:
+    """Where the pages of each head are, int32 ``[B, H, most]``, of numbers of pages ``[B, H]``."""
+    first = F.pad(counts.flatten().cumsum(0)[:-1], (1, 0)).view_as(counts)
+    page = torch.arange(int(counts.max()) if counts.numel() else 0)
+    return torch.where(page < counts[..., None], first[..., None] + page, 0).int()

@@ -162,11 +162,38 @@ def test_bytes_are_those_of_the_pages_that_heads_have(ids):
         pages, most = int(held.counts.sum()), int(held.counts.max())
         dropped = 2 * 2 * (LEFT // 64) - pages
         table, named, counts = 4 * 2 * 2 * most, 4 * 2 * 2 * exact, 2 * 4 * 2 * 2
+        assert cache.report()[0].packed == round(int(cache.layers[0].held.ragged.counts.sum()) * 64 / 2)
         assert dropped and layer.nbytes == other.nbytes - dropped * fmt.nbytes + table + named + counts
         # What rounding to pages costs: less than a page a head.
         assert ((held.counts * 64 - held.kept) < 64).all() and (held.counts * 64 >= held.kept).all()
     with pytest.raises(ValueError, match="cache must be one without evict"):
         sequence_nbytes(parse_cache("recent:window=128,evict=corm"), model.config, 1000, 4)
+
+
+def test_modes_of_torch_and_autocast_change_nothing(ids):
+    """Whoever calls the model, and in whatever order; messages are computed as they are without autocast."""
+    model = tiny_model()
+    model.set_attn_implementation("logquant")
+    caches = [LogQuantCache(model.config, **SETTINGS) for _ in range(2)]
+    for cache, modes in zip(caches, ((torch.no_grad,) * 5, (torch.inference_mode, torch.no_grad) * 3), strict=True):
+        first = 0
+        for n, mode in zip([TOKENS, 1, 3, 60, 1], modes, strict=False):
+            with mode():
+                model(ids[:, first : first + n], **as_argument(cache))
+            first += n
+        cache.commit()
+    for one, other in zip(*(cache.layers for cache in caches), strict=True):
+        assert torch.equal(one.held.ragged.pool, other.held.ragged.pool)
+    q, k, v = (4 * torch.randn(1, n, 400, 32, generator=torch.Generator().manual_seed(0)) for n in (4, 2, 2))
+    named = []
+    for enabled in (False, True):
+        layer = LogQuantLayer(LogQuantConfig(**SETTINGS))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            handle, _ = layer.update(k, v)
+            handle.kv_view.attend(AttentionCall(q, None, 0.2, causal=True))
+            layer.commit()
+        named.append(layer.held.ragged.named)
+    assert torch.equal(*named)
 
 
 # -------------------------------------------------------------------------------------------------- rows and masks
