@@ -38,7 +38,7 @@ def test_weights_alone_say_little_data_much_and_what_reads_values_more(smollm2, 
     }
     assert kls["outputs"] < 0.75 * kls["inputs"] and kls["inputs"] < 0.1 * kls["weights"]
     keys = divergence(smollm2, compress(copy.deepcopy(smollm2), 1.0, 0.75, data), text)
-    assert keys < 0.05
+    assert keys < 0.5 * kls["outputs"]
 
 
 @pytest.mark.parametrize(("values", "keys"), [(0.75, 1.0), (0.75, 0.75)])
