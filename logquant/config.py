@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .channels_spec import ChannelsSpec
+from .eviction.spec import EvictSpec
 from .format import BITS, PAGE_TOKENS, PARAM_BITS, PageFormat, fine_tokens
 from .pruning.spec import Budget, PruneSpec
 from .recall_spec import RecallSpec
@@ -60,6 +62,9 @@ class LogQuantConfig:
         prune: given, tokens of a prompt are dropped when it ends, instead of being packed: ``"snapkv"``, ``"keydiff"``
             or ``"streaming"`` says which, with settings in brackets (:mod:`logquant.pruning.spec`), as in
             ``"snapkv(keep=0.25)"``.
+        evict: given, tokens are dropped as they leave the window, instead of being packed: ``"corm(window=256)"`` drops
+            those that none of the newest 256 queries found important, in each KV head for itself
+            (:mod:`logquant.eviction.corm`). Needs the rule ``"recent"`` and a ``window`` of at least half as many.
 
     Raises:
         ValueError: naming the field, what it was and what it must be.
@@ -81,6 +86,7 @@ class LogQuantConfig:
     recall: str | None = None
     channels: str | None = None
     prune: str | None = None
+    evict: str | None = None
 
     @classmethod
     def paper(cls, **changes: Any) -> LogQuantConfig:
@@ -177,6 +183,7 @@ class LogQuantConfig:
             need(
                 not self.fine_values, "fine_values", "0 with prune, after which tokens do not share pages by attention"
             )
+        self._check_evict(need)
 
     @property
     def page_size(self) -> int:
@@ -236,6 +243,23 @@ class LogQuantConfig:
     def prune_spec(self) -> PruneSpec | None:
         """What is dropped of a prompt; None if nothing is."""
         return None if self.prune is None else PruneSpec.parse(self.prune)
+
+    def evict_spec(self) -> EvictSpec | None:
+        """What is dropped of the tokens that leave the window; None if nothing is."""
+        return None if self.evict is None else EvictSpec.parse(self.evict)
+
+    def _check_evict(self, need: Callable[[bool, str, str], None]) -> None:
+        """What ``evict`` asks of itself and of other fields: whether it is so, the field, and what it must be."""
+        need(self.evict is None or isinstance(self.evict, str), "evict", "a text or None")
+        if self.evict is None:
+            return
+        least = (EvictSpec.parse(self.evict).window + 1) // 2
+        need(self.rule == "recent", "rule", "'recent' with evict, which judges tokens by their age")
+        need(
+            self.window >= least, "window", f"{least} or more with {self.evict}, lest tokens leave before they are old"
+        )
+        need(self.prune is None, "prune", "None with evict, which drops tokens of prompts, too")
+        need(self.recall is None, "recall", "None with evict, with which KV heads have pages of their own")
 
     def budget(self, head_dim: int | None) -> Budget | None:
         """How much stays of a prompt; None if all does.

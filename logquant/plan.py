@@ -23,13 +23,17 @@ class HeadShape:
 
     Args:
         count: KV heads.
-        dim: channels of a key, and of a value.
+        dim: channels of a key.
         group: query heads of a KV head.
+        value_dim: channels of a value.
+        asked: query heads of a KV head whose queries the cache is told; 0 where keys are made of latents.
     """
 
     count: int
     dim: int
     group: int
+    value_dim: int
+    asked: int
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ class Plan:
         return asdict(self)
 
 
-def head_shape(config: PreTrainedConfig) -> HeadShape:
-    """The KV heads of every attention layer of a model, as its configuration says.
+def head_shape(config: PreTrainedConfig, layer: int = 0) -> HeadShape:
+    """The KV heads of an attention layer of a model, as its configuration says, also what it says of low rank.
 
     Raises:
         ValueError: a model with latent attention (DeepSeek's): what it caches depends on the version of transformers.
@@ -64,7 +68,12 @@ def head_shape(config: PreTrainedConfig) -> HeadShape:
     heads: int = text.num_attention_heads
     head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv_heads: int = getattr(text, "num_key_value_heads", None) or heads
-    return HeadShape(kv_heads, head_dim, heads // kv_heads)
+    group = heads // kv_heads
+    low: dict[str, Any] = getattr(text, "lowrank", None) or {}
+    value_dim = low["values"][layer] if low else head_dim
+    if low and (latents := low["keys"][layer]) is not None:
+        return HeadShape(kv_heads, latents // kv_heads, group, value_dim, asked=0)
+    return HeadShape(kv_heads, head_dim, group, value_dim, asked=group)
 
 
 def sequence_nbytes(
@@ -80,15 +89,16 @@ def sequence_nbytes(
         decoding: count the pages that the store of a cache which has decoded may have to spare.
 
     Raises:
-        ValueError: another cache; a layer that is neither full nor sliding-window attention, whose size the
-            configuration alone does not tell; or as :func:`head_shape`.
+        ValueError: another cache, or one with ``evict``; a layer that is neither full nor sliding-window attention,
+            whose size the configuration alone does not tell; or as :func:`head_shape`.
     """
     if spec.is_baseline:
         raise ValueError(f"cache must be full, logquant or one with its settings, got {spec.name!r}")
-    shape = head_shape(config)
+    if spec.quantization is not None and spec.quantization.evict is not None:
+        raise ValueError(f"cache must be one without evict, of which the text says how much stays, got {spec.name!r}")
     nbytes = 0
     for i, layer in enumerate(DynamicCache(config=config).layers):
-        kept = tokens
+        kept, shape = tokens, head_shape(config, i)
         if type(layer) is DynamicSlidingWindowLayer:
             kept = min(tokens, layer.sliding_window - 1)
         elif type(layer) is not DynamicLayer:
@@ -96,7 +106,7 @@ def sequence_nbytes(
         if type(layer) is DynamicLayer and spec.quantization is not None:
             nbytes += _layer_nbytes(spec.quantization, shape, tokens, i, itemsize, decoding=decoding)
         else:
-            nbytes += shape.count * kept * 2 * shape.dim * itemsize
+            nbytes += shape.count * kept * (shape.dim + shape.value_dim) * itemsize
     return nbytes
 
 
@@ -104,7 +114,8 @@ def _layer_nbytes(
     config: LogQuantConfig, shape: HeadShape, tokens: int, layer: int, itemsize: int, *, decoding: bool
 ) -> int:
     """Bytes of one layer of a LogQuant cache."""
-    head = head_nbytes(config, tokens, shape.dim, itemsize=itemsize, decoding=decoding, query_heads=shape.group)
+    dims = shape.dim, shape.value_dim
+    head = head_nbytes(config, tokens, *dims, itemsize, decoding=decoding, query_heads=shape.asked)
     head += index_nbytes(config, tokens, shape.dim, layer)
     return shape.count * head + choice_nbytes(config, tokens, shape.count, shape.dim, decoding=decoding)
 
@@ -122,10 +133,10 @@ def pays_from(spec: CacheSpec, config: PreTrainedConfig, itemsize: int) -> int:
     """
     if spec.quantization is None:
         raise ValueError(f"cache must be logquant or one with its settings, got {spec.name!r}")
-    quantization, shape = spec.quantization, head_shape(config)
-    full = shape.count * 2 * shape.dim * itemsize
     # The first layers read all pages, and keep no index of them.
     last = config.get_text_config(decoder=True).num_hidden_layers - 1
+    quantization, shape = spec.quantization, head_shape(config, last)
+    full = shape.count * (shape.dim + shape.value_dim) * itemsize
 
     def smaller(tokens: int) -> bool:
         return _layer_nbytes(quantization, shape, tokens, last, itemsize, decoding=True) < tokens * full

@@ -17,6 +17,7 @@ class AttentionCall(NamedTuple):
         softcap: 0, or the cap of the scores.
         sinks: ``[Hq]``, a logit a head that only adds to the softmax's denominator; None without.
         causal: whether a query sees only positions up to its own; goes without a mask.
+        lse: ``[B, Hq, L]``, what attention has found: the log-sum-exp of each query's scores; None if nobody has asked.
     """
 
     query: Tensor
@@ -25,3 +26,4 @@ class AttentionCall(NamedTuple):
     softcap: float = 0.0
     sinks: Tensor | None = None
     causal: bool = False
+    lse: Tensor | None = None

@@ -18,7 +18,7 @@ def exact_attention(call: AttentionCall, k: Tensor, v: Tensor) -> Tensor:
     Uses ``F.scaled_dot_product_attention`` where that can; with a softcap or sinks it computes blocks of queries in
     float32, so that the scores of a long prompt are never held at once.
     """
-    q, mask, scale, softcap, sinks, causal = call
+    q, mask, scale, softcap, sinks, causal, _ = call
     if not softcap and sinks is None:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, scale=scale, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]

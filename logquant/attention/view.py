@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..format import PageFormat
-from ..recall.reading import Recall
+from ..recall.reading import Recall, with_sinks
 from .call import AttentionCall
 from .exact import exact_attention
 from .gradients import records, refusing_gradients
@@ -98,6 +98,24 @@ class Layout(Protocol):
     def real_positions(self, mask: Tensor | None, new: int, batch: int) -> Tensor | None: ...
 
 
+class RaggedPages(Protocol):
+    """Pages of which each KV head has its own number (:class:`logquant.cache.ragged.Ragged`)."""
+
+    def attend(
+        self,
+        q: Tensor,
+        window_k: Tensor,
+        window_v: Tensor,
+        fmt: PageFormat,
+        *,
+        positions: Tensor | None,
+        packed: int,
+        key_map: Tensor | None,
+        mask: Tensor | None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]: ...
+
+
 class PackedLayer(Observer, Protocol):
     """A layer whose older tokens are in pages."""
 
@@ -125,10 +143,12 @@ class KVView(View):
         severed: whether packed tokens came with a gradient, which is lost.
         given: float32 ``[B, H, exact]``, what queries have given to exact tokens that came before; None if nobody asks.
         recall: which of the pages are read by few queries; None: all.
+        ragged: pages of which each KV head has its own number; None: ``pages``.
 
     Attributes:
         given_after: ``[B, H, N]``, the same of all exact tokens once the operator that counts it has attended to this
             view; else None.
+        lse: ``[B, Hq, L]``, the log-sum-exp of the scores of queries that have attended to ragged pages.
     """
 
     layer: PackedLayer
@@ -149,12 +169,14 @@ class KVView(View):
         severed: bool = False,
         given: Tensor | None = None,
         recall: Recall | None = None,
+        ragged: RaggedPages | None = None,
     ) -> None:
         super().__init__(layer, keys, values, new)
         self.pages, self.fmt, self.key_map, self.rows = pages, fmt, key_map, rows
         self.plain, self.units, self.severed = plain, units, severed
-        self.given, self.recall = given, recall
+        self.given, self.recall, self.ragged = given, recall, ragged
         self.given_after: Tensor | None = None
+        self.lse: Tensor | None = None
         self.version = layer.version
         self._dense: tuple[Tensor, Tensor] | None = None
 
@@ -166,6 +188,11 @@ class KVView(View):
     def is_current(self) -> bool:
         """Whether the layer still holds what it held when it made this view."""
         return self.version == self.layer.version
+
+    @property
+    def complete(self) -> bool:
+        """Whether all tokens that have come are still there."""
+        return self.rows.complete and (self.ragged is None or not max(self.rows.packed_counts))
 
     def check_current(self) -> None:
         if not self.is_current:
@@ -180,10 +207,10 @@ class KVView(View):
         """
         self.check_current()
         self.rows.real_positions(mask, self.new, self.keys.shape[0])
-        if mask is not None and not self.rows.complete and not self.rows.all_seen(mask).all():
+        if mask is not None and not self.complete and not self.rows.all_seen(mask).all():
             raise ValueError(
-                "attention_mask must show all tokens that came before, and add nothing to their scores: prune has "
-                "dropped some, and each KV head has kept others"
+                "attention_mask must show all tokens that came before, and add nothing to their scores: prune or evict "
+                "has dropped some, and each KV head has kept others"
             )
 
     def attend(self, call: AttentionCall) -> Tensor:
@@ -197,8 +224,10 @@ class KVView(View):
 
     def compute(self, call: AttentionCall) -> Tensor:
         """The same, without telling the layer: by the fused operator, or over dequantised tensors."""
-        q, mask, scale, softcap, sinks, causal = call
+        q, mask, scale, softcap, sinks, causal, _ = call
         queries = q.shape[2]
+        if self.ragged is not None and not self.plain:
+            return self._attend_ragged(call, self.ragged)
         if self.plain or not self._is_fused(queries) or records(q, self.keys, self.values):
             if not self.rows.complete:
                 return self._attend_by_slot(call)
@@ -232,6 +261,40 @@ class KVView(View):
             out, _ = ops.attend(*tensors, self.fmt, **options)
         else:
             out, _, self.given_after = ops.observed_attend(*tensors, self.fmt, **options, attention=self.given)
+        if self.units.value:
+            out = scaled(out, self.units.value)
+        return out if out.dtype == q.dtype else out.to(q.dtype)
+
+    def _attend_ragged(self, call: AttentionCall, ragged: RaggedPages) -> Tensor:
+        """Attention by the fused operator where KV heads have pages of their own, a few queries at a time."""
+        q, mask, scale, softcap, sinks, causal, _ = call
+        if records(q, self.keys, self.values):
+            raise RuntimeError("evict computes no gradients: call the model under torch.no_grad()")
+        queries, dtype = q.shape[2], self.keys.dtype
+        by_position = mask is not None or causal or not self.rows.alike
+        outs, found = [], []
+        for first in range(0, queries, MAX_FUSED_QUERIES):
+            own = slice(first, min(first + MAX_FUSED_QUERIES, queries))
+            at = None
+            if causal:
+                at = torch.arange(self.length - queries + own.start, self.length - queries + own.stop, device=q.device)
+            out, lse = ragged.attend(
+                q[:, :, own].to(dtype),
+                self.keys,
+                self.values,
+                self.fmt,
+                positions=self.rows.positions(q.device, self.new) if by_position else None,
+                packed=max(self.rows.packed_counts),
+                key_map=self.key_map,
+                mask=mask if mask is None or mask.shape[2] == 1 else mask[:, :, own],
+                query_positions=None if at is None else at[None].int(),
+                scale=self.units.scale(scale),
+                softcap=softcap,
+            )
+            found.append(lse)
+            outs.append(out if sinks is None else with_sinks(out, lse, sinks))
+        self.lse = torch.cat(found, 2)
+        out = torch.cat(outs, 2)
         if self.units.value:
             out = scaled(out, self.units.value)
         return out if out.dtype == q.dtype else out.to(q.dtype)
@@ -277,10 +340,11 @@ class KVView(View):
         """
         if self.plain:
             return self.keys, self.values
-        if not self.rows.complete:
+        if not self.complete:
             raise RuntimeError(
-                "prune has dropped tokens of this LogQuant cache, so there are no keys and values of all positions: "
-                'attention must be model.set_attn_implementation("logquant") (or "sdpa"), which goes by what is there'
+                "prune or evict has dropped tokens of this LogQuant cache, so there are no keys and values of all "
+                'positions: attention must be model.set_attn_implementation("logquant") (or "sdpa"), which goes by '
+                "what is there"
             )
         if self._dense is None:
             slot_of = self._slot_of_position()

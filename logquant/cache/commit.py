@@ -14,6 +14,7 @@ from ..quantizer.queries import MAP_QUERIES, RecentQueries
 from ..recall.index import PageIndex
 from ..rule import evicted_slots
 from .layout import Move, Rows
+from .ragged import Ragged
 from .sizes import window_capacity, window_slots
 from .storage import Allocator, Storage
 from .uncommitted import Exact
@@ -41,6 +42,10 @@ class Commit:
         padded: whether some of the new positions hold no token.
         allocator: of the stores of all layers.
         asked: the queries of all new positions; None if they are not known.
+        ragged: the pages, where ``evict`` drops tokens, and what is known of the exact and new ones.
+
+    Attributes:
+        ragged: the same afterwards.
 
     Raises:
         RuntimeError: a prompt is to be pruned, and its queries are not known.
@@ -59,13 +64,14 @@ class Commit:
         padded: bool,
         allocator: Allocator,
         asked: RecentQueries | None = None,
+        ragged: Ragged | None = None,
     ) -> None:
-        self._storage, self._given = storage, given
+        self._storage, self._given, self.ragged = storage, given, ragged
         keys, values, in_window = exact.keys.detach(), exact.values.detach(), exact.in_window
         moves = [m if m.packs == m.leaving.shape[1] else self._pruned(keys, m, padded, asked) for m in moves]
         # One step of the rule on the window is done in place.
-        self._steps = [m for m in moves if in_window and m.is_step]
-        others = [m for m in moves if not (in_window and m.is_step)]
+        self._steps = [m for m in moves if in_window and m.is_step and ragged is None]
+        others = [m for m in moves if not (in_window and m.is_step and ragged is None)]
         if self._steps:
             storage.prefetch()
         self._make_room(exact, before, after, allocator)
@@ -73,8 +79,11 @@ class Commit:
         first = (m for m in moves if m.packed == 0 and m.leaving.shape[1])
         self.advice = advice.allocate(self._leaving(keys, m, padded) for m in first)
         self._step_options = [self._options(m, self._attention(keys, m, padded), slice(None)) for m in self._steps]
-        for m in others:
-            self._quantize(keys, values, m, self._attention(keys, m, padded))
+        if ragged is None:
+            for m in others:
+                self._quantize(self._pages[m.rows], m.packed, keys, values, m, self._attention(keys, m, padded))
+        else:
+            self.ragged = self._judged(ragged, keys, values, others, after, padded)
         self._index = storage.index and self._indexed(storage.index, keys, moves, after)
         self._stays = [
             (m.rows, _staying(x[m.rows], m), window)
@@ -119,10 +128,11 @@ class Commit:
     def _make_room(self, exact: Exact, before: Rows, after: Rows, allocator: Allocator) -> None:
         """A page store and a window with room for the tokens afterwards, that hold what they hold now."""
         storage, (keys, values, in_window) = self._storage, exact
+        stored = 0 if self.ragged else after.packed
         pages, slots = storage.pages.shape[2], storage.window_k.shape[2]
-        has_room = after.packed <= pages * storage.format.page_tokens and after.exact <= slots
+        has_room = stored <= pages * storage.format.page_tokens and after.exact <= slots
         if in_window or before.length or has_room:
-            grows = after.packed > before.packed
+            grows = stored > before.packed
             self._pages = storage.pages_with_room(before, after.packed) if grows else storage.pages
             self._window_k, self._window_v = storage.window_with_room(
                 before, after.exact, apart=exact.in_graph or storage.in_graph
@@ -134,7 +144,7 @@ class Commit:
         self._pages, self._window_k, self._window_v = allocator.take(
             keys,
             [
-                ((*shape, after.packed // fmt.page_tokens, fmt.words), storage.pages.dtype),
+                ((*shape, stored // fmt.page_tokens, fmt.words), storage.pages.dtype),
                 ((*shape, slots, keys.shape[3]), keys.dtype),
                 ((*shape, slots, values.shape[3]), values.dtype),
             ],
@@ -178,10 +188,28 @@ class Commit:
     def _options(self, move: Move, attention: Attention | None, tokens: slice) -> dict[str, Tensor]:
         return self.advice.options(move.rows, attention, tokens)
 
-    def _quantize(self, keys: Tensor, values: Tensor, move: Move, attention: Attention | None) -> None:
-        """Quantise the tokens that become packed into the pages after those that are."""
+    def _judged(
+        self, ragged: Ragged, keys: Tensor, values: Tensor, moves: list[Move], after: Rows, padded: bool
+    ) -> Ragged:
+        """The ragged pages with those of the tokens that leave and are kept."""
+        fmt, made = self._storage.format, []
+        for row, move in enumerate(moves):
+            if not move.leaving.shape[1]:
+                continue
+            tokens = after.slots[row if len(after.slots) > 1 else 0].tokens
+            m, counts, kept = ragged.judged(move, tokens, fmt.page_tokens)
+            shape = *keys[m.rows].shape[:2], m.packs // fmt.page_tokens, fmt.words
+            pages = keys.new_empty(shape, dtype=torch.int32)
+            self._quantize(pages, 0, keys, values, m, self._attention(keys, m, padded))
+            made.append((m.rows, pages, counts, kept))
+        ragged = ragged.appended(made) if made else ragged
+        return ragged.moved(moves, after)
+
+    def _quantize(
+        self, rows: Tensor, packed: int, keys: Tensor, values: Tensor, move: Move, attention: Attention | None
+    ) -> None:
+        """Quantise the tokens that become packed into the pages of a move's rows, after those of ``packed`` tokens."""
         fmt = self._storage.format
-        rows = self._pages[move.rows]
         portion = fmt.page_tokens * max(1, _PORTION_NBYTES // (rows.shape[0] * rows.shape[1] * fmt.nbytes))
         for first in range(0, move.packs, portion):
             tokens = slice(first, first + portion)
@@ -191,7 +219,7 @@ class Commit:
             else:
                 k, v = (select(x, move.kept[..., tokens]) for x in (k, v))
             pages = ops.quantize(k, v, fmt, **options)
-            page = (move.packed + first) // fmt.page_tokens
+            page = (packed + first) // fmt.page_tokens
             rows[:, :, page : page + pages.shape[2]] = pages
 
     def _evict(self, move: Move, options: dict[str, Tensor]) -> None:

@@ -160,6 +160,7 @@ class LayerContents(CacheLayerMixin):
             severed=storage.severed,
             given=self.held.chosen and self.held.chosen.given,
             recall=None if self.recall is None else Recall(self.recall, storage.index),
+            ragged=self.held.ragged,
         )
 
     def _real_positions(self, uncommitted: Uncommitted) -> Tensor | None:

@@ -20,6 +20,7 @@ from ..quantizer.queries import RecentQueries
 from .chosen import Chosen, ChosenRows
 from .commit import Commit
 from .layout import Rows
+from .ragged import Ragged
 from .storage import Allocator, Storage
 from .uncommitted import Exact, Uncommitted
 
@@ -32,10 +33,18 @@ class Held:
         rows: where the tokens are in them.
         advice: what the quantiser is told of them.
         chosen: which tokens are where, under the rule ``attention``; None where their number says it.
+        ragged: the pages, where ``evict`` drops tokens; None where they are in ``storage``.
     """
 
-    def __init__(self, storage: Storage, rows: Rows, advice: Advice, chosen: Chosen | None = None) -> None:
-        self.storage, self.rows, self.advice, self.chosen = storage, rows, advice, chosen
+    def __init__(
+        self,
+        storage: Storage,
+        rows: Rows,
+        advice: Advice,
+        chosen: Chosen | None = None,
+        ragged: Ragged | None = None,
+    ) -> None:
+        self.storage, self.rows, self.advice, self.chosen, self.ragged = storage, rows, advice, chosen, ragged
         self._interrupted = False
 
     @staticmethod
@@ -51,7 +60,9 @@ class Held:
         """
         advice = Advice.initial(config, fmt, calibration_of(config), layer, keys)
         chosen = Chosen.nothing(config, rows, keys) if config.rule == "attention" else None
-        return Held(Storage.empty(config, fmt, keys, values, layer), rows, advice, chosen)
+        spec = config.evict_spec()
+        ragged = None if spec is None else Ragged.empty(spec, fmt, keys)
+        return Held(Storage.empty(config, fmt, keys, values, layer), rows, advice, chosen, ragged)
 
     @property
     def layout(self) -> Layout:
@@ -84,12 +95,18 @@ class Held:
             exact = Exact(*self.storage.units.inside(exact.keys, exact.values), in_window=False)
         advice = self._hear(uncommitted.call, new, real)
         chosen = self.chosen and self.chosen.hear(uncommitted, exact.keys, rows, real, self.storage.units)
+        ragged = self.ragged
+        if ragged is not None:
+            scale = self.storage.units.scale(uncommitted.call.scale if uncommitted.call else 1.0)
+            with own_arithmetic(exact.keys.device):
+                ragged = ragged.hear(uncommitted.call, exact.keys, rows, new, real, scale)
         if exact.in_window and real is None and after.packed_counts == rows.packed_counts:
             # The new tokens are where they belong already, as in most steps.
             self.rows, self.advice, self.chosen = after, self._remember(advice, after), chosen
+            self.ragged = ragged
             return False
         asked = self._asked(uncommitted.call, new, real)
-        return self._move(exact, after, new, real, advice, chosen, allocator, asked)
+        return self._move(exact, after, new, real, advice, chosen, allocator, asked, ragged)
 
     def _hear(self, call: AttentionCall | None, new: int, real: Tensor | None) -> Advice:
         """The advice with the queries of new positions, if all of them are known."""
@@ -121,6 +138,7 @@ class Held:
         chosen: Chosen | None,
         allocator: Allocator,
         asked: RecentQueries | None = None,
+        ragged: Ragged | None = None,
     ) -> bool:
         """Tokens move as the rule says; arguments are those of :class:`Commit`."""
         before, kept = self.rows, self._remember(advice, after)
@@ -131,18 +149,19 @@ class Held:
         if tokens.in_window and all(m.leaving.shape[1] == 0 and m.staying is None for m in moves):
             chosen = chosen and chosen.moved(moves, before, after, new)
             self.rows, self.advice, self.chosen = after, kept, chosen
+            self.ragged = ragged and ragged.moved(moves, after)
             return False
         with own_arithmetic(tokens.keys.device, grad=tokens.in_graph):
             given, padded = chosen and chosen.given, real is not None
             commit = Commit(
-                self.storage, tokens, moves, before, after, self.layout, advice, given, padded, allocator, asked
+                self.storage, tokens, moves, before, after, self.layout, advice, given, padded, allocator, asked, ragged
             )
             chosen = chosen and chosen.moved(moves, before, after, new)
             # What is written from here on cannot be undone.
             self._interrupted = True
             commit.write()
         self.rows, self.advice, self.chosen = after, kept.with_map(commit.advice.key_map), chosen
-        self._interrupted = False
+        self.ragged, self._interrupted = commit.ragged, False
         return tokens.in_window
 
     def crop(self, positions: int) -> bool:
@@ -155,6 +174,7 @@ class Held:
         after, advice = cropped.append(0), self.advice.crop(positions)
         # What has been heard, and when, is not known any more.
         chosen = self.chosen and self.chosen._replace(heard=True)
+        ragged = self.ragged and self.ragged.cropped(self.rows, cropped)
         if positions:
             if chosen is None:
                 sources = self.rows.exact_before(cropped)
@@ -164,26 +184,28 @@ class Held:
             grad = self.storage.in_graph or (self.storage.severed and torch.is_grad_enabled())
             with own_arithmetic(self.storage.window_k.device, grad=grad):
                 self.storage.crop(self.rows, cropped, sources, advice.key_map)
-        self.rows, self.advice, self.chosen = cropped, advice, chosen
+        self.rows, self.advice, self.chosen, self.ragged = cropped, advice, chosen, ragged
         keys, values = (w[:, :, : cropped.exact] for w in (self.storage.window_k, self.storage.window_v))
         tokens = Exact(keys, values, in_window=not self.storage.in_graph)
-        return self._move(tokens, after, 0, None, advice, chosen, Allocator())
+        return self._move(tokens, after, 0, None, advice, chosen, Allocator(), ragged=ragged)
 
     def map(self, function: Callable[[Tensor], Tensor], rows: Rows) -> Held:
         """With ``function`` applied to every tensor, and other rows."""
         storage = self.storage.map(function)
         chosen = self.chosen and self.chosen.map(function, self.rows, rows)
-        return Held(storage, rows, self.advice.map(function, storage.window_k), chosen)
+        ragged = self.ragged and self.ragged.map(function, rows)
+        return Held(storage, rows, self.advice.map(function, storage.window_k), chosen, ragged)
 
     def copy(self) -> Held:
         """An independent copy. Both share the page store until one of them writes to it."""
         self.check_intact()
-        return Held(self.storage.copy(), self.rows, self.advice, self.chosen)
+        return Held(self.storage.copy(), self.rows, self.advice, self.chosen, self.ragged)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a file needs besides the rows: tensors by name, and what JSON can hold."""
         tensors, described = self.advice.state()
         tensors |= self.storage.state(self.rows) | (self.chosen.state(self.rows) if self.chosen else {})
+        tensors |= self.ragged.state() if self.ragged else {}
         return tensors, described | {"units": list(self.storage.units)}
 
     @staticmethod
@@ -208,9 +230,11 @@ class Held:
         assert rows is not None
         held = Held.empty(config, storage.format, rows, layer, storage.window_k, storage.window_v)
         advice = held.advice.restored(tensors, described, storage.window_k)
-        return Held(storage, rows, advice, held.chosen and held.chosen.restored(tensors, rows))
+        ragged = held.ragged and Ragged.restored(held.ragged.spec, storage.format, tensors, rows, storage.window_k)
+        return Held(storage, rows, advice, held.chosen and held.chosen.restored(tensors, rows), ragged)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors; a page store that copies share counts for each."""
-        return self.storage.nbytes + self.advice.nbytes + (self.chosen.nbytes if self.chosen else 0)
+        others = (part.nbytes for part in (self.chosen, self.ragged) if part)
+        return self.storage.nbytes + self.advice.nbytes + sum(others)

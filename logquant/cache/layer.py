@@ -170,11 +170,12 @@ class LogQuantLayer(LayerContents):
         if uncommitted is None or not isinstance(view, KVView) or not view.is_current:
             return
         if call is not None:
-            query = call.query.detach()
+            query, lse = call.query.detach(), view.lse
             if view.new == 1 < query.shape[2]:  # query heads that came as queries of their KV head
                 query = query.flatten(1, 2).unsqueeze(2)
+                lse = None if lse is None else lse.flatten(1, 2).unsqueeze(2)
             uncommitted.real = self.rows.real_positions(call.mask, view.new, len(view.keys))
-            uncommitted.call = AttentionCall(query, None, call.scale, call.softcap)
+            uncommitted.call = AttentionCall(query, None, call.scale, call.softcap, lse=lse)
             uncommitted.given = view.given_after if uncommitted.real is None else None
         # A prompt takes its place at once, lest every layer's exact prompt be held at the same time. In the window the
         # new tokens cost nothing, and there the view must last: some models attend to it again. Speculative tokens that
@@ -216,6 +217,8 @@ class LogQuantLayer(LayerContents):
     @record_past.setter
     def record_past(self, value: bool) -> None:
         if value:
+            if self.config.evict is not None:
+                raise ValueError("evict drops tokens for good, so none may be speculative; decode without drafts")
             self.speculation = self.speculation or Speculation()
         elif self.speculation is not None:
             self.speculation.end(self)
@@ -226,7 +229,9 @@ class LogQuantLayer(LayerContents):
         if self.is_initialized:
             committed = -tokens_to_remove - (self.uncommitted.new if self.uncommitted else 0)
             if committed > 0:
-                self.rows.crop(committed)
+                after = self.rows.crop(committed)
+                if self.held.ragged is not None:
+                    self.held.ragged.check_crop(self.rows, after)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest ``-tokens_to_remove`` positions.
@@ -239,8 +244,8 @@ class LogQuantLayer(LayerContents):
             tokens_to_remove: 0 or negative, as for transformers' own layers.
 
         Raises:
-            ValueError: a positive number, or tokens that ``prune`` has dropped would have to come back. The layer is
-                unchanged then.
+            ValueError: a positive number, or tokens that ``prune`` or ``evict`` has dropped would have to come back.
+                The layer is unchanged then.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove must be 0 or negative, got {tokens_to_remove}")
@@ -299,6 +304,8 @@ class LogQuantLayer(LayerContents):
 
     def offload(self) -> None:
         """Move the pages to the CPU's memory; the exact tokens stay."""
+        if self.config.evict is not None:
+            raise ValueError("evict keeps pages where the exact tokens are: a cache with it cannot be offloaded")
         if self.is_initialized:
             self.held.storage.offload()
 

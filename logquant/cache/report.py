@@ -15,7 +15,7 @@ class LayerReport(NamedTuple):
         layer: its index.
         kind: its class.
         exact, packed: tokens of all rows that are exact (uncommitted ones among them) and that are quantised; None
-            where a layer is not LogQuant's.
+            where a layer is not LogQuant's. With ``evict`` the mean over KV heads.
         nbytes: bytes of its tensors.
         bits_per_element: of its tensors, for each element of the keys and values of its tokens; None if it has none.
     """
@@ -37,6 +37,8 @@ def report_of(index: int, layer: Any) -> LayerReport:
     batch = layer.batch_size if layer.is_initialized else 1
     copies = batch if rows.alike else 1
     exact, packed = (copies * sum(getattr(s, name) for s in rows.slots) for name in ("exact", "packed"))
+    if layer.is_initialized and (ragged := layer.held.ragged) is not None:
+        packed = ragged.tokens(layer.format.page_tokens)
     exact += batch * (layer.length - rows.length)
     bits = None
     if exact + packed:

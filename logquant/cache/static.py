@@ -361,8 +361,8 @@ def check_sliding(layers: Sequence[object], tokens_to_remove: int) -> None:
     for layer in sliding if tokens_to_remove < 0 else ():
         if layer.is_initialized and int(layer.cumulative_length) > layer.max_cache_len:
             raise RuntimeError(
-                f"a sliding layer has forgotten all but its newest {layer.max_cache_len} tokens, and cannot take any of "
-                "them back: reset() the cache and feed it the sequence again"
+                f"a sliding layer has forgotten all but its newest {layer.max_cache_len} tokens, and cannot take any "
+                "of them back: reset() the cache and feed it the sequence again"
             )
 
 

@@ -305,7 +305,7 @@ class Storage:
             and (rows.alike or len(rows.slots) == batch)
             and exact == rows.exact
             and window_v.shape[:3] == window_k.shape[:3]
-            and pages.shape == (batch, heads, rows.packed // fmt.page_tokens, fmt.words)
+            and pages.shape == (batch, heads, 0 if config.evict else rows.packed // fmt.page_tokens, fmt.words)
             and pages.dtype == torch.int32
             and window_k.dtype == window_v.dtype
             and window_k.dtype in DTYPES

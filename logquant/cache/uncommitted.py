@@ -66,6 +66,7 @@ class Uncommitted:
         if call is not None:
             unknown = self.new - call.query.shape[2]
             start, stop = (max(0, end - unknown) for end in (part.start, part.stop))
-            call = call._replace(query=call.query[:, :, start:stop])
+            lse = None if call.lse is None else call.lse[:, :, start:stop]
+            call = call._replace(query=call.query[:, :, start:stop], lse=lse)
         real = None if self.real is None or self.real[:, part].all() else self.real[:, part]
         return call, real

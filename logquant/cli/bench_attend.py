@@ -74,8 +74,9 @@ def command(
         shapes = [Shape(tokens, heads, kv_heads, dim, size) for size in batches for tokens in contexts]
     quantization = with_settings("--cache", spec, bits=bits, window=window).quantization
     assert quantization is not None
-    if quantization.prune is not None:
-        raise bad("--cache", f"a cache without prune is needed (give --context of what it leaves), got {cache!r}")
+    if quantization.prune is not None or quantization.evict is not None:
+        needed = "a cache without prune and evict is needed (give --context of what they leave)"
+        raise bad("--cache", f"{needed}, got {cache!r}")
     with errors_of("--dim"):
         quantization.page_format(dim)
     results = []

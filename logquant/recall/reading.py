@@ -108,7 +108,7 @@ class Recall(NamedTuple):
                 query_positions=None if query_positions is None else query_positions[:, own],
                 lengths=own_lengths,
             )
-            outs.append(out if sinks is None else _with_sinks(out, lse, sinks))
+            outs.append(out if sinks is None else with_sinks(out, lse, sinks))
         return outs[0] if len(outs) == 1 else torch.cat(outs, 2), given
 
 
@@ -200,7 +200,7 @@ def _first_blocks(batch: int, heads: int, stored: int, device: torch.device) -> 
         return first.view(batch, heads, 1)
 
 
-def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     """An output whose softmax did not count the sinks ``[Hq]``, as if it had: the operator has one for all rows."""
     share = torch.sigmoid(lse - sinks[None, :, None])
     return (out * share.unsqueeze(-1)).to(out.dtype)

@@ -1,0 +1,149 @@
+"""Any sequence of operations on a batch of which tokens are dropped: a row holds, bit for bit, what it holds alone."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import Tensor
+
+from logquant import LogQuantCache, LogQuantConfig
+from logquant.attention.call import AttentionCall
+from logquant.cache.layer import LogQuantLayer
+from tests.helpers.layers import PLAIN
+from tests.helpers.masks import causal_mask
+from tests.helpers.models import tiny_config
+
+HEADS, DIM = 2, 16
+MODEL = tiny_config(num_hidden_layers=1, num_attention_heads=2 * HEADS, num_key_value_heads=HEADS, head_dim=DIM)
+
+
+def contents(layer: LogQuantLayer, row: int) -> list[Tensor]:
+    """What a row holds: the pages of each of its heads, how many tokens the rule keeps, and its exact tokens."""
+    layer.commit()
+    held, slots = layer.held.ragged, layer.rows.slots[row if len(layer.rows.slots) > 1 else 0]
+    first = int(held.counts[:row].sum())
+    pages = held.pool[first : first + int(held.counts[row].sum())]
+    exact = [x[row, :, : slots.exact] for x in (layer.held.storage.window_k, layer.held.storage.window_v, held.named)]
+    return [held.counts[row], held.kept[row], pages, *exact]
+
+
+class CormPrograms(RuleBasedStateMachine):
+    @initialize(batch=st.integers(1, 3), queries=st.sampled_from([3, 20, 64]), sinks=st.sampled_from([0, 4]))
+    def begin(self, batch: int, queries: int, sinks: int) -> None:
+        plain = PLAIN | {"rule": "recent", "window": 32, "sinks": sinks}
+        self.config = LogQuantConfig(**plain, evict=f"corm(window={queries})")
+        self.cache, self.batch, self.stepped = LogQuantCache(MODEL, self.config), batch, False
+        self.random = torch.Generator().manual_seed(batch)
+        self.alone = [LogQuantCache(MODEL, self.config) for _ in range(batch)]
+        self.real: list[list[bool]] = [[] for _ in range(batch)]
+
+    @rule(new=st.integers(100, 300), data=st.data(), padded=st.booleans())
+    def prompt(self, new: int, data: st.DataObject, padded: bool) -> None:
+        pads = [0] * self.batch
+        if padded:
+            pads = data.draw(st.lists(st.integers(0, new), min_size=self.batch, max_size=self.batch))
+        left = data.draw(st.booleans())
+        self.arrive([[(i >= p) if left else (i < new - p) for i in range(new)] for p in pads])
+        self.stepped = False
+
+    @rule(steps=st.integers(1, 40))
+    def steps(self, steps: int) -> None:
+        for _ in range(steps):
+            self.arrive([[True]] * self.batch)
+        self.stepped = True
+
+    def arrive(self, came: list[list[bool]]) -> None:
+        new = len(came[0])
+        k, v = (torch.randn(self.batch, HEADS, new, DIM, generator=self.random) for _ in range(2))
+        # The second half of the heads looks at few tokens.
+        q = torch.randn(self.batch, 2 * HEADS, new, DIM, generator=self.random) * torch.tensor([1, 1, 9, 9]).view(
+            -1, 1, 1
+        )
+        self.real = [before + own for before, own in zip(self.real, came, strict=True)]
+        padding = torch.tensor(self.real)
+        mask = None if padding.all() else causal_mask(padding, new)
+        keys, _ = self.cache.update(k, v, 0)
+        keys.kv_view.attend(AttentionCall(q, mask, 0.25, causal=mask is None))
+        for i, (own, cache) in enumerate(zip(came, self.alone, strict=True)):
+            if any(own):
+                keys, _ = cache.update(k[i : i + 1, :, own], v[i : i + 1, :, own], 0)
+                keys.kv_view.attend(AttentionCall(q[i : i + 1, :, own], None, 0.25, causal=True))
+
+    # What removed queries have named stays named, unless they came with the last call: with a prompt, a row by itself
+    # may have been called another time.
+    @precondition(lambda self: self.cache.is_initialized and self.stepped)
+    @rule(columns=st.integers(0, 120))
+    def crop(self, columns: int) -> None:
+        columns = min(columns, len(self.real[0]))
+        tokens = [sum(row[len(row) - columns :]) for row in self.real]
+        try:
+            for cache, count in zip(self.alone, tokens, strict=True):
+                cache.layers[0].check_crop(-count)
+        except ValueError:
+            with pytest.raises(ValueError, match="crop must not bring back"):
+                self.cache.crop(-columns)
+            return
+        self.cache.crop(-columns)
+        self.real = [row[: len(row) - columns] for row in self.real]
+        for cache, count in zip(self.alone, tokens, strict=True):
+            cache.crop(-count)
+
+    @precondition(lambda self: self.cache.is_initialized)
+    @rule(data=st.data())
+    def select(self, data: st.DataObject) -> None:
+        pick = data.draw(st.lists(st.integers(0, self.batch - 1), min_size=1, max_size=3))
+        if len(pick) == self.batch:
+            self.cache.reorder_cache(torch.tensor(pick))
+        else:
+            self.cache.batch_select_indices(torch.tensor(pick))
+        self.alone = [copy.deepcopy(self.alone[i]) for i in pick]
+        self.real, self.batch = [self.real[i] for i in pick], len(pick)
+
+    @rule()
+    def save_and_load(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self.cache.save(Path(folder, "cache"))
+            self.cache = LogQuantCache.load(Path(folder, "cache"), MODEL)
+        self.stepped = False
+
+    @rule()
+    def deepcopy(self) -> None:
+        self.cache = copy.deepcopy(self.cache)
+        self.stepped = False
+
+    @rule()
+    def move(self) -> None:
+        self.cache.to("cpu")
+        self.stepped = False
+
+    @rule()
+    def reset(self) -> None:
+        self.cache.reset()
+        self.alone = [LogQuantCache(MODEL, self.config) for _ in range(self.batch)]
+        self.real = [[] for _ in range(self.batch)]
+
+    @invariant()
+    def rows_hold_what_they_hold_alone(self) -> None:
+        if not getattr(self, "cache", None) or not self.cache.is_initialized:
+            return
+        # What is looked into is committed.
+        cache = copy.deepcopy(self.cache)
+        for i, (alone, real) in enumerate(zip(self.alone, self.real, strict=True)):
+            assert alone.get_seq_length() == sum(real)
+            if sum(real):
+                pairs = zip(contents(cache.layers[0], i), contents(copy.deepcopy(alone).layers[0], 0), strict=True)
+                assert all(torch.equal(got, want) for got, want in pairs)
+
+
+TestCormPrograms = CormPrograms.TestCase
+TestCormPrograms.settings = settings(
+    max_examples=5 if os.environ.get("LOGQUANT_HYPOTHESIS") == "brief" else 40, stateful_step_count=10, deadline=None
+)
