@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache
 from logquant import LogQuantCache, LogQuantConfig
 from logquant.attention.call import AttentionCall
 from logquant.attention.compiled import _warn_dense
+from logquant.cache.layer import LogQuantLayer
 from logquant.compat import as_argument
 from tests.helpers.masks import pad_mask
 from tests.helpers.models import family_config, tiny_model
@@ -305,15 +306,17 @@ def test_a_step_of_fixed_size_is_one_graph_without_python(ids, family, rule, bit
     want, _ = decode(model, grows, ids[:, :440], 300, mask)
     assert (got - want).abs().max() < 1e-3 * want.abs().max()
     assert not counters["graph_break"] and not unsafe
-    # A padding mask grows, so that its length is symbolic from the second step on.
-    assert graphs[-1] == graphs[3] <= (1 if mask is None else 2), graphs
+    # A padding mask grows, so that its length is symbolic from the second step on. And the sliding layers of
+    # transformers, which gemma2 has, are told by a number whether they are full.
+    assert graphs[-1] == graphs[3] <= (1 if mask is None and family == "tiny" else 2), graphs
     with torch.no_grad():
         cache.reset()
         model(ids[:, :300], attention_mask=None if mask is None else mask[:, :300], **as_argument(cache))
     again, more = decode(forward, cache, ids[:, :310], 300, mask)
     assert torch.equal(again, got[:, :10]) and more[-1] == graphs[-1], "another text is not another program"
     got, _ = decode(forward, cache, ids[:, :440], 310, mask)
-    assert cache.layers[-1].length == 440 and cache.layers[-1].rows.packed == grows.layers[-1].rows.packed == 256
+    layer, other = (next(x for x in c.layers if isinstance(x, LogQuantLayer)) for c in (cache, grows))
+    assert layer.length == 440 and layer.rows.packed == other.rows.packed == 256
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -69,19 +69,19 @@ def check_choice(named: Tensor, least: int, index: Tensor, pages: Tensor, kept: 
 
 
 # ------------------------------------------------------------------------------------------------------- what stays
-def check_prompt(model, ids: Tensor, window: int, prompts, chosen, **settings) -> None:
-    cache = LogQuantCache(model.config, rule="recent", evict=f"corm(window={window})", **settings)
+def check_prompt(model, ids: Tensor, queries: int, prompts, chosen, **settings) -> None:
+    cache = LogQuantCache(model.config, rule="recent", evict=f"corm(window={queries})", **settings)
     logits_of(model, cache, ids, [ids.shape[1]], "logquant")
     assert len(prompts) == len(chosen) == model.config.num_hidden_layers
     for layer, prompt, (told, index, pages, kept) in zip(cache.layers, prompts, chosen, strict=True):
         left, tokens = told.shape[2], ids.shape[1]
-        want = named(softmax(prompt.queries, prompt.keys, window, layer.held.advice.fmt.head_dim**-0.5), told.shape[1])
+        want = named(softmax(prompt.queries, prompt.keys, queries, layer.held.advice.fmt.head_dim**-0.5), told.shape[1])
         sinks = cache.quantization.sinks
         assert torch.equal(told.long(), want[:, :, sinks : sinks + left])
         for row in range(len(told)):
             check_choice(
                 *(x[row : row + 1] for x in (told,)),
-                tokens - window,
+                tokens - queries,
                 index[row : row + 1],
                 pages[row : row + 1],
                 kept[row : row + 1],
