@@ -41,12 +41,17 @@ class Blocks:
             blocks += (seen + new - 1) // PAGE - max(0, seen - WINDOW + 1) // PAGE + 1
         return blocks
 
+    def most(self, tokens: int, chunk: int) -> int:
+        """Blocks that a request holds at once at most, while its prompt is read in chunks, or when it then decodes."""
+        # Those of the prompt are in its last chunks.
+        first = max(0, (tokens - 1) // chunk - 2) * chunk
+        chunks = [(begin, min(chunk, tokens - begin)) for begin in range(first, tokens, chunk)]
+        return max(self.of(*part) for part in [*chunks, (tokens, 1)])
+
     def requests(self, budget: int, tokens: int, chunk: int) -> int:
         """Requests of ``tokens`` tokens that have been read, one after the other, in chunks, and decode."""
-        pool = budget // self.nbytes - 1
-        chunks = [(first, min(chunk, tokens - first)) for first in range(0, tokens, chunk)]
-        last, most = self.of(tokens, 1), max(self.of(*part) for part in [*chunks, (tokens, 1)])
-        return 0 if pool < most else 1 + (pool - most) // last
+        pool, most = budget // self.nbytes - 1, self.most(tokens, chunk)
+        return 0 if pool < most else 1 + (pool - most) // self.of(tokens, 1)
 
 
 def blocks_of(quantization: LogQuantConfig | None, config: PreTrainedConfig, dtype: torch.dtype) -> Blocks:
@@ -59,8 +64,11 @@ def blocks_of(quantization: LogQuantConfig | None, config: PreTrainedConfig, dty
         dtype: of the cache.
 
     Raises:
-        ValueError: a model with other layers than those of full attention, or that :class:`BlockLayout` refuses.
+        ValueError: a model with other layers than those of full attention, one of low rank, or one that
+            :class:`BlockLayout` refuses.
     """
+    if low := getattr(config.get_text_config(decoder=True), "lowrank", None):
+        raise ValueError(f"vLLM knows no models of low rank, got config.lowrank={low!r}")
     shape, layers = head_shape(config), DynamicCache(config=config).layers
     for i, layer in enumerate(layers):
         if type(layer) is not DynamicLayer:
@@ -83,13 +91,5 @@ def plan(name: str, blocks: Blocks, *, budget: int, tokens: int, chunk: int) -> 
         chunk: ``max_num_batched_tokens``.
     """
     nbytes = blocks.of(tokens - 1, 1) * blocks.nbytes
-    longest = largest(lambda n: n == 0 or _fits(blocks, budget, n, chunk))
+    longest = largest(lambda n: n == 0 or blocks.requests(budget, n - 1, chunk) > 0)
     return Plan(name, nbytes, blocks.requests(budget, max(1, tokens - 1), chunk), longest)
-
-
-def _fits(blocks: Blocks, budget: int, tokens: int, chunk: int) -> bool:
-    """Whether one request of ``tokens`` tokens fits: the most is in the last chunks."""
-    pool = budget // blocks.nbytes - 1
-    first = max(0, (tokens - 1) // chunk - 2) * chunk
-    parts = [(begin, min(chunk, tokens - begin)) for begin in range(first, tokens, chunk)]
-    return max(blocks.of(*part) for part in [*parts, (tokens - 1, 1)]) <= pool

@@ -7,7 +7,7 @@ neither the graph nor its inputs depend on how long the context is. The layer le
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -98,6 +98,7 @@ class Steps:
     def attend(self, keys: Tensor, values: Tensor, call: AttentionCall) -> Tensor:
         """Append the token of ``keys`` ``[B, H, 1, D]`` and ``values``, and attend: ``[B, Hq, 1, Dv]``."""
         self.scale, self.softcap, self.queries_known = call.scale, call.softcap, True
+        tensors = self.positions, self.lengths, self.attention, self.queries, self.seen
         out = ops.decode_step_(
             self._own(call.query),
             keys,
@@ -105,37 +106,29 @@ class Steps:
             self.pages,
             self.window_k,
             self.window_v,
-            self.positions,
-            self.lengths,
-            self.attention,
-            self.queries,
-            self.seen,
+            *tensors,
             self.fmt,
-            scale=self.units.scale(call.scale),
-            softcap=call.softcap,
-            key_map=self.key_map,
-            mask=call.mask,
-            sinks=None if call.sinks is None else call.sinks.float(),
+            **self._options(call),
         )
         return self._outside(out, call)
 
     def attend_again(self, call: AttentionCall) -> Tensor:
         """Attend to what is there, ``[B, Hq, 1, Dv]``, as layers do that share the keys and values of another."""
-        out, _ = ops.attend(
-            self._own(call.query),
-            self.pages,
-            self.window_k,
-            self.window_v,
-            self.fmt,
-            scale=self.units.scale(call.scale),
-            softcap=call.softcap,
-            key_map=self.key_map,
-            positions=None if call.mask is None else self.positions,
-            mask=call.mask,
-            sinks=None if call.sinks is None else call.sinks.float(),
-            lengths=self.lengths,
-        )
+        positions = None if call.mask is None else self.positions
+        both = {"positions": positions, "lengths": self.lengths}
+        query = self._own(call.query)
+        out, _ = ops.attend(query, self.pages, self.window_k, self.window_v, self.fmt, **both, **self._options(call))
         return self._outside(out, call)
+
+    def _options(self, call: AttentionCall) -> dict[str, Any]:
+        """What both operators are told besides."""
+        return {
+            "scale": self.units.scale(call.scale),
+            "softcap": call.softcap,
+            "key_map": self.key_map,
+            "mask": call.mask,
+            "sinks": None if call.sinks is None else call.sinks.float(),
+        }
 
     def _own(self, query: Tensor) -> Tensor:
         return query if query.dtype == self.window_k.dtype else query.to(self.window_k.dtype)

@@ -18,15 +18,16 @@ from ..attention import compiled
 from ..config import LogQuantConfig
 from ..files import fingerprint, read, write
 from ..quantizer.calibration import Calibration, calibration_of, with_calibration
+from .fixed_size import FixedSize
 from .layer import LogQuantLayer
 from .layout import Rows
 from .left_behind import LeftBehind
-from .other_layers import put_together, take_apart
+from .other_layers import check_sliding, put_together, take_apart
 from .report import LayerReport, report_of
 from .shared import Shared
 from .sizes import tensors_in
 from .slots import Slots
-from .static import StaticLayer, check_length, check_sliding, layers_of_fixed_size, make_room, resize
+from .static import StaticLayer
 from .storage import Allocator
 
 FILE_VERSION = 1
@@ -53,7 +54,7 @@ class LogQuantCache(DynamicCache):
     Raises:
         TypeError: ``quantization`` together with ``options``, or an unknown option.
         ValueError: an invalid option, a head dimension that pages cannot hold, a calibration of another model, or
-            ``recall`` or ``prune`` with a ``max_length``.
+            ``recall``, ``prune`` or ``evict`` with a ``max_length``.
     """
 
     def __init__(
@@ -87,24 +88,26 @@ class LogQuantCache(DynamicCache):
                 UserWarning,
                 stacklevel=2,
             )
-        self._first = next((i for i, layer in enumerate(layers) if type(layer) is DynamicLayer), 0)
         self._shared = Shared(Allocator(own))
-        self.max_length = max_length
-        if max_length is not None:
-            layers = layers_of_fixed_size(config, self.quantization, max_length)
+        self._fixed = (
+            None if max_length is None else FixedSize(config, self.quantization, self._shared, rows, max_length)
+        )
         # Not DynamicCache's own __init__, which would make other layers. It is the base because transformers asks for
         # it where a cache must be able to crop and select rows (EncoderDecoderCache).
         Cache.__init__(
             self,
-            layers=[
-                self._new_layer(rows, i) if type(layer) is DynamicLayer else layer for i, layer in enumerate(layers)
+            layers=self._fixed.layers
+            if self._fixed is not None
+            else [
+                LogQuantLayer(self.quantization, self._shared, rows, i) if type(layer) is DynamicLayer else layer
+                for i, layer in enumerate(layers)
             ],
         )
 
-    def _new_layer(self, rows: Rows, index: int) -> LogQuantLayer:
-        if self.max_length is None:
-            return LogQuantLayer(self.quantization, self._shared, rows, index)
-        return StaticLayer(self.quantization, self._shared, rows, index, self.max_length)
+    @property
+    def max_length(self) -> int | None:
+        """How many positions there is room for; None in a cache that grows."""
+        return None if self._fixed is None else self._fixed.max_length
 
     def _empty_slots(self, config: PreTrainedConfig) -> Slots:
         """Where the tokens of a sequence without any are."""
@@ -119,15 +122,12 @@ class LogQuantCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         """Append tokens to a layer, and return what attention is to see (:meth:`LogQuantLayer.update`)."""
         layer = self.layers[layer_idx]
-        if self.max_length is not None and layer_idx == 0 and key_states.shape[2] > 1:
-            check_length(self.layers, key_states.shape[2])
-        if isinstance(layer, StaticLayer):
-            if not torch.compiler.is_compiling():
-                self.make_room(layer_idx)
-            if layer.can_step(key_states):
-                # What other attention is called with shows only where nothing is compiled (attention/handle.py).
-                fused = not torch.compiler.is_compiling() or self._text_config._attn_implementation == "logquant"
-                return layer.step(key_states, value_states) if fused else layer.append_step(key_states, value_states)
+        if self._fixed is not None and not torch.compiler.is_compiling():
+            self._fixed.arrive(layer_idx, key_states.shape[2])
+        if isinstance(layer, StaticLayer) and layer.can_step(key_states):
+            # What other attention is called with shows only where nothing is compiled (attention/handle.py).
+            fused = not torch.compiler.is_compiling() or self._text_config._attn_implementation == "logquant"
+            return layer.step(key_states, value_states) if fused else layer.append_step(key_states, value_states)
         if torch.compiler.is_compiling() and isinstance(layer, LogQuantLayer) and self._reads_plainly(layer):
             length = layer.length + key_states.shape[2]
             both: tuple[Tensor, Tensor] = compiled.read_layer(key_states, value_states, layer._layer_id, length)
@@ -181,22 +181,18 @@ class LogQuantCache(DynamicCache):
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         return sizes
 
-    def make_room(self, layer_idx: int | None = None) -> None:
+    def make_room(self) -> None:
         """Between steps of a cache of fixed size: tokens that are due leave the window, so that another step fits.
 
         ``generate`` calls this by itself. If you compile a model and call it in your own loop, without masks that are
         made outside of it, call this before each step: without it, a step that finds no room raises an error on a CPU,
         and gives NaN on a GPU. Reads from the device only where tokens may be due.
 
-        Args:
-            layer_idx: the layer that tokens come to next, if not the first one.
-
         Raises:
             ValueError: all ``max_length`` positions are held; nothing has changed.
         """
-        if self.max_length is None or (layer_idx is not None and layer_idx != self._first):
-            return
-        make_room([layer for layer in self.layers if isinstance(layer, StaticLayer)], self._shared)
+        if self._fixed is not None:
+            self._fixed.make_room()
 
     def resize(self, max_length: int) -> None:
         """Have room for ``max_length`` positions from now on; what is held is copied.
@@ -204,8 +200,9 @@ class LogQuantCache(DynamicCache):
         Raises:
             ValueError: the cache is not of fixed size, has other layers, or holds more.
         """
-        resize(self.layers, max_length)
-        self.max_length = max_length
+        if self._fixed is None:
+            raise ValueError("resize is for caches with a max_length, and this one grows by itself")
+        self._fixed.resize(max_length)
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, ...]]:
         """Keys and values of each layer, dequantised, and its sliding window, as those of a ``DynamicCache``."""
@@ -405,10 +402,12 @@ class LogQuantCache(DynamicCache):
         """
         layers = [layer for layer in self.layers if isinstance(layer, CacheLayerMixin) and hasattr(layer, "crop")]
         lengths = [layer.length if isinstance(layer, LogQuantLayer) else layer.get_seq_length() for layer in layers]
-        for layer, length in zip(layers, lengths, strict=True):
-            if length > min(lengths):
-                check_sliding([layer], min(lengths) - length)
-                layer.crop(min(lengths) - length)
+        ahead = [(layer, min(lengths) - length) for layer, length in zip(layers, lengths, strict=True)]
+        for layer, more in ahead:
+            check_sliding([layer], more)
+        for layer, more in ahead:
+            if more:
+                layer.crop(more)
         return min(lengths)
 
 

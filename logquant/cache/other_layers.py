@@ -1,11 +1,24 @@
-"""Layers that transformers made, in files: whatever they hold, as JSON and tensors."""
+"""Layers that transformers made: whatever they hold in files, as JSON and tensors; what they cannot take back."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import StaticSlidingWindowLayer
+
+
+def check_sliding(layers: Sequence[object], tokens_to_remove: int) -> None:
+    """Refuse (RuntimeError) a crop of sliding layers of fixed size that have forgotten what would come back."""
+    sliding = [layer for layer in layers if isinstance(layer, StaticSlidingWindowLayer)]
+    for layer in sliding if tokens_to_remove < 0 else ():
+        if layer.is_initialized and int(layer.cumulative_length) > layer.max_cache_len:
+            raise RuntimeError(
+                f"a sliding layer has forgotten all but its newest {layer.max_cache_len} tokens, and cannot take any "
+                "of them back: reset() the cache and feed it the sequence again"
+            )
 
 
 def take_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

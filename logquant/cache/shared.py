@@ -19,14 +19,14 @@ class Shared:
         padding: a mask ``[B, positions]``, 0 where there is padding, that holds where attention does not tell.
         speculative: how many of the positions that come next are speculative; None if that is not known.
         latest: the layer that tokens came to last, and how many positions each layer should have held before.
-        room: of a cache of fixed size, how many steps can be taken at least until somebody must look.
+        steps_left: of a cache of fixed size, how many steps can be taken at least until somebody must look.
     """
 
     allocator: Allocator = field(default_factory=Allocator)
     padding: Tensor | None = None
     speculative: int | None = None
     latest: tuple[int, int] = (sys.maxsize, 0)
-    room: int = 0
+    steps_left: int = 0
 
     def arrive(self, layer: int, length: int) -> None:
         """Tokens come to a layer that holds ``length`` positions.

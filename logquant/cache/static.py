@@ -7,14 +7,11 @@ the same as one by one as long as no token had to leave the window in between: :
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, StaticCache
-from transformers.cache_utils import DynamicLayer, StaticSlidingWindowLayer
-from transformers.cache_utils import StaticLayer as FullStaticLayer
 
 from ..attention.call import AttentionCall
 from ..attention.handle import handles
@@ -140,15 +137,13 @@ class StaticLayer(LogQuantLayer):
             steps.key_map.copy_(held.advice.key_map)
         steps.units, self._length = held.storage.units, rows.length
         self.published_version, self.can_take_steps = self.version, True
-        self.shared.room = 0
+        self.shared.steps_left = 0
 
     def _with_buffers(self, held: Held) -> Steps:
         """The steps' tensors, of which the layer's window and page store are some."""
         storage, rows, steps = held.storage, held.rows, self.steps
-        slots, pages = (
-            window_capacity(self.config),
-            packed_tokens(self.config, self.max_length) // self.format.page_tokens,
-        )
+        slots = window_capacity(self.config)
+        pages = packed_tokens(self.config, self.max_length) // self.format.page_tokens
         window_k, window_v, store = storage.window_k, storage.window_v, storage.pages
         if steps is not None and not steps.fits(window_k, window_v):
             steps = None
@@ -329,61 +324,6 @@ class StaticLayer(LogQuantLayer):
             return super().nbytes
         own = steps.positions, steps.lengths, steps.attention, steps.queries, steps.seen, steps.key_map
         return super().nbytes + sum(t.nbytes for t in own if t is not None)
-
-
-def layers_of_fixed_size(config: PreTrainedConfig, quantization: LogQuantConfig, max_length: int) -> list[Any]:
-    """The layers of a cache of fixed size, with a ``DynamicLayer`` where attention sees all tokens.
-
-    Raises:
-        ValueError: no positive ``max_length``, or an option that goes with caches that grow alone.
-    """
-    if max_length < 1:
-        raise ValueError(f"max_length must be at least 1, got {max_length}")
-    for name in ("recall", "prune", "evict"):
-        if (option := getattr(quantization, name, None)) is not None:
-            raise ValueError(f"{name} does not go with max_length: got {name}={option!r} and max_length={max_length}")
-    return [
-        DynamicLayer() if type(layer) is FullStaticLayer else layer
-        for layer in StaticCache(config=config, max_cache_len=max_length).layers
-    ]
-
-
-def check_length(layers: Sequence[object], new: int) -> None:
-    """Refuse (ValueError) more positions than there is room for, before any layer takes one."""
-    static = next((layer for layer in layers if isinstance(layer, StaticLayer)), None)
-    if static is not None:
-        static.check_length(new)
-
-
-def check_sliding(layers: Sequence[object], tokens_to_remove: int) -> None:
-    """Refuse (RuntimeError) a crop of sliding layers of fixed size that have forgotten what would come back."""
-    sliding = [layer for layer in layers if isinstance(layer, StaticSlidingWindowLayer)]
-    for layer in sliding if tokens_to_remove < 0 else ():
-        if layer.is_initialized and int(layer.cumulative_length) > layer.max_cache_len:
-            raise RuntimeError(
-                f"a sliding layer has forgotten all but its newest {layer.max_cache_len} tokens, and cannot take any "
-                "of them back: reset() the cache and feed it the sequence again"
-            )
-
-
-def make_room(layers: list[StaticLayer], shared: Shared) -> None:
-    """:meth:`LogQuantCache.make_room` of these layers."""
-    shared.room -= 1
-    if shared.room <= 0 and layers:
-        shared.room = min([layer.make_room() for layer in layers])
-
-
-def resize(layers: Sequence[object], max_length: int) -> None:
-    """:meth:`LogQuantCache.resize` of these layers."""
-    static = [layer for layer in layers if isinstance(layer, StaticLayer)]
-    if len(static) < len(layers) or not static:
-        kinds = sorted({type(layer).__name__ for layer in layers})
-        raise ValueError(f"resize is for caches with a max_length and full attention in all layers, got {kinds}")
-    held = max(layer.length for layer in static)
-    if max_length < held:
-        raise ValueError(f"max_length must be at least the {held} positions that are held, got {max_length}")
-    for layer in static:
-        layer.resize(max_length)
 
 
 def _copied(x: Tensor, into: Tensor | None, room: int, used: int) -> Tensor:

@@ -88,10 +88,10 @@ def _in_vllm(
 
     plans = []
     for spec in specs:
-        options = settings_given(spec.name)
         if not spec.is_full and spec.name.partition(":")[0] != "logquant":
             raise ValueError(f"cache must be full or logquant with settings for vLLM, got {spec.name!r}")
-        quantization = None if spec.is_full else guards.config_from(options)
+        options = settings_given(spec.name)
+        quantization = None if spec.is_full else guards.config_from(options, f"settings of {spec.name!r} in vLLM")
         blocks = plan_vllm.blocks_of(quantization, config, dtype.torch)
         plans.append(plan_vllm.plan(spec.name, blocks, budget=budget, tokens=tokens, chunk=chunk))
     return plans

@@ -41,7 +41,7 @@ def test_what_fits_into_the_pool_of_vllm(json_file):
         (("--caches", "kivy"), "--caches: cache must be one of logquant, fine, small, log, recent,"),
         (("--context", 0), "'--context'"),
         (("--engine", "vllm", "--caches", "full,recent"), "cache must be full or logquant with settings for vLLM"),
-        (("--engine", "vllm", "--caches", "logquant:window=32"), "must be a dict with calibration, sinks, bits"),
+        (("--engine", "vllm", "--caches", "logquant:window=32"), "settings of 'logquant:window=32' in vLLM must"),
     ],
 )
 def test_plan_explains_bad_arguments(model_dir, args, message):

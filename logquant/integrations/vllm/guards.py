@@ -21,14 +21,16 @@ def config_of(vllm_config: Any) -> LogQuantConfig:
         ValueError: an unknown setting, or as LogQuantConfig.
     """
     additional = vllm_config.additional_config
-    return config_from(additional.get("logquant", {}) if isinstance(additional, dict) else {})
+    options = additional.get("logquant", {}) if isinstance(additional, dict) else {}
+    return config_from(options, "additional_config['logquant']")
 
 
-def config_from(options: Any) -> LogQuantConfig:
-    """The settings that ``options`` say, as :func:`config_of`."""
-    if not isinstance(options, dict) or (unknown := sorted(options.keys() - set(_OPTIONS))):
-        got = unknown if isinstance(options, dict) else options
-        raise ValueError(f"additional_config['logquant'] must be a dict with {', '.join(_OPTIONS)}; got {got}")
+def config_from(options: Any, name: str) -> LogQuantConfig:
+    """The settings that ``options`` say, as :func:`config_of`; an error calls them ``name``."""
+    if not isinstance(options, dict):
+        raise ValueError(f"{name} must be a dict, got {options!r}")
+    if unknown := sorted(options.keys() - set(_OPTIONS)):
+        raise ValueError(f"{name} must be among {', '.join(_OPTIONS)}; got {', '.join(unknown)}")
     bits = {"bits", "key_bits", "value_bits"} & options.keys()
     return LogQuantConfig(**({} if bits else _PAGES) | options)
 
