@@ -115,7 +115,7 @@ class Steps:
     def attend_again(self, call: AttentionCall) -> Tensor:
         """Attend to what is there, ``[B, Hq, 1, Dv]``, as layers do that share the keys and values of another."""
         positions = None if call.mask is None else self.positions
-        both = {"positions": positions, "lengths": self.lengths}
+        both: dict[str, Any] = {"positions": positions, "lengths": self.lengths}
         query = self._own(call.query)
         out, _ = ops.attend(query, self.pages, self.window_k, self.window_v, self.fmt, **both, **self._options(call))
         return self._outside(out, call)

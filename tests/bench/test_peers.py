@@ -30,14 +30,14 @@ def test_every_contender_decodes_in_every_round():
     loaded = {torch.bfloat16: tiny_model().bfloat16(), torch.float32: tiny_model()}
     for model in loaded.values():
         model.set_attn_implementation("logquant")
-    caches = {torch.bfloat16: "full,logquant,quanto", torch.float32: "full,log"}
+    caches = {torch.bfloat16: "full,logquant,hqq", torch.float32: "full,log"}
     rows, skipped = peers.measure(loaded, [Counting()], {200: caches, 300: caches}, 3, 300)
     assert [row.name for row in rows[::2]] == [
         "counting",
         "transformers, full, no mask, bfloat16",
         "transformers, full, masked, bfloat16",
         "LogQuant, logquant, bfloat16",
-        *([] if "quanto" in skipped else ["transformers, quanto, bfloat16"]),
+        *([] if "hqq" in skipped else ["transformers, hqq, bfloat16"]),
         "transformers, full, no mask, float32",
         "transformers, full, masked, float32",
         "LogQuant, log, float32",

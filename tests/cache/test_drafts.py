@@ -126,8 +126,7 @@ def test_speculative_decoding_at_2_bits_gives_what_greedy_decoding_gives(impleme
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [2, 8])
-@pytest.mark.parametrize("rule", ["log", "attention"])
+@pytest.mark.parametrize(("rule", "bits"), [("attention", 2), ("log", 8)])
 def test_speculative_decoding_of_a_real_model(smollm2, smollm2_tokenizer, data_dir, bits, rule):
     """With prompt lookup, and with the same model as assistant, so that nearly all of its drafts are taken."""
     text = (data_dir / "dev/books/frankenstein_84.txt").read_text()[3000:4200]
@@ -139,10 +138,10 @@ def test_speculative_decoding_of_a_real_model(smollm2, smollm2_tokenizer, data_d
     plain, *speculative = (LogQuantCache(smollm2.config, bits=bits, rule=rule) for _ in range(1 + len(kinds)))
     logquant.enable(smollm2)
     try:
-        want = continued(smollm2, ids, 420, plain)
+        want = continued(smollm2, ids, 130, plain)
         for options, cache in zip(kinds, speculative, strict=True):
-            assert torch.equal(continued(smollm2, ids, 420, cache, **options), want), options.keys()
+            assert torch.equal(continued(smollm2, ids, 130, cache, **options), want), options.keys()
     finally:
         logquant.disable(smollm2)
-    assert plain.layers[0].rows.packed >= 6 * 64 + 64
+    assert plain.layers[0].rows.packed >= 64 * ((ids.shape[1] + 130 - 4 - 3 * 64) // 64) >= 4 * 64
     assert all(cache.nbytes < 1.1 * plain.nbytes for cache in speculative)

@@ -120,23 +120,23 @@ ids = torch.randint(0, 256, (2, 600), generator=torch.Generator().manual_seed(0)
 mask = torch.ones_like(ids)
 mask[1, :100] = 0
 sizes = []
-for conversation in range(200):
+for conversation in range(80):
     cache = LogQuantCache(model.config)
-    out = model.generate(ids, attention_mask=mask, **as_argument(cache), max_new_tokens=30, do_sample=False)
+    out = model.generate(ids, attention_mask=mask, **as_argument(cache), max_new_tokens=16, do_sample=False)
     more = torch.cat([out, ids[:, :40]], 1)
-    twice = torch.cat([mask, torch.ones(2, 70, dtype=torch.long)], 1)
-    model.generate(more, attention_mask=twice, **as_argument(cache), max_new_tokens=10)
+    twice = torch.cat([mask, torch.ones(2, 56, dtype=torch.long)], 1)
+    model.generate(more, attention_mask=twice, **as_argument(cache), max_new_tokens=6)
     beams = LogQuantCache(model.config)
-    model.generate(ids, attention_mask=mask, **as_argument(beams), max_new_tokens=10, num_beams=2)
+    model.generate(ids, attention_mask=mask, **as_argument(beams), max_new_tokens=5, num_beams=2)
     sizes.append(resident())
-print(json.dumps({"growth": sizes[199] / sizes[19] - 1}))
+print(json.dumps({"growth": sizes[-1] / sizes[19] - 1}))
 """
 
 
 @pytest.mark.slow
-def test_memory_is_flat_over_200_conversations():
+def test_memory_is_flat_over_80_conversations():
     found = measured(CONVERSATIONS)
-    assert abs(found["growth"]) < 0.02, found
+    assert abs(found["growth"]) < 0.01, found
 
 
 def test_nothing_keeps_a_cache_alive_that_is_dropped():

@@ -18,7 +18,7 @@ from logquant.cache.static import StaticLayer
 from logquant.compat import as_argument
 from logquant.rule import RULES
 from tests.helpers.masks import pad_mask
-from tests.helpers.models import family_config, tiny_model
+from tests.helpers.models import agree, family_config, tiny_model
 
 MAX_LENGTH = 512
 
@@ -39,12 +39,6 @@ def feed(model, cache, ids: Tensor, mask: Tensor | None, cuts: list[int]) -> Ten
             out.append(model(ids[:, start:end], attention_mask=seen, **as_argument(cache)).logits)
         start = end
     return torch.cat(out, 1)
-
-
-def agree(got: Tensor, want: Tensor, bits: int = 2) -> None:
-    """Caches of two sizes add in another order, so that a number between two codes may become the other one: at 2 bits
-    that moves logits by a few percent, at 8 bits by nothing that shows."""
-    assert (got - want).abs().max() < (1e-3 if bits == 8 else 0.1) * want.abs().max()
 
 
 def same_tokens(a: LogQuantCache, b: LogQuantCache) -> None:

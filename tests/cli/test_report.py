@@ -74,7 +74,7 @@ def results(model_dir, tmp_path_factory) -> dict[str, Path]:
         "plan": ("plan", *common),
     }
     if sys.platform.startswith("linux"):
-        memory = ("--model", model_dir, "--cache", "full,logquant:window=32", "--context", 300)
+        memory = ("--model", model_dir, "--cache", "logquant:window=32", "--context", 300)
         commands["memory"] = ("bench", "memory", *memory)
     files = {kind: directory / f"{kind}.json" for kind in commands}
     for kind, command in commands.items():
