@@ -79,7 +79,7 @@ OWN = ("logquant", "fine", "small", "log", "recent", "paper")
 """Names of LogQuant caches."""
 
 _QUANTISING = ("partial", "kivi", "oscar", "turboquant", "kvarn", "occam", "kitty", "nexusquant", "quanto", "hqq")
-_OTHERS = (*_QUANTISING, "streaming", "h2o")
+_OTHERS = (*_QUANTISING, "streaming", "h2o", "clusterkv")
 METHODS = (*OWN, *_OTHERS, "full")
 """Names of caches; the same as ``logquant.methods.method_names()``, which takes long to import."""
 

@@ -1,8 +1,9 @@
 """Caches by name: LogQuant's own, the full one, and other systems', for comparison.
 
 Those are each its paper's rule, written for clearness, not for speed. They work with every attention implementation
-that reads plain tensors; H2O, StreamingLLM and OSCAR, which look at what attends to them, need ``"logquant"`` or
-``"sdpa"``. They are for prompts, decoding and sampling: what would remove or reorder tokens is refused.
+that reads plain tensors; H2O, StreamingLLM, ClusterKV and OSCAR, which look at what attends to them, need
+``"logquant"`` or ``"sdpa"``. They are for prompts, decoding and sampling: what would remove or reorder tokens is
+refused.
 
 A method is a file and a test: docs/development.md has the steps.
 """
@@ -24,6 +25,7 @@ from .quanto import Quanto
 from .hqq import HQQ
 from .streaming import Streaming
 from .h2o import H2O
+from .clusterkv import ClusterKV
 from .full import Full
 
 # isort: on
@@ -38,6 +40,7 @@ __all__ = [
     "OSCAR",
     "Baseline",
     "CacheSpec",
+    "ClusterKV",
     "Full",
     "KVarN",
     "Kitty",

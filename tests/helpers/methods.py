@@ -72,6 +72,7 @@ NAMES = [
     "nexusquant",
     "streaming:recent=100",
     "h2o:heavy=50,recent=50",
+    "clusterkv:budget=60,per_cluster=20,sinks=4,window=40,skip=0",
 ]
 if importlib.util.find_spec("hqq"):
     NAMES.append("hqq")

@@ -47,6 +47,8 @@ def test_the_better_the_cache_the_smaller_the_divergence():
     names += ["kitty:residual=64,sinks=4,boosted=0", "kitty:residual=64,sinks=4", "kitty:residual=64,sinks=4,boosted=1"]
     names += ["nexusquant", "nexusquant:key_bits=3,value_bits=3", "nexusquant:key_bits=4,value_bits=4"]
     names += ["partial:window=32", "partial:window=32,bits=4", "partial:window=32,bits=8"]
+    few = "clusterkv:per_cluster=20,sinks=4,skip=0,budget="
+    names += [f"{few}20", f"{few}100", f"{few}200"]
     names += ["streaming:recent=100", "streaming:recent=200", "streaming:recent=400"]
     names += ["h2o:heavy=50,recent=50", "h2o:heavy=100,recent=100", "h2o:heavy=200,recent=200"]
     scores = evaluate(model, ids, [parse_cache(name) for name in names], prefill=300, chunk=4)
@@ -67,7 +69,7 @@ def test_rollback_and_beams_are_refused(name):
         cache.crop(-1)
 
 
-@pytest.mark.parametrize("name", ["streaming", "h2o"])
+@pytest.mark.parametrize("name", ["streaming", "h2o", "clusterkv"])
 def test_caches_that_forget_refuse_padding(name):
     model = tiny_model()
     model.set_attn_implementation("logquant")
@@ -81,7 +83,7 @@ def test_caches_that_forget_refuse_padding(name):
         )
 
 
-@pytest.mark.parametrize("name", ["streaming", "h2o", "oscar"])
+@pytest.mark.parametrize("name", ["streaming", "h2o", "clusterkv", "oscar"])
 def test_attention_that_does_not_tell_is_refused(name):
     model = tiny_model()
     model.set_attn_implementation("eager")

@@ -23,7 +23,7 @@ LIBRARIES = ["quanto", "hqq"]
 
 def test_names_have_an_order_and_every_method_is_tested():
     neighbours = ["partial", "kivi", "oscar", "turboquant", "kvarn", "occam", "kitty", "nexusquant"]
-    names = [*OURS, *neighbours, *LIBRARIES, "streaming", "h2o", "full"]
+    names = [*OURS, *neighbours, *LIBRARIES, "streaming", "h2o", "clusterkv", "full"]
     assert method_names() == names
     tested = {name.partition(":")[0] for name in NAMES}
     assert set(names) - tested - {*OURS, *LIBRARIES, "full"} == set()

@@ -1,4 +1,4 @@
-"""A layer that forgets tokens: what it shares with others of its kind."""
+"""A layer that forgets tokens, or reads only some: what it shares with others of its kind."""
 
 from __future__ import annotations
 
@@ -51,7 +51,11 @@ class EvictingLayer(BaselineLayer):
         self.values = torch.cat([self.values, value_states], 2)
         self.tokens += key_states.shape[2]
         self._waits = True
-        return handles(View(self, self.visible_keys(), self.values, key_states.shape[2]))
+        return handles(self.view(key_states.shape[2]))
+
+    def view(self, new: int) -> View:
+        """What the newest ``new`` tokens are to attend to."""
+        return View(self, self.visible_keys(), self.values, new)
 
     def visible_keys(self) -> Tensor:
         """Keys ``[B, H, held, D]`` as attention is to see them."""
