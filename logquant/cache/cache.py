@@ -22,6 +22,7 @@ from .fixed_size import FixedSize
 from .layer import LogQuantLayer
 from .layout import Rows
 from .left_behind import LeftBehind
+from .mapped import MappedAllocator
 from .other_layers import check_sliding, put_together, take_apart
 from .report import LayerReport, report_of
 from .shared import Shared
@@ -49,12 +50,16 @@ class LogQuantCache(DynamicCache):
         max_length: given, the cache is of fixed size, with room for so many positions, and a step of decoding needs no
             Python: ``generate`` compiles it by itself on a GPU, as with a ``StaticCache``
             (:mod:`logquant.cache.static`).
+        page_directory: given, pages are in files there, memory-mapped, so that they may be more than fits into memory;
+            on a CPU (:mod:`logquant.cache.mapped`).
         **options: fields of :class:`logquant.LogQuantConfig` given directly, as in ``LogQuantCache(config, bits=4)``.
 
     Raises:
         TypeError: ``quantization`` together with ``options``, or an unknown option.
         ValueError: an invalid option, a head dimension that pages cannot hold, a calibration of another model, or
-            ``recall``, ``prune`` or ``evict`` with a ``max_length``.
+            ``recall``, ``prune``, ``evict`` or ``page_directory`` with a ``max_length``, or ``evict`` with a
+            ``page_directory``.
+        NotADirectoryError: no such ``page_directory``.
     """
 
     def __init__(
@@ -63,6 +68,7 @@ class LogQuantCache(DynamicCache):
         quantization: LogQuantConfig | None = None,
         *,
         max_length: int | None = None,
+        page_directory: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> None:
         if quantization is not None and options:
@@ -88,7 +94,13 @@ class LogQuantCache(DynamicCache):
                 UserWarning,
                 stacklevel=2,
             )
-        self._shared = Shared(Allocator(own))
+        allocator = Allocator(own)
+        if page_directory is not None:
+            for name, option in ("max_length", max_length), ("evict", self.quantization.evict):
+                if option is not None:
+                    raise ValueError(f"{name} does not go with page_directory: got {name}={option!r}")
+            allocator = MappedAllocator(own, page_directory)
+        self._shared = Shared(allocator)
         self._fixed = (
             None if max_length is None else FixedSize(config, self.quantization, self._shared, rows, max_length)
         )

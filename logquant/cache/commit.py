@@ -133,7 +133,7 @@ class Commit:
         has_room = stored <= pages * storage.format.page_tokens and after.exact <= slots
         if in_window or before.length or has_room:
             grows = stored > before.packed
-            self._pages = storage.pages_with_room(before, after.packed) if grows else storage.pages
+            self._pages = storage.pages_with_room(before, after.packed, allocator) if grows else storage.pages
             self._window_k, self._window_v = storage.window_with_room(
                 before, after.exact, apart=exact.in_graph or storage.in_graph
             )

@@ -164,8 +164,12 @@ class Held:
         self.ragged, self._interrupted = commit.ragged, False
         return tokens.in_window
 
-    def crop(self, positions: int) -> bool:
+    def crop(self, positions: int, allocator: Allocator) -> bool:
         """Remove the newest positions, and apply the rule to all tokens that are left; none are speculative then.
+
+        Args:
+            positions: how many.
+            allocator: of page stores.
 
         Returns:
             Whether the rule has moved tokens within the window.
@@ -183,11 +187,11 @@ class Held:
                 chosen = chosen.cropped(self.rows, cropped, sources)
             grad = self.storage.in_graph or (self.storage.severed and torch.is_grad_enabled())
             with own_arithmetic(self.storage.window_k.device, grad=grad):
-                self.storage.crop(self.rows, cropped, sources, advice.key_map)
+                self.storage.crop(self.rows, cropped, sources, advice.key_map, allocator)
         self.rows, self.advice, self.chosen, self.ragged = cropped, advice, chosen, ragged
         keys, values = (w[:, :, : cropped.exact] for w in (self.storage.window_k, self.storage.window_v))
         tokens = Exact(keys, values, in_window=not self.storage.in_graph)
-        return self._move(tokens, after, 0, None, advice, chosen, Allocator(), ragged=ragged)
+        return self._move(tokens, after, 0, None, advice, chosen, allocator, ragged=ragged)
 
     def map(self, function: Callable[[Tensor], Tensor], rows: Rows) -> Held:
         """With ``function`` applied to every tensor, and other rows."""

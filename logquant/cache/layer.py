@@ -263,7 +263,7 @@ class LogQuantLayer(LayerContents):
         if uncommitted is not None or remove:
             self.version += 1
         try:
-            self.version += self.held.crop(remove)
+            self.version += self.held.crop(remove, self.shared.allocator)
         finally:
             self._length = self.rows.length
         if uncommitted is None or not kept:

@@ -39,15 +39,22 @@ class Allocator:
 
     @lasting
     def take(self, like: Tensor, shapes: list[Shape]) -> list[Tensor]:
-        """New tensors of these shapes and dtypes on the device of ``like``."""
+        """New tensors of these shapes and dtypes on the device of ``like``: a page store, and then others."""
         key = like.device, shapes
         if self._key is None:
-            made = [[like.new_empty(shape, dtype=dtype) for shape, dtype in shapes] for _ in range(self.layers)]
-            self._key, self._stores = key, made
+            self._key, self._stores = key, [self._new(like, shapes) for _ in range(self.layers)]
         if self._key == key and self._stores:
             return self._stores.pop()
         self._stores = []
-        return [like.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
+        return self._new(like, shapes)
+
+    def _new(self, like: Tensor, shapes: list[Shape]) -> list[Tensor]:
+        (pages, _), *windows = shapes
+        return [self.pages(like, pages), *(like.new_empty(shape, dtype=dtype) for shape, dtype in windows)]
+
+    def pages(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A new page store, int32, on the device of ``like``."""
+        return like.new_empty(shape, dtype=torch.int32)
 
     def forget(self) -> None:
         """The next layer that asks is the first one."""
@@ -127,18 +134,18 @@ class Storage:
         return self.pages if pages == self.pages.shape[2] else self.pages[:, :, :pages]
 
     # ------------------------------------------------------------------------------------------------------- growth
-    def pages_with_room(self, rows: Rows, packed: int) -> Tensor:
+    def pages_with_room(self, rows: Rows, packed: int, allocator: Allocator) -> Tensor:
         """The page store if it has room for ``packed`` tokens and is nobody else's, or a larger copy that is."""
         pages = packed // self.format.page_tokens
         if pages <= self.pages.shape[2] and len(self._sharers) == 1:
             return self.pages
-        return self._larger_pages(rows, pages)
+        return self._larger_pages(rows, pages, allocator)
 
     @lasting
-    def _larger_pages(self, rows: Rows, pages: int) -> Tensor:
+    def _larger_pages(self, rows: Rows, pages: int, allocator: Allocator) -> Tensor:
         batch, heads, _, words = self.pages.shape
         used = rows.packed // self.format.page_tokens
-        store = self.pages.new_empty(batch, heads, store_pages(pages), words)
+        store = allocator.pages(self.pages, (batch, heads, store_pages(pages), words))
         store[:, :, :used] = self.pages[:, :, :used]
         return store
 
@@ -217,13 +224,16 @@ class Storage:
         return self._with(function(self.window_k), function(self.window_v), function(self.pages), index)
 
     @lasting
-    def crop(self, before: Rows, after: Rows, sources: list[Tensor], key_map: Tensor | None) -> None:
+    def crop(
+        self, before: Rows, after: Rows, sources: list[Tensor], key_map: Tensor | None, allocator: Allocator
+    ) -> None:
         """Hold the tokens of ``after``, a crop of ``before``: those that are packed and come back are dequantised.
 
         Args:
             before, after: where tokens are, and where they will be.
             sources: for each exact token of ``after`` the slot that holds it in ``before``, of each row or of all.
             key_map: the bit allocation of the keys.
+            allocator: of a smaller page store.
         """
         page_tokens, batch = self.format.page_tokens, self.window_k.shape[0]
         device, dtype = self.window_k.device, self.window_k.dtype
@@ -231,7 +241,8 @@ class Storage:
         pages_left = after.packed // page_tokens
         store, windows = self.pages, (self.window_k, self.window_v)
         if 2 * pages_left < store.shape[2]:
-            store = store[:, :, :pages_left].clone()
+            left = store[:, :, :pages_left]
+            store = allocator.pages(store, tuple(left.shape)).copy_(left)
         index = self.index
         if index is not None and pages_left < index.pages:
             index = index.resized(pages_left)
