@@ -242,7 +242,8 @@ class Ragged:
 
     def state(self) -> dict[str, Tensor]:
         """What a file needs, by name."""
-        return {f"evict.{name}": getattr(self, name) for name in ("pool", "counts", "kept", "named")}
+        # Without pages, one tensor of zeros is two of these, and a file takes each only once.
+        return {f"evict.{name}": getattr(self, name).clone() for name in ("pool", "counts", "kept", "named")}
 
     @staticmethod
     def restored(spec: EvictSpec, fmt: PageFormat, tensors: Mapping[str, Tensor], rows: Rows, keys: Tensor) -> Ragged:

@@ -255,6 +255,20 @@ def test_sinks_and_softcaps():
 
 
 # ------------------------------------------------------------------------------------------ caches that move and stay
+def test_a_text_of_which_nothing_has_left_yet_is_saved_too(ids, tmp_path):
+    model = tiny_model()
+    cache = LogQuantCache(model.config, **SETTINGS)
+    logits_of(model, cache, ids, [30], "logquant")
+    cache.save(tmp_path / "cache")
+    loaded = LogQuantCache.load(tmp_path / "cache", model)
+    for each in (cache, loaded):
+        logits_of(model, each, ids[:, 30:], [TOKENS - 30], "logquant")
+    for one, other in zip(cache.layers, loaded.layers, strict=True):
+        one.commit()
+        other.commit()
+        assert torch.equal(one.held.ragged.pool, other.held.ragged.pool) and one.rows.packed > 0
+
+
 def test_beams_copies_and_files(ids, tmp_path):
     model = tiny_model()
     mask = torch.cat([pad_mask([TOKENS, 500], "left"), torch.ones(2, 100, dtype=torch.long)], 1)
