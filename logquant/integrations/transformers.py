@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +21,13 @@ _ATTRIBUTE = "_logquant_enabled"
 IMPLEMENTATION = "logquant"
 
 
-def enable(model: nn.Module, quantization: LogQuantConfig | None = None, **options: Any) -> None:
+def enable(
+    model: nn.Module,
+    quantization: LogQuantConfig | None = None,
+    *,
+    page_directory: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> None:
     """Make ``generate`` use a LogQuant cache wherever it would make a ``DynamicCache``.
 
     Sets the attention implementation ``"logquant"``, too, if the model can take it, and tells LogQuant caches which
@@ -35,19 +42,27 @@ def enable(model: nn.Module, quantization: LogQuantConfig | None = None, **optio
         model: a model of transformers that generates, or a module that holds some, as a ``PeftModel`` does or a model
             made of several: all of them are enabled.
         quantization: what to keep exact and how to store the rest.
+        page_directory: as of a :class:`logquant.LogQuantCache`.
         **options: fields of :class:`logquant.LogQuantConfig` given directly, as in ``enable(model, bits=4)``.
 
     Raises:
-        TypeError: no model that generates, ``quantization`` together with ``options``, or an unknown option.
+        TypeError: no model that generates, ``quantization`` together with ``options``, an unknown option, or a
+            ``max_length``: these caches grow.
         ValueError: an invalid option, or a head dimension that pages cannot hold; the model is unchanged then.
+        NotADirectoryError: no such ``page_directory``.
     """
+    if "max_length" in options:
+        raise TypeError(
+            f"enable makes caches that grow, got max_length={options['max_length']!r}: give generate a "
+            "LogQuantCache(model.config, max_length=...)"
+        )
     models = list(_generating(model)) if isinstance(model, nn.Module) else []
     if not models:
         raise TypeError(f"model must be a model of transformers that generates, got {type(model).__name__}")
-    settings = [LogQuantCache(m.config, quantization, **options).quantization for m in models]
+    caches = [LogQuantCache(m.config, quantization, page_directory=page_directory, **options) for m in models]
     disable(model)
     # Before any is changed, since a model may hold another.
-    enabled = [_Enabled(m, own) for m, own in zip(models, settings, strict=True)]
+    enabled = [_Enabled(m, cache.quantization, page_directory) for m, cache in zip(models, caches, strict=True)]
     for one in enabled:
         one.install()
 
@@ -87,11 +102,13 @@ class _Enabled:
 
     Args:
         model: the model.
-        settings: of the caches to make.
+        settings, page_directory: of the caches to make.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: LogQuantConfig) -> None:
-        self.model, self.settings = model, settings
+    def __init__(
+        self, model: PreTrainedModel, settings: LogQuantConfig, page_directory: str | os.PathLike[str] | None
+    ) -> None:
+        self.model, self.settings, self.page_directory = model, settings, page_directory
         self.attention = [(config, config._attn_implementation) for config in _configs(model)]
         # Another library may have replaced a method of this one model before.
         self.replaced: dict[str, Any] = {}
@@ -132,8 +149,11 @@ class _Enabled:
 
     def cache(self, inputs: dict[str, Any]) -> LogQuantCache | EncoderDecoderCache:
         """A new cache for a model that is called with these inputs."""
-        cache = LogQuantCache(self.model.config, self.settings)
+        cache = self._new()
         return self.in_two_parts(cache) if self._has_cross_attention(inputs) else cache
+
+    def _new(self) -> LogQuantCache:
+        return LogQuantCache(self.model.config, self.settings, page_directory=self.page_directory)
 
     def in_two_parts(self, cache: LogQuantCache) -> EncoderDecoderCache:
         """With another cache for cross-attention, whose keys and values never grow."""
@@ -153,7 +173,7 @@ class _Enabled:
         if given is not None or generation_config.cache_implementation not in (None, "dynamic"):
             return result
         if isinstance(made, EncoderDecoderCache) and type(made.self_attention_cache) is DynamicCache:
-            made.self_attention_cache = LogQuantCache(self.model.config, self.settings)
+            made.self_attention_cache = self._new()
         elif type(made) is DynamicCache:
             made = model_kwargs[CACHE] = self.cache(model_kwargs)
         else:

@@ -27,6 +27,7 @@ from transformers.generation import ContinuousBatchingConfig
 
 import logquant
 from logquant import LogQuantCache
+from logquant.cache.mapped import MappedAllocator
 from logquant.compat import CACHE, as_argument
 from logquant.models import load
 from tests.helpers.models import tiny_model
@@ -134,6 +135,22 @@ def test_the_model_of_a_pipeline(model_dir):
 
 
 # ----------------------------------------------------------------------------------------------- attention, settings
+def test_its_caches_may_have_their_pages_in_files_and_always_grow(ids, tmp_path):
+    model = tiny_model()
+    options = {"max_new_tokens": 30, "do_sample": False, "return_dict_in_generate": True}
+    outs = []
+    for directory in (None, tmp_path):
+        logquant.enable(model, page_directory=directory)
+        out = model.generate(ids[:, :250], **options)
+        outs.append(out.sequences)
+        assert isinstance(getattr(out, CACHE)._shared.allocator, MappedAllocator) == (directory is not None)
+    assert torch.equal(*outs)
+    with pytest.raises(NotADirectoryError, match="page_directory must be a directory"):
+        logquant.enable(model, page_directory=tmp_path / "nowhere")
+    with pytest.raises(TypeError, match="enable makes caches that grow, got max_length=500"):
+        logquant.enable(model, max_length=500)
+
+
 def test_disable_leaves_attention_that_was_set_since(ids):
     model = tiny_model()
     logquant.enable(model)
