@@ -64,7 +64,7 @@ def prompts(llm):
 @pytest.mark.parametrize("tokens", [300, 900, 1700, 2200])
 def test_as_many_requests_fit_as_the_plan_says(llm, tokens):
     config = llm.llm_engine.model_config
-    blocks = plan_vllm.blocks_of(guards.config_from({}), config.hf_text_config, torch.float32)
+    blocks = plan_vllm.blocks_of(guards.config_from({}, "logquant"), config.hf_text_config, torch.float32)
     budget = llm.llm_engine.vllm_config.cache_config.kv_cache_memory_bytes
     assert held(kv_cache_manager(llm), tokens, 256) == blocks.requests(budget, tokens, 256)
 
