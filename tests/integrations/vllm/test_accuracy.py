@@ -13,7 +13,8 @@ pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own: .c
 
 
 def test_kl_to_vllms_own_cache(data_dir, smollm2, smollm2_tokenizer, tmp_path):
-    """In bfloat16, of which 0.0007 are two ways to compute the same attention."""
+    """In bfloat16, of which 0.0007 are two ways to compute the same attention; in small chunks alone, which are slow:
+    however a text is cut, pages and what queries see are the same (test_pool.py)."""
     import torch
 
     from logquant.quantizer.calibrate import calibrate
@@ -23,9 +24,8 @@ def test_kl_to_vllms_own_cache(data_dir, smollm2, smollm2_tokenizer, tmp_path):
     file = tmp_path / "calibration.safetensors"
     calibrate(smollm2, map(torch.tensor, ids)).save(file)
     book = data_dir / "dev/books/pride_and_prejudice_1342.txt"
-    command = [sys.executable, "-m", "benchmarks.vllm_kl", str(book), "--calibration", str(file)]
+    command = [sys.executable, "-m", "benchmarks.vllm_kl", str(book), "--calibration", str(file), "--chunks", "64"]
     done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    found = re.findall(r"chunks of (\d+): KL (\S+) over 2,000 positions", done.stdout)
-    assert [int(chunk) for chunk, _ in found] == [64, 512]
-    assert all(0.001 < float(kl) <= 0.004 for _, kl in found), found
+    (kl,) = re.findall(r"chunks of 64: KL (\S+) over 2,000 positions", done.stdout)
+    assert 0.001 < float(kl) <= 0.004
