@@ -143,5 +143,5 @@ def test_speculative_decoding_of_a_real_model(smollm2, smollm2_tokenizer, data_d
             assert torch.equal(continued(smollm2, ids, 130, cache, **options), want), options.keys()
     finally:
         logquant.disable(smollm2)
-    assert plain.layers[0].rows.packed >= 64 * ((ids.shape[1] + 130 - 4 - 3 * 64) // 64) >= 4 * 64
+    assert plain.layers[0].rows.packed >= 64 * ((ids.shape[1] + 130 - 4 - 3 * 64) // 64) >= 3 * 64
     assert all(cache.nbytes < 1.1 * plain.nbytes for cache in speculative)

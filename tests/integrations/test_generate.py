@@ -56,7 +56,7 @@ def case(request) -> Case:
     model.set_attn_implementation("logquant")
     books = sorted((request.getfixturevalue("data_dir") / "dev/books").glob("*.txt"))
     rows = [tokenizer(b.read_text()[2000:5000], return_tensors="pt").input_ids[:, :300] for b in books[:3]]
-    return Case(model, torch.cat(rows), {"bits": 8, "rule": request.param}, 16)
+    return Case(model, torch.cat(rows), {"bits": 8, "rule": request.param}, 20)
 
 
 @pytest.fixture(scope="module")
