@@ -51,7 +51,7 @@ def factors(weight: Tensor, rank: int, inputs: Tensor | None = None, outputs: Te
 
 @torch.no_grad()
 def second_moments(model: Any, layers: Sequence[nn.Module], data: Iterable[Tensor]) -> list[Tensor]:
-    """The mean of ``x x^T`` over the inputs of some layers of a model that reads texts, float32 ``[hidden, hidden]``.
+    """The mean of ``x x^T`` over the inputs of some layers of a model that reads texts, float64 ``[hidden, hidden]``.
 
     Args:
         model: the model.
@@ -65,7 +65,7 @@ def second_moments(model: Any, layers: Sequence[nn.Module], data: Iterable[Tenso
 
     def looking(i: int) -> Any:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            x = arguments[0].flatten(0, -2).float()
+            x = arguments[0].flatten(0, -2).double()
             sums[i] = sums[i].to(x.device) + x.mT @ x
 
         return hook
