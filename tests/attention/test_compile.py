@@ -23,7 +23,7 @@ from logquant.attention.compiled import _warn_dense
 from logquant.cache.layer import LogQuantLayer
 from logquant.compat import as_argument
 from tests.helpers.masks import pad_mask
-from tests.helpers.models import agree, family_config, tiny_model
+from tests.helpers.models import family_config, tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -282,11 +282,7 @@ RULES_AND_BITS = ("attention", 2), ("log", 8), ("recent", 2)
 @pytest.mark.parametrize(
     ("family", "rule", "bits", "padded"),
     [
-        *(
-            ("tiny", *rule, padded)
-            for rule in (("attention", 2), ("log", 8), ("recent", 2))
-            for padded in (False, True)
-        ),
+        *(("tiny", *rule, padded) for rule in RULES_AND_BITS for padded in (False, True)),
         pytest.param("gemma2", "attention", 2, False, marks=pytest.mark.slow),
         pytest.param("gemma2", "log", 8, True, marks=pytest.mark.slow),
     ],
@@ -316,7 +312,7 @@ def test_a_step_of_fixed_size_is_one_graph_without_python(ids, family, rule, bit
 
     got, graphs = decode(forward, cache, ids[:, :440], 300, mask)
     want, _ = decode(model, grows, ids[:, :440], 300, mask)
-    agree(got, want, bits)
+    assert (got - want).abs().max() < 1e-3 * want.abs().max()
     assert not counters["graph_break"] and not unsafe
     # A padding mask grows, so that its length is symbolic from the second step on. And the sliding layers of
     # transformers, which gemma2 has, are told by a number whether they are full.

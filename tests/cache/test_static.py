@@ -78,7 +78,7 @@ def test_a_short_prompt_grows_into_its_first_pages(ids, rule):
     model.set_attn_implementation("logquant")
     fixed, grows = LogQuantCache(model.config, rule=rule, max_length=MAX_LENGTH), LogQuantCache(model.config, rule=rule)
     got, want = (feed(model, cache, ids, None, [1, *range(2, 230)]) for cache in (fixed, grows))
-    agree(got, want)
+    assert (got - want).abs().max() < 1e-3 * want.abs().max()
     same_tokens(fixed, grows)
     assert torch.equal(fixed.layers[1].held.advice.key_map, grows.layers[1].held.advice.key_map)
 
@@ -196,7 +196,7 @@ def test_presets(ids, make):
     model.set_attn_implementation("logquant")
     fixed, grows = (LogQuantCache(model.config, make(), max_length=n) for n in (400, None))
     got, want = (feed(model, cache, ids, None, [200, *range(201, 300)]) for cache in (fixed, grows))
-    agree(got, want)
+    assert (got - want).abs().max() < 1e-3 * want.abs().max()
 
 
 def test_queries_that_became_unknown_are_heard_again(model, ids):
@@ -207,7 +207,7 @@ def test_queries_that_became_unknown_are_heard_again(model, ids):
         cache.crop(-60)
     fixed, grows = copy.deepcopy(fixed), copy.deepcopy(grows)
     got, want = (feed(model, cache, ids, None, list(range(192, 300))) for cache in (fixed, grows))
-    agree(got, want)
+    assert (got - want).abs().max() < 1e-3 * want.abs().max()
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "qwen3", "deepseek_v3", "phi3"])
