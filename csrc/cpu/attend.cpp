@@ -32,6 +32,13 @@
 namespace logquant::cpu::LOGQUANT_ISA {
 namespace {
 
+// Sanitizers look at blocks of three sizes, for these take minutes to compile.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool kFewBlocks = true;
+#else
+constexpr bool kFewBlocks = false;
+#endif
+
 // Everything a task holds, in scratch memory.
 template <int NR>
 struct TaskMemory {
@@ -106,9 +113,9 @@ void attend_split(const AttendArgs& args, const AttendPlan& plan, int64_t task) 
   if (rows.rows == 1) {
     attend_rows<1>(args, plan, rows, head, split);
   } else if (rows.rows == 2) {
-    attend_rows<2>(args, plan, rows, head, split);
+    attend_rows<kFewBlocks ? 4 : 2>(args, plan, rows, head, split);
   } else if (rows.rows == 3) {
-    attend_rows<kTiled<3> ? 4 : 3>(args, plan, rows, head, split);  // tiles have rows to spare
+    attend_rows<kFewBlocks || kTiled<3> ? 4 : 3>(args, plan, rows, head, split);  // tiles have rows to spare
   } else if (rows.rows <= 4) {
     attend_rows<4>(args, plan, rows, head, split);
   } else {
