@@ -55,7 +55,9 @@ def decode(forward, cache, ids: Tensor, start: int, mask: Tensor | None = None) 
     [
         ("tiny", True),
         ("gemma2", False),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("tiny", False), ("gemma2", True), ("gpt_oss", True))),
+        pytest.param("tiny", False, marks=pytest.mark.slow),
+        pytest.param("gemma2", True, marks=pytest.mark.slow),
+        pytest.param("gpt_oss", True, marks=pytest.mark.slow),
     ],
 )
 def test_decoding_is_one_graph_that_the_growing_context_does_not_change(ids, family, padded):

@@ -18,9 +18,11 @@ from logquant.cache.static import StaticLayer
 from logquant.compat import as_argument
 from logquant.rule import RULES
 from tests.helpers.masks import pad_mask
-from tests.helpers.models import agree, family_config, tiny_model
+from tests.helpers.models import family_config, tiny_model
 
 MAX_LENGTH = 512
+FIRST_EVICTION = 305
+"""The first token after the padded prompt below that finds another page."""
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,19 @@ def same_tokens(a: LogQuantCache, b: LogQuantCache) -> None:
         assert torch.equal(*positions)
 
 
+def equal_words(a: LogQuantCache, b: LogQuantCache) -> float:
+    """The share of the words of pages, codes and scales, that are the same in both."""
+    same, words = 0, 0
+    for one, other in zip(a.layers, b.layers, strict=True):
+        pages = [
+            [x.held.storage.pages[row, :, : slots.packed // 64] for row, slots in enumerate(x.rows.each(2))]
+            for x in (one, other)
+        ]
+        for p, q in zip(*pages, strict=True):
+            same, words = same + int((p == q).sum()), words + p.numel()
+    return same / words
+
+
 @pytest.mark.parametrize("bits", [2, 8])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("padded", [False, True])
@@ -62,10 +77,14 @@ def test_steps_are_those_of_a_cache_that_grows(model, ids, rule, bits, padded):
         LogQuantCache(model.config, rule=rule, bits=bits),
     )
     got, want = (feed(model, cache, ids, mask, cuts) for cache in (fixed, grows))
-    real = slice(None) if mask is None else mask[:, :420].bool()
-    agree(got[real], want[real], bits)
+    seen = torch.ones(2, 420, dtype=torch.bool) if mask is None else mask[:, :420].bool()
+    until = seen & (torch.arange(420) < FIRST_EVICTION)
+    assert (got[until] - want[until]).abs().max() < 1e-3 * want[until].abs().max()
+    # The caches add in another order, so that a number between two codes may become the other one.
+    assert (got[seen] - want[seen]).abs().max() < (1e-3 if bits == 8 else 0.1) * want[seen].abs().max()
     assert fixed.get_seq_length() == grows.get_seq_length() == 420
     same_tokens(fixed, grows)
+    assert equal_words(fixed, grows) > 0.999
     assert fixed.layers[0].steps.lengths.tolist() == [
         [slots.packed // 64, slots.exact] for slots in fixed.layers[0].rows.each(2)
     ]
@@ -88,12 +107,12 @@ def test_chunks_crops_copies_and_files_between_steps(model, ids, tmp_path):
     both = fixed, grows
     for cuts in ([200, *range(201, 231)], [250, *range(251, 259)]):
         got, want = (feed(model, cache, ids, None, cuts) for cache in both)
-        agree(got, want, bits=8)
+        assert (got - want).abs().max() < 1e-3 * want.abs().max()
     for cache in both:
         cache.commit()  # the last token's own weights count, then, as those of a step do
         cache.crop(-28)
     got, want = (feed(model, cache, ids, None, list(range(231, 240))) for cache in both)
-    agree(got, want, bits=8)
+    assert (got - want).abs().max() < 1e-3 * want.abs().max()
 
     twin, again = copy.deepcopy(fixed), pickle.loads(pickle.dumps(fixed))
     fixed.save(tmp_path / "cache")
@@ -106,10 +125,10 @@ def test_chunks_crops_copies_and_files_between_steps(model, ids, tmp_path):
     before = [x.clone() for x in twin.layers[0].dense()]
     for cache in (fixed, again, loaded, grown, from_other):
         got = feed(model, cache, ids, None, cuts)
-        agree(got, want, bits=8)
+        assert (got - want).abs().max() < 1e-3 * want.abs().max()
     assert all(torch.equal(a, b) for a, b in zip(before, twin.layers[0].dense(), strict=True)), "a copy is a copy"
     got = feed(model, twin, ids, None, cuts)
-    agree(got, want, bits=8)
+    assert (got - want).abs().max() < 1e-3 * want.abs().max()
 
 
 def test_rows_are_repeated_and_selected_between_steps(model, ids):
@@ -120,7 +139,7 @@ def test_rows_are_repeated_and_selected_between_steps(model, ids):
         cache.reorder_cache(torch.tensor([3, 0, 2, 1]))
     rows = ids[[1, 0, 1, 0]]
     got, want = (feed(model, cache, rows, None, list(range(250, 300))) for cache in (fixed, grows))
-    agree(got, want, bits=8)
+    assert (got - want).abs().max() < 1e-3 * want.abs().max()
 
 
 def test_generate_gives_the_same_tokens(model, ids):
@@ -168,7 +187,7 @@ def test_steps_with_gradients_go_the_way_of_a_cache_that_grows(model, ids):
         at = int(fixed.get_seq_length())
         got, want = (model(ids[:, at : at + 1], **as_argument(cache)).logits for cache in (fixed, grows))
         assert got.requires_grad
-        agree(got, want, bits=8)
+        assert (got - want).abs().max() < 1e-3 * want.abs().max()
         for cache in (fixed, grows):
             cache.crop(-1)
     model.set_attn_implementation("logquant")
@@ -236,7 +255,7 @@ def test_a_full_cache_says_so_and_keeps_its_tokens_until_it_is_resized(model, id
     cache.resize(400)
     got = feed(model, cache, ids, None, list(range(251, 330)))
     want = feed(model, grows, ids, None, [200, *range(201, 330)])[:, 250:]
-    agree(got, want, bits=8)
+    assert (got - want).abs().max() < 1e-3 * want.abs().max()
     with pytest.raises(ValueError, match="with a max_length"):
         grows.resize(1000)
 
@@ -308,7 +327,7 @@ def test_a_forward_pass_that_ended_early_is_noticed_and_taken_back(model, ids):
         feed(model, cache, ids, None, [303])
     assert cache.rewind() == 301
     got, want = (feed(model, each, ids, None, list(range(302, 330))) for each in (cache, grows))
-    agree(got, want, bits=8)
+    assert (got - want).abs().max() < 1e-3 * want.abs().max()
 
 
 @pytest.mark.parametrize("look", [lambda c: c.nbytes, lambda c: c.commit(), copy.deepcopy, lambda c: c.report()])
@@ -318,7 +337,7 @@ def test_whoever_looks_leaves_the_next_step_as_it_was(model, ids, look):
     feed(model, grows, ids, None, [300])
     for end in range(301, 400):
         got, want = (feed(model, each, ids, None, [end]) for each in (cache, grows))
-        agree(got, want, bits=8)
+        assert (got - want).abs().max() < 1e-3 * want.abs().max()
         look(cache)
 
 
