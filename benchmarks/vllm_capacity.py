@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks.vllm_engine import engine, kv_cache_manager
+from benchmarks.vllm_engine import engine, kv_cache_manager, ngrams
 from logquant.models import default_model
 
 
@@ -44,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calibration")
     parser.add_argument("--model", default=default_model())
+    parser.add_argument("--drafts", type=int, default=0, help="of n-grams, a step; with them a block holds fewer pages")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--mib", type=int, default=1024)
     parser.add_argument("--chunk", type=int, default=512, help="max_num_batched_tokens")
@@ -61,6 +62,7 @@ def main() -> None:
         max_num_seqs=max(64, arguments.live),
         max_num_batched_tokens=arguments.chunk,
         enable_prefix_caching=False,
+        **ngrams(arguments.drafts),
         disable_log_stats=False,
     )
     for tokens in counts:

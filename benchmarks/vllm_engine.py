@@ -36,6 +36,13 @@ def engine(
     return LLM(model, **({"enforce_eager": True, "kv_cache_memory_bytes": mib * MIB} | cache | options))
 
 
+def ngrams(drafts: int) -> dict[str, Any]:
+    """The option of an engine that drafts so many tokens from n-grams of the text; none for 0."""
+    if not drafts:
+        return {}
+    return {"speculative_config": {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 3}}
+
+
 def kv_cache_manager(llm: Any) -> Any:
     """What says which blocks a request gets, of an engine in this process."""
     return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager

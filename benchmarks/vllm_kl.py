@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.vllm_engine import engine
+from benchmarks.vllm_engine import engine, ngrams
 from logquant.models import default_model
 
 
@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
         max_num_seqs=4,
         max_num_batched_tokens=arguments.chunk,
         enable_prefix_caching=False,
+        **ngrams(arguments.drafts),
     )
     ids = llm.get_tokenizer()(Path(arguments.text).read_text())["input_ids"][arguments.first :][:total]
     model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("text")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--model", default=default_model())
+    parser.add_argument("--drafts", type=int, default=0, help="of n-grams, a step; with them a block holds fewer pages")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--chunks", default="64,512")
     parser.add_argument("--first", type=int, default=2000, help="the token of the text where the prompt begins")

@@ -54,7 +54,9 @@ class Blocks:
         return 0 if pool < most else 1 + (pool - most) // self.of(tokens, 1)
 
 
-def blocks_of(quantization: LogQuantConfig | None, config: PreTrainedConfig, dtype: torch.dtype) -> Blocks:
+def blocks_of(
+    quantization: LogQuantConfig | None, config: PreTrainedConfig, dtype: torch.dtype, drafts: bool = False
+) -> Blocks:
     """The blocks of a model.
 
     Args:
@@ -62,6 +64,7 @@ def blocks_of(quantization: LogQuantConfig | None, config: PreTrainedConfig, dty
             vLLM's own cache.
         config: the model's configuration.
         dtype: of the cache.
+        drafts: whether decoding is speculative.
 
     Raises:
         ValueError: a model with other layers than those of full attention, one of low rank, or one that
@@ -76,7 +79,7 @@ def blocks_of(quantization: LogQuantConfig | None, config: PreTrainedConfig, dty
     token = len(layers) * shape.count * 2 * shape.dim * dtype.itemsize
     if quantization is None:
         return Blocks(token * _BLOCK_TOKENS, _BLOCK_TOKENS, exact=False)
-    layout = BlockLayout.of(quantization, shape.dim, shape.group, dtype)
+    layout = BlockLayout.of(quantization, shape.dim, shape.group, dtype, drafts)
     return Blocks(token * PAGE, layout.tokens, exact=True)
 
 

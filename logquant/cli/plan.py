@@ -49,6 +49,9 @@ def command(
     max_num_batched_tokens: Annotated[
         int, typer.Option(min=1, help="Of vLLM: tokens of a step, which are exact while a prompt is read.")
     ] = 2048,
+    drafts: Annotated[
+        bool, typer.Option("--drafts", help="Of vLLM: speculative decoding, with which a block holds fewer pages.")
+    ] = False,
     json_file: Json = None,
 ) -> None:
     """Say how many sequences fit into memory, and how long a single one may be, from a model's configuration alone."""
@@ -66,7 +69,7 @@ def command(
     check_fits("--caches", specs, config)
     with errors_of("--model"):
         if engine is Engine.vllm:
-            plans = _in_vllm(specs, config, budget, context, dtype, max_num_batched_tokens)
+            plans = _in_vllm(specs, config, budget, context, dtype, max_num_batched_tokens, drafts)
         else:
             plans = [plan(spec, config, budget=budget, tokens=context, itemsize=dtype.torch.itemsize) for spec in specs]
     table = ResultTable(
@@ -80,7 +83,13 @@ def command(
 
 
 def _in_vllm(
-    specs: list[CacheSpec], config: PreTrainedConfig, budget: int, tokens: int, dtype: Dtype, chunk: int
+    specs: list[CacheSpec],
+    config: PreTrainedConfig,
+    budget: int,
+    tokens: int,
+    dtype: Dtype,
+    chunk: int,
+    drafts: bool,
 ) -> list[Plan]:
     from .. import plan_vllm
     from ..integrations.vllm import guards
@@ -92,6 +101,6 @@ def _in_vllm(
             raise ValueError(f"cache must be full or logquant with settings for vLLM, got {spec.name!r}")
         options = settings_given(spec.name)
         quantization = None if spec.is_full else guards.config_from(options, f"settings of {spec.name!r} in vLLM")
-        blocks = plan_vllm.blocks_of(quantization, config, dtype.torch)
+        blocks = plan_vllm.blocks_of(quantization, config, dtype.torch, drafts)
         plans.append(plan_vllm.plan(spec.name, blocks, budget=budget, tokens=tokens, chunk=chunk))
     return plans

@@ -64,6 +64,7 @@ class Blocks:
     def step(self, work: Sequence[tuple[Request, int]]) -> None:
         """Compute so many further tokens of some requests, in one batch."""
         for asked, count in work:
+            self._leave_window(asked)
             end = asked.computed + count
             while len(asked.exact) * PAGE < end:
                 asked.exact.append(self.take())
@@ -92,7 +93,18 @@ class Blocks:
         for (asked, n), own in zip(work, out.split(counts.tolist()), strict=True):
             asked.out = torch.cat([asked.out, own])
             asked.computed += n
-            self._leave_window(asked)
+
+    def draft(self, asked: Request, drafts: int, accepted: int) -> None:
+        """Compute the next token and some drafts, of which only the first ones are those that follow."""
+        end = asked.computed + 1 + accepted
+        wrong = slice(end, asked.computed + 1 + drafts)
+        kept = [(x, x[wrong].clone()) for x in (asked.query, asked.key, asked.value)]
+        for x, own in kept:
+            x[wrong] = -own
+        self.step([(asked, 1 + drafts)])
+        for x, own in kept:
+            x[wrong] = own
+        asked.computed, asked.out = end, asked.out[:end]
 
     def _leave_window(self, asked: Request) -> None:
         """Give back the blocks that no later query sees, as vLLM does before the next step."""

@@ -35,6 +35,21 @@ def config_from(options: Any, name: str) -> LogQuantConfig:
     return LogQuantConfig(**({} if bits else _PAGES) | options)
 
 
+def drafts(vllm_config: Any) -> bool:
+    """Whether a step may bring tokens that are taken back afterwards."""
+    return vllm_config.speculative_config is not None
+
+
+def check_drafts(vllm_config: Any, most: int) -> None:
+    """Refuse more drafts a step than blocks are made for.
+
+    Raises:
+        ValueError: saying how many there are, and may be.
+    """
+    if drafts(vllm_config) and (count := vllm_config.speculative_config.num_speculative_tokens) > most:
+        raise ValueError(f"speculative_config's num_speculative_tokens must be at most {most} here, got {count}")
+
+
 def check(vllm_config: Any) -> None:
     """Refuse what would give wrong results or save nothing.
 
@@ -61,8 +76,8 @@ def check(vllm_config: Any) -> None:
             "additional_config['logquant'] says how many bits the others have",
         ),
         (
-            vllm_config.speculative_config is not None,
-            "speculative_config: a draft that ends a block and is rejected would take the queries that its pages need",
+            drafts(vllm_config) and vllm_config.speculative_config.method != "ngram",
+            "speculative_config with another method than ngram: nobody has tried what draft models would cache",
         ),
     ]
     if reasons := [reason for is_so, reason in wrong if is_so]:

@@ -72,7 +72,9 @@ class LogQuantImpl(AttentionImpl[Metadata]):  # type: ignore[misc]
             raise ValueError(f"kv_cache_dtype must be the model's, {act_dtype}, got {dtype}")
         if layer.head_size_v != self.head_size:
             raise ValueError(f"values must be as long as keys, {self.head_size}, got {layer.head_size_v}")
-        layout = BlockLayout.of(self.config, self.head_size, self.num_heads // self.num_kv_heads, dtype)
+        group = self.num_heads // self.num_kv_heads
+        layout = BlockLayout.of(self.config, self.head_size, group, dtype, guards.drafts(self.vllm_config))
+        guards.check_drafts(self.vllm_config, layout.most_drafts)
         layers[self.exact_name] = layer.attn_backend.companion(layer, dtype)
         layer.attn_backend = layer.attn_backend.of(layout)
         model, parallel = self.vllm_config.model_config, self.vllm_config.parallel_config

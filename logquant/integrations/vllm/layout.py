@@ -12,6 +12,9 @@ While a sequence fills the block, its last pages and the rest lie idle: a page i
 tokens are there since it began, or when the block is full. Until then the queries are kept there that say how the next
 page is quantised (:attr:`BlockLayout.queries`). So whatever a block of packed tokens becomes depends on the tokens up
 to its end alone, and it is complete when they have come: requests can share it.
+
+Where tokens may be taken back (:attr:`BlockLayout.drafts`), a block that such tokens filled is not full any more, and
+its last pages are made once more: there the queries have room of their own, after all pages.
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ EXACT = 3
 WINDOW = (EXACT - 1) * PAGE + 1
 # The newest queries that say how a page is quantised, where there is room for as many (logquant/quantizer/queries.py).
 _QUERIES = 16
+# Where they have room of their own: so many at least, those of all query heads of a KV head counted.
+_QUERIES_APART = 16
 _WORD = 4  # bytes
 # Queries only weigh errors: less precise ones do as well, and need half of the bytes where a model has float32.
 QUERY_DTYPE = torch.bfloat16
@@ -54,6 +59,7 @@ class BlockLayout:
         dtype: of exact tokens.
         ranks: of each slot of a page, which its token is by attention, 0 being the most attended; None: slots are in
             the order of the text.
+        drafts: whether a step may bring tokens that are taken back afterwards (speculative decoding).
 
     Raises:
         ValueError: naming what does not fit.
@@ -64,6 +70,7 @@ class BlockLayout:
     group: int
     dtype: torch.dtype
     ranks: tuple[int, ...] | None = None
+    drafts: bool = False
 
     def __post_init__(self) -> None:
         if self.fmt.page_tokens != PAGE or self.fmt.value_dim != self.fmt.head_dim:
@@ -77,10 +84,12 @@ class BlockLayout:
             )
 
     @classmethod
-    def of(cls, config: LogQuantConfig, head_dim: int, group: int, dtype: torch.dtype) -> BlockLayout:
+    def of(
+        cls, config: LogQuantConfig, head_dim: int, group: int, dtype: torch.dtype, drafts: bool = False
+    ) -> BlockLayout:
         """The layout for a model's heads."""
         ranks = tuple(config.ranks) if config.fine_values else None
-        return cls(config.page_format(head_dim), config.sinks, group, dtype, ranks)
+        return cls(config.page_format(head_dim), config.sinks, group, dtype, ranks, drafts)
 
     @property
     def head_dim(self) -> int:
@@ -94,7 +103,8 @@ class BlockLayout:
     @cached_property
     def pages(self) -> int:
         """m, pages of a block."""
-        return self._before_sinks // self.fmt.words
+        apart = -(-_QUERIES_APART // self.group) * self._query_words if self.drafts else 0
+        return max(0, self._before_sinks - apart) // self.fmt.words
 
     @property
     def tokens(self) -> int:
@@ -113,14 +123,23 @@ class BlockLayout:
 
     @property
     def query_word(self) -> int:
-        """Where the kept queries begin: after the pages that are made before the block is full."""
-        return max(0, self.pages - EXACT) * self.fmt.words
+        """Where the kept queries begin: after the pages that are made before the block is full, or after all."""
+        return max(0, self.pages - (0 if self.drafts else EXACT)) * self.fmt.words
+
+    @property
+    def _query_words(self) -> int:
+        """Of a query of every query head."""
+        return -(-self.group * self.head_dim * QUERY_DTYPE.itemsize // _WORD)
 
     @cached_property
     def queries(self) -> int:
         """How many queries of each query head say how a page is quantised."""
-        room = (self._before_sinks - self.query_word) * _WORD // QUERY_DTYPE.itemsize
-        return min(_QUERIES, room // (self.group * self.head_dim))
+        return min(_QUERIES, (self._before_sinks - self.query_word) // self._query_words)
+
+    @property
+    def most_drafts(self) -> int:
+        """Tokens of a step that may be taken back: with more, queries for two pages would be kept at one place."""
+        return PAGE - self.queries - 1
 
     @property
     def unit(self) -> int:

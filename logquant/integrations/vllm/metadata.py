@@ -48,7 +48,7 @@ class Builder(AttentionMetadataBuilder[Metadata]):  # type: ignore[misc]
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Metadata:
         common = common_attn_metadata
-        # Exact but for drafts, which are refused (guards.py).
+        # Exact where the next step waits for the last one's drafts to be judged, as with all that guards.py serves.
         lengths = common.seq_lens_cpu_upper_bound
         if lengths is None:
             lengths = common.seq_lens.cpu()

@@ -258,15 +258,21 @@ def _due(batch: Batch, computed: Ints, layout: BlockLayout) -> Due | None:
 
 def _kept(batch: Batch, computed: Ints, layout: BlockLayout) -> Kept | None:
     """The newest queries, if a page waits for them and those that follow."""
-    full = batch.lengths // PAGE  # of the page that is being filled this is the number
+    asking, full = np.arange(len(computed)), batch.lengths // PAGE  # the page that is being filled has this number
+    if layout.drafts:
+        # If the tokens that begin another page are taken back, then the page before is being filled again.
+        short = (computed // PAGE < full) & (batch.lengths - computed <= layout.most_drafts + 1)
+        asking = np.concatenate([asking, np.flatnonzero(short)])
+        full = np.concatenate([full, computed[short] // PAGE])
     after = full % layout.pages + 1  # of its block
     waits = (after >= EXACT) | (after == layout.pages)
-    first = np.maximum((full + 1) * PAGE - layout.queries, computed)
-    request, i = _ranges(np.where(waits, np.maximum(batch.lengths - first, 0), 0))
-    if not len(request):
+    begin = (full + 1) * PAGE - layout.queries
+    first, end = np.maximum(begin, computed[asking]), np.minimum((full + 1) * PAGE, batch.lengths[asking])
+    which, i = _ranges(np.where(waits, np.maximum(end - first, 0), 0))
+    if not len(which):
         return None
-    position = first[request] + i
+    request, position = asking[which], first[which] + i
     like = batch.packed
-    block = batch.packed[_to(request, like), _to(full[request] // layout.pages, like)].long()
-    slot = position - ((full[request] + 1) * PAGE - layout.queries)
-    return Kept(_to(batch.starts[request] + position - computed[request], like), block, _to(slot, like))
+    block = batch.packed[_to(request, like), _to(full[which] // layout.pages, like)].long()
+    token = batch.starts[request] + position - computed[request]
+    return Kept(_to(token, like), block, _to(position - begin[which], like))

@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own: .ci/vllm")
 
 from benchmarks.vllm_capacity import held
-from benchmarks.vllm_engine import engine, kv_cache_manager
+from benchmarks.vllm_engine import engine, kv_cache_manager, ngrams
 from logquant import plan_vllm
 from logquant.integrations.vllm import guards
 from tests.helpers.vllm_models import save_first_layers
@@ -181,6 +182,55 @@ if __name__ == "__main__":
     here = dict(os.environ, VLLM_ENABLE_V1_MULTIPROCESSING="1", PYTHONPATH=os.getcwd(), OMP_NUM_THREADS="1")
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=here)
     assert f"written {alone[5].tokens}" in done.stdout, done.stderr[-4000:]
+
+
+def test_drafts_of_ngrams_give_what_greedy_decoding_gives(model, prompts, monkeypatch):
+    """Texts of some hundred tokens, three at once, beyond the ends of blocks.
+
+    A model this small repeats itself, so that all drafts are right: of some the last tokens are changed.
+    """
+    directory, calibration = model
+    drafting = engine(
+        directory,
+        calibration,
+        12,
+        dtype="float32",
+        max_model_len=2304,
+        max_num_seqs=3,
+        max_num_batched_tokens=256,
+        disable_log_stats=False,
+        **ngrams(5),
+    )
+    blocks = plan_vllm.blocks_of(
+        guards.config_from({}, "logquant"), drafting.llm_engine.model_config.hf_text_config, torch.float32, drafts=True
+    )
+    budget = drafting.llm_engine.vllm_config.cache_config.kv_cache_memory_bytes
+    assert held(kv_cache_manager(drafting), 900, 256) == blocks.requests(budget, 900, 256)
+    proposer = drafting.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.drafter
+    propose, random = proposer.propose, np.random.default_rng(0)
+
+    def spoil(*args, **kwargs) -> list[list[int]]:
+        found = propose(*args, **kwargs)
+        right = random.integers(0, 6, len(found))
+        return [[*own[:n], *(token + 1 for token in own[n:])] for own, n in zip(found, right, strict=True)]
+
+    asked = [{"prompt_token_ids": prompts[i]["prompt_token_ids"][:n]} for i, n in ((0, 100), (3, 520), (7, 1100))]
+    results, counts = [], []
+    for drafts in (spoil, lambda *args, **kwargs: [[] for _ in propose(*args, **kwargs)]):
+        monkeypatch.setattr(proposer, "propose", drafts)
+        assert drafting.reset_prefix_cache()
+        before = drafted(drafting)
+        results.append(written(drafting, asked, 250)[0])
+        counts.append([new - old for new, old in zip(drafted(drafting), before, strict=True)])
+    assert results[0] == results[1]
+    (made, accepted), (none, _) = counts
+    assert none == 0 < accepted < made
+
+
+def drafted(llm) -> list[int]:
+    """Drafts so far, and how many were accepted."""
+    metrics = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+    return [metrics[f"vllm:spec_decode_num_{what}_tokens"] for what in ("draft", "accepted")]
 
 
 REFUSED = {

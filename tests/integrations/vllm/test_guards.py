@@ -38,7 +38,7 @@ def test_the_default_is_served():
     ("changes", "message"),
     [
         ({"kv_transfer_config": object()}, "kv_transfer_config"),
-        ({"speculative_config": object()}, "speculative_config"),
+        ({"speculative_config": types.SimpleNamespace(method="eagle")}, "speculative_config"),
         ({"scheduler_config__disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache_manager"),
         ({"parallel_config__decode_context_parallel_size": 2}, "decode_context_parallel_size"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "prefill_context_parallel_size"),
@@ -48,6 +48,15 @@ def test_the_default_is_served():
 def test_what_it_cannot_serve_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         guards.check(vllm_config(**changes))
+
+
+def test_drafts_of_ngrams_are_served_as_many_as_there_is_room_for():
+    drafting = types.SimpleNamespace(method="ngram", num_speculative_tokens=48)
+    guards.check(vllm_config(speculative_config=drafting))
+    guards.check_drafts(vllm_config(speculative_config=drafting), 48)
+    guards.check_drafts(vllm_config(), 0)
+    with pytest.raises(ValueError, match="num_speculative_tokens must be at most 47 here, got 48"):
+        guards.check_drafts(vllm_config(speculative_config=drafting), 47)
 
 
 def test_all_reasons_are_said_at_once():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -142,6 +143,42 @@ def test_a_shared_block_is_what_it_would_be_cold_and_is_never_written_again(case
         blocks.step([(second, min(100, TOKENS - second.computed)), *([(first, 1)] if first.computed < TOKENS else [])])
     assert packed == 1 and torch.equal(blocks.memory[shared].view(torch.int16), before.view(torch.int16))
     close(case, second.out, expected(case, second))
+
+
+def test_drafts_that_are_taken_back_leave_no_trace(case, one_thread):
+    """Prompt and answer, drafts with it, some accepted; pages are those of one token after the other, bit for bit."""
+    case = dataclasses.replace(case, layout=dataclasses.replace(case.layout, drafts=True))
+    drafting, plain, accepts = case.request(), case.request(), np.random.default_rng(0)
+    pools = [case.blocks(), case.blocks()]
+    for blocks, asked in zip(pools, (drafting, plain), strict=True):
+        blocks.step([(asked, 70)])
+    while drafting.computed < TOKENS:
+        drafts = min(int(accepts.integers(7)), TOKENS - drafting.computed - 1)
+        pools[0].draft(drafting, drafts, int(accepts.integers(drafts + 1)))
+    while plain.computed < TOKENS:
+        pools[1].step([(plain, 1)])
+    close(case, drafting.out, expected(case, drafting))
+    got, want = (
+        torch.cat([blocks.pool.pages[block] for block in asked.packed], 1)[:, : TOKENS // PAGE - EXACT + 1]
+        for blocks, asked in zip(pools, (drafting, plain), strict=True)
+    )
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("end", range(1, 8))
+def test_a_draft_may_end_a_block_and_be_taken_back(end, one_thread):
+    """Wherever it is cut, as often as it happens: the queries that its pages wait for are still there."""
+    config, dtype = LAYOUTS["bfloat16"]
+    layout = BlockLayout.of(config, DIM, GROUP, dtype, drafts=True)
+    case = Case(layout, column_map(layout.fmt, 3, batch=1, heads=HEADS))
+    asked, blocks = case.request(layout.tokens + 100), case.blocks()
+    blocks.step([(asked, layout.tokens - end)])
+    for _ in range(3):
+        blocks.draft(asked, 7, 0)
+    blocks.step([(asked, layout.tokens + 100 - asked.computed)])
+    close(case, asked.out, expected(case, asked))
+    got = torch.cat([blocks.pool.pages[block] for block in asked.packed[:1]], 1)
+    assert torch.equal(got, torch.stack([page(case, asked, number) for number in range(layout.pages)], 1))
 
 
 def test_sinks_keep_their_slots_where_queries_look_at_single_tokens(case, one_thread):
