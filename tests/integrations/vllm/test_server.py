@@ -15,7 +15,7 @@ from tests.helpers.vllm_models import save_first_layers
 def test_chats_at_once_get_answers_share_what_they_begin_with_and_leave_nothing(tmp_path, smollm2_and_tokenizer):
     """In a cache that does not hold all of them at once; some clients hang up."""
     directory, calibration = save_first_layers(tmp_path)
-    small = {"minutes": 0.4, "clients": 6, "mib": 4, "longest": 1024, "system": 1500, "new": 96, "chunk": 128}
+    small = {"minutes": 0.4, "clients": 6, "mib": 4, "longest": 1536, "system": 4000, "new": 64, "chunk": 128}
     given = {"calibration": calibration, "model": directory, "dtype": "float32", "log": tmp_path / "log"}
     found = vllm_server.run(argparse.Namespace(start_seconds=300, **given, **small))
     said = (tmp_path / "log").read_text()[-4000:]
