@@ -133,7 +133,7 @@ def main() -> None:
             rows("recall"),
             READ,
             lambda row: read(row, 4224),
-            "MB read by a step after 4,096 tokens (a full cache of 16 bits: 94)",
+            "MB read by a step after 4,224 tokens (a full cache of 16 bits: 97)",
             ["logquant", *(f"logquant:recall=both(pages={share})" for share in (0.5, 0.25, 0.125))],
         ),
     }
