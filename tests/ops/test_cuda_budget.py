@@ -66,7 +66,8 @@ thorough = [
 
 @pytest.mark.parametrize(("name", "arch"), quick + thorough)
 def test_registers(name, arch):
-    cubins.build([name], [arch])
+    # All at once: who compiles holds a lock, and other processes would wait for each.
+    cubins.build(*([name], [arch]) if arch == "90" else (EACH_KIND, ["80", "120"]))
     for kernel in cubins.usage(name, arch):
         assert kernel.spilled == 0, kernel
         assert kernel.registers <= REGISTERS.get(name, 255), kernel
