@@ -91,7 +91,7 @@ def test_openvino_decodes_after_the_prompt_that_it_has_read():
 @pytest.mark.slow
 def test_one_command_measures_what_is_installed_and_names_what_is_not(tmp_path):
     file = tmp_path / "peers.json"
-    peers.main(["--contexts", "16,24", "--rounds", "2", "--longest-slow", "16", "--json", str(file)])
+    peers.main(["--contexts", "16,24", "--rounds", "1", "--longest-slow", "16", "--json", str(file)])
     result = json.loads(file.read_text())
     rows = {(row["name"], row["context"]): row for row in result["results"]}
     assert {name for name, _ in rows} >= {"LogQuant, logquant, bfloat16", "transformers, full, masked, float32"}
