@@ -38,6 +38,8 @@ QUESTIONS = (
 )
 HANG_UP_EVERY = 5
 """Answers after which a client closes its connection in the middle of one."""
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+"""The engine in a process of its own, as a server has it."""
 
 
 @dataclass
@@ -77,10 +79,6 @@ def server(arguments: argparse.Namespace) -> Iterator[tuple[str, psutil.Process]
     finally:
         process.terminate()
         process.wait(60)
-
-
-ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-"""The engine in a process of its own, as a server has it."""
 
 
 def healthy(address: str) -> bool:
