@@ -32,7 +32,7 @@
 namespace logquant::cpu::LOGQUANT_ISA {
 namespace {
 
-// Sanitizers look at blocks of three sizes, for these take minutes to compile.
+// Sanitizers look at blocks of two sizes, for these take minutes to compile.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 constexpr bool kFewBlocks = true;
 #else
@@ -113,11 +113,11 @@ void attend_split(const AttendArgs& args, const AttendPlan& plan, int64_t task) 
   if (rows.rows == 1) {
     attend_rows<1>(args, plan, rows, head, split);
   } else if (rows.rows == 2) {
-    attend_rows<kFewBlocks ? 4 : 2>(args, plan, rows, head, split);
+    attend_rows<kFewBlocks ? 8 : 2>(args, plan, rows, head, split);
   } else if (rows.rows == 3) {
-    attend_rows<kFewBlocks || kTiled<3> ? 4 : 3>(args, plan, rows, head, split);  // tiles have rows to spare
+    attend_rows<kFewBlocks ? 8 : kTiled<3> ? 4 : 3>(args, plan, rows, head, split);  // tiles have rows to spare
   } else if (rows.rows <= 4) {
-    attend_rows<4>(args, plan, rows, head, split);
+    attend_rows<kFewBlocks ? 8 : 4>(args, plan, rows, head, split);
   } else {
     attend_rows<8>(args, plan, rows, head, split);
   }

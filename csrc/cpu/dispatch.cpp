@@ -166,7 +166,11 @@ constexpr int kTileData = 18;  // XFEATURE_XTILEDATA
 // The last one that runs is in use where none is asked for.
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> sets = [] {
-    std::vector<InstructionSet> all{{LOGQUANT_KERNELS(portable), true}};
+    std::vector<InstructionSet> all;
+    // CMake leaves sets out (LOGQUANT_SETS) that a test need not cover.
+#ifndef LOGQUANT_WITHOUT_portable
+    all.push_back({LOGQUANT_KERNELS(portable), true});
+#endif
 #if defined(__x86_64__)
     __builtin_cpu_init();
     [[maybe_unused]] const bool has_avx2 =
@@ -174,7 +178,6 @@ const std::vector<InstructionSet>& instruction_sets() {
     [[maybe_unused]] const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                                              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                                              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-    // CMake leaves sets out (LOGQUANT_SETS) that a test need not cover.
 #ifndef LOGQUANT_WITHOUT_avx2
     all.push_back({LOGQUANT_KERNELS(avx2), has_avx2});
 #endif

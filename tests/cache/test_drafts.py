@@ -126,8 +126,7 @@ def test_speculative_decoding_at_2_bits_gives_what_greedy_decoding_gives(impleme
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rule", "bits"), [("attention", 2), ("log", 8)])
-def test_speculative_decoding_of_a_real_model(smollm2, smollm2_tokenizer, data_dir, bits, rule):
+def test_speculative_decoding_of_a_real_model(smollm2, smollm2_tokenizer, data_dir):
     """With prompt lookup, and with the same model as assistant, so that nearly all of its drafts are taken."""
     text = (data_dir / "dev/books/frankenstein_84.txt").read_text()[3000:4200]
     ids = smollm2_tokenizer(f"{text}\n\nAgain, word for word:\n\n{text[:60]}", return_tensors="pt").input_ids
@@ -135,7 +134,7 @@ def test_speculative_decoding_of_a_real_model(smollm2, smollm2_tokenizer, data_d
         {"prompt_lookup_num_tokens": 8},
         {"assistant_model": copy.deepcopy(smollm2), "num_assistant_tokens": 5},
     ]
-    plain, *speculative = (LogQuantCache(smollm2.config, bits=bits, rule=rule) for _ in range(1 + len(kinds)))
+    plain, *speculative = (LogQuantCache(smollm2.config) for _ in range(1 + len(kinds)))
     logquant.enable(smollm2)
     try:
         want = continued(smollm2, ids, 130, plain)
