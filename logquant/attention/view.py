@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -79,6 +81,49 @@ def unpacked(
     if severed and torch.is_grad_enabled():
         return refusing_gradients(keys), refusing_gradients(values)
     return keys, values
+
+
+def fused_attention(
+    call: AttentionCall,
+    pages: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    fmt: PageFormat,
+    given: Tensor | None,
+    *,
+    units: Units = AS_THEY_ARE,
+    recall: Callable[..., tuple[Tensor, Tensor | None]] | None = None,
+    **options: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention by the fused operator, whatever the dtype of the queries and the units of what is held.
+
+    Args:
+        call: queries, and how they attend.
+        pages, keys, values, fmt, options: as for :func:`logquant.ops.attend`.
+        given: what queries have given to exact tokens; None if nobody asks.
+        units: those that pages and exact tokens are in.
+        recall: attends to some of the pages only (:meth:`logquant.recall.reading.Recall.attend`).
+
+    Returns:
+        The output ``[B, Hq, L, Dv]``, and what the exact tokens have been given now, if that is asked and was counted.
+    """
+    q, dtype, sinks = call.query, keys.dtype, call.sinks
+    tensors = q if q.dtype == dtype else q.to(dtype), pages, keys, values
+    settings: dict[str, Any] = options | {
+        "scale": units.scale(call.scale),
+        "softcap": call.softcap,
+        "sinks": None if sinks is None else sinks.float(),
+    }
+    given_after = None
+    if recall is not None:
+        out, given_after = recall(*tensors, fmt, given=given, **settings)
+    elif given is None or q.shape[2] > HEARD:
+        out, _ = ops.attend(*tensors, fmt, **settings)
+    else:
+        out, _, given_after = ops.observed_attend(*tensors, fmt, **settings, attention=given)
+    if units.value:
+        out = scaled(out, units.value)
+    return out if out.dtype == q.dtype else out.to(q.dtype), given_after
 
 
 class Layout(Protocol):
@@ -224,7 +269,7 @@ class KVView(View):
 
     def compute(self, call: AttentionCall) -> Tensor:
         """The same, without telling the layer: by the fused operator, or over dequantised tensors."""
-        q, mask, scale, softcap, sinks, causal, _ = call
+        q, mask, causal = call.query, call.mask, call.causal
         queries = q.shape[2]
         if self.ragged is not None and not self.plain:
             return self._attend_ragged(call, self.ragged)
@@ -241,29 +286,25 @@ class KVView(View):
             first = self.length - queries
             query_positions = torch.arange(first, self.length, dtype=torch.int32, device=q.device)[None]
         by_position = mask is not None or causal or not self.rows.alike
-        options: dict[str, Any] = dict(
-            scale=self.units.scale(scale),
-            softcap=softcap,
+        counts = self._recalled(mask, queries)
+        out, given_after = fused_attention(
+            call,
+            self.pages,
+            self.keys,
+            self.values,
+            self.fmt,
+            self.given,
+            units=self.units,
+            recall=None if counts is None or self.recall is None else partial(self.recall.attend, counts=counts),
             key_map=self.key_map,
             mask=mask,
             positions=self.rows.positions(q.device, self.new) if by_position else None,
             query_positions=query_positions,
-            sinks=None if sinks is None else sinks.float(),
             lengths=self.rows.lengths(q.device, self.fmt.page_tokens, self.keys.shape[2]),
         )
-        dtype = self.keys.dtype
-        tensors = q if q.dtype == dtype else q.to(dtype), self.pages, self.keys, self.values
-        counts = self._recalled(mask, queries)
-        if counts is not None:
-            assert self.recall is not None
-            out, self.given_after = self.recall.attend(*tensors, self.fmt, counts, given=self.given, **options)
-        elif self.given is None or queries > HEARD:
-            out, _ = ops.attend(*tensors, self.fmt, **options)
-        else:
-            out, _, self.given_after = ops.observed_attend(*tensors, self.fmt, **options, attention=self.given)
-        if self.units.value:
-            out = scaled(out, self.units.value)
-        return out if out.dtype == q.dtype else out.to(q.dtype)
+        if given_after is not None:
+            self.given_after = given_after
+        return out
 
     def _attend_ragged(self, call: AttentionCall, ragged: RaggedPages) -> Tensor:
         """Attention by the fused operator where KV heads have pages of their own, a few queries at a time."""

@@ -19,6 +19,7 @@ from ..recall_spec import RecallSpec
 from .drafts import Speculation
 from .held import Held
 from .layout import Rows
+from .plain_steps import PlainSteps
 from .read_only import ReadOnly, refuse_writes
 from .shared import Shared
 from .uncommitted import Uncommitted
@@ -30,9 +31,7 @@ class LayerContents(CacheLayerMixin):
     Attributes:
         config: what to keep exact and how to store the rest.
         shared: what the layers of a cache have in common.
-        held: the committed tokens; not before the first update.
         format: the page format; not before the first update.
-        uncommitted: tokens that have come but not taken their places.
         speculation: of tokens that may be taken back; None if none may.
         version: another number whenever what attention would see has changed.
         recall: what a query reads of the pages; None: all.
@@ -44,20 +43,59 @@ class LayerContents(CacheLayerMixin):
     supports_early_init = True
     config: LogQuantConfig
     shared: Shared
-    held: Held
     format: PageFormat
-    uncommitted: Uncommitted | None
     speculation: Speculation | None
     version: int
     recall: RecallSpec | None
     dtype: torch.dtype
     _empty: Rows
     _length: int
+    _held: Held
+    _uncommitted: Uncommitted | None
+    # Those that have been taken and not been looked at.
+    _plain_steps: PlainSteps | None
+    # The version that the last update has made, if that was a step.
+    _stepped_to: int
+    # Whether steps may be plain.
+    _steps_plainly = True
 
     def __repr__(self) -> str:
         if not self.is_initialized:
             return "LogQuantLayer(empty)"
         return f"LogQuantLayer(tokens={self.length}, packed={self.rows.packed}, exact={self.rows.exact})"
+
+    @property
+    def held(self) -> Held:
+        """The committed tokens; not before the first update."""
+        self._look()
+        return self._held
+
+    @held.setter
+    def held(self, held: Held) -> None:
+        self._held = held
+
+    @property
+    def uncommitted(self) -> Uncommitted | None:
+        """Tokens that have come but not taken their places."""
+        self._look()
+        return self._uncommitted
+
+    @uncommitted.setter
+    def uncommitted(self, uncommitted: Uncommitted | None) -> None:
+        self._uncommitted = uncommitted
+
+    def _look(self) -> None:
+        """Learn of steps that have been taken."""
+        if (steps := self._plain_steps) is not None:
+            self._uncommitted = steps.told(self.shared.allocator)
+            self._plain_steps = None
+
+    @property
+    def _after_step(self) -> bool:
+        """Whether what came last was a token of each row that attended, and nothing has changed since."""
+        last = self.uncommitted
+        known = last is not None and last.call is not None and last.real is None
+        return known and self._stepped_to == self.version
 
     @property
     def rows(self) -> Rows:
@@ -91,7 +129,7 @@ class LayerContents(CacheLayerMixin):
         """
         self.held.check_intact()
         if (waiting := self.uncommitted) is not None:
-            both = self._view(waiting.exact.keys, waiting.exact.values, waiting.new).dense()
+            both = self.newest().dense()
             real = self._real_positions(waiting)
             return both if real is None else (_without_padding(both[0], real), _without_padding(both[1], real))
         exact, storage = slice(0, self.rows.exact), self.held.storage
@@ -162,6 +200,12 @@ class LayerContents(CacheLayerMixin):
             recall=None if self.recall is None else Recall(self.recall, storage.index),
             ragged=self.held.ragged,
         )
+
+    def newest(self) -> KVView:
+        """What the uncommitted tokens attend to."""
+        if (waiting := self.uncommitted) is None:
+            raise RuntimeError("these keys and values are stale: their LogQuant cache layer was updated since")
+        return self._view(waiting.exact.keys, waiting.exact.values, waiting.new)
 
     def _real_positions(self, uncommitted: Uncommitted) -> Tensor | None:
         """Which of the uncommitted positions hold a token, bool ``[B, new]``; None if all do."""

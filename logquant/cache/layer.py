@@ -22,6 +22,7 @@ from .contents import LayerContents
 from .drafts import Speculation
 from .held import Held
 from .layout import Rows
+from .plain_steps import PlainSteps, PlainToken
 from .recompute import Recompute, Step, in_backward
 from .shared import Shared
 from .sizes import window_capacity
@@ -48,6 +49,7 @@ class LogQuantLayer(LayerContents):
         self._index = index
         self.recall = config.recall_spec(index)
         self.shared = shared or Shared()
+        self._steps_plainly = self._steps_plainly and self.recall is None and config.prune is config.evict is None
         self._empty = rows or Rows((Slots.empty(config),))
         self.version = 0
         self.recompute = Recompute()
@@ -58,13 +60,14 @@ class LogQuantLayer(LayerContents):
         self.is_initialized = False
         # Positions, those of uncommitted tokens included: a plain number, so that torch.compile need not look further.
         self._length = 0
-        self.uncommitted: Uncommitted | None = None
+        self._plain_steps, self._stepped_to = None, -1
+        self.uncommitted = None
         self.compiled_view: View | None = None
         self.speculation: Speculation | None = None
         self.version += 1
         self.shared.forget()
         self.recompute.forget()
-        self.__dict__.pop("held", None)
+        self.__dict__.pop("_held", None)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = value_states.dtype, value_states.device
@@ -113,6 +116,8 @@ class LogQuantLayer(LayerContents):
         return self._update(key_states, value_states)
 
     def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        if (token := self._plain_token(self._plain_steps, key_states, value_states)) is not None:
+            return handles(token)
         check_states(key_states, value_states, self.held.storage if self.is_initialized else None)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -121,11 +126,30 @@ class LogQuantLayer(LayerContents):
         if in_backward():
             return handles(self.recompute.again(key_states, value_states, self._length))
         self.shared.arrive(self._index, self._length)
-        if self.speculation is None:
-            self.commit()
-        else:
+        if self.speculation is not None:
             self.speculation.begin(self, key_states.shape[2], self.shared.speculative)
-        return handles(self.append(key_states, value_states))
+            return handles(self.append(key_states, value_states))
+        may_be_plain = self._steps_plainly and self._after_step
+        self.commit()
+        steps = PlainSteps.after(self.held) if may_be_plain and self._stepped_to == self.version else None
+        if (token := self._plain_token(steps, key_states, value_states)) is not None:
+            return handles(token)
+        view = self.append(key_states, value_states)
+        if key_states.shape[2] == 1:
+            self._stepped_to = self.version
+        return handles(view)
+
+    def _plain_token(self, steps: PlainSteps | None, keys: Tensor, values: Tensor) -> PlainToken | None:
+        """Tokens that come, if they go on with plain steps."""
+        if steps is None or torch.is_grad_enabled() or not steps.continued_by(keys, values):
+            return None
+        if steps is self._plain_steps:
+            self.shared.arrive(self._index, self._length)
+        steps.take(keys, values)
+        self._plain_steps, self.compiled_view = steps, None
+        self.version += 1
+        self._length += 1
+        return PlainToken(self, keys, values)
 
     def append(self, keys: Tensor, values: Tensor) -> KVView:
         """New tokens come, uncommitted, where there are no such; returns what they attend to."""
@@ -158,6 +182,11 @@ class LogQuantLayer(LayerContents):
         return recorded
 
     # ------------------------------------------------------------------------------------------------- they attend
+    def attend_plainly(self, call: AttentionCall) -> Tensor:
+        """Attention of the token of a plain step, ``[B, Hq, 1, Dv]``."""
+        out = None if self._plain_steps is None else self._plain_steps.attend(call)
+        return self.newest().attend(call) if out is None else out
+
     def attend(self, view: KVView, call: AttentionCall) -> Tensor:
         """Attention of new tokens to a view of this layer, ``[B, Hq, L, Dv]``."""
         out = view.compute(call) if self.speculation is None else self.speculation.attend(self, view, call)
@@ -166,8 +195,7 @@ class LogQuantLayer(LayerContents):
 
     def observe(self, view: View, call: AttentionCall | None) -> None:
         """Learn what has attended to the uncommitted tokens; None if it does not tell its queries."""
-        uncommitted = self.uncommitted
-        if uncommitted is None or not isinstance(view, KVView) or not view.is_current:
+        if not isinstance(view, KVView) or not view.is_current or (uncommitted := self.uncommitted) is None:
             return
         if call is not None:
             query, lse = call.query.detach(), view.lse
@@ -216,6 +244,7 @@ class LogQuantLayer(LayerContents):
 
     @record_past.setter
     def record_past(self, value: bool) -> None:
+        self._look()
         if value:
             if self.config.evict is not None:
                 raise ValueError("evict drops tokens for good, so none may be speculative; decode without drafts")
@@ -325,9 +354,10 @@ class LogQuantLayer(LayerContents):
     # ----------------------------------------------------------------------------------------------- copies and files
     def copy(self) -> LogQuantLayer:
         """A copy of what is committed, in which nothing is speculative."""
+        self._look()
         twin = type(self).__new__(type(self))
         twin.__dict__.update(
-            self.__dict__, uncommitted=None, compiled_view=None, speculation=None, recompute=Recompute()
+            self.__dict__, _uncommitted=None, compiled_view=None, speculation=None, recompute=Recompute()
         )
         twin.shared = Shared(padding=self.shared.padding)
         if self.is_initialized:

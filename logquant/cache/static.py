@@ -42,6 +42,7 @@ class StaticLayer(LogQuantLayer):
     """
 
     is_compileable = True
+    _steps_plainly = False
 
     def __init__(self, config: LogQuantConfig, shared: Shared, rows: Rows, index: int, max_length: int) -> None:
         self.max_length = max_length
@@ -55,20 +56,12 @@ class StaticLayer(LogQuantLayer):
         self.pending = self.can_take_steps = False
         self.taken = 0
         super().reset()
-        self.__dict__.pop("_held", None)
         self.published_version = -1
 
     # ----------------------------------------------------------------------------------------- what the host sees
-    @property
-    def held(self) -> Held:  # type: ignore[override]
-        """What is held, with the steps that have been taken."""
+    def _look(self) -> None:
         if self.pending:
             self._catch_up()
-        return self._held
-
-    @held.setter
-    def held(self, held: Held) -> None:
-        self._held = held
 
     @torch.compiler.disable
     def _catch_up(self) -> None:

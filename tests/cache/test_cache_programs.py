@@ -219,10 +219,11 @@ class CachePrograms(RuleBasedStateMachine):
         reserved = max(WINDOW, new) if self.recording else 0
         for i, rows in enumerate(self.rows):
             k, v = (torch.randn(self.batch, HEADS, new, DIM, generator=self.random) for _ in range(2))
-            with torch.no_grad():  # a cache of fixed size takes no steps with gradients
-                keys, _ = self.cache.update(k, v, i)
             mask = None if padding.all() else causal_mask(padding, new)
-            keys.kv_view.attend(AttentionCall(k, mask, 1.0, causal=mask is None))
+            # With gradients there are no steps of fixed size, nor any that are taken together (plain_steps.py).
+            with torch.no_grad():
+                keys, _ = self.cache.update(k, v, i)
+                keys.kv_view.attend(AttentionCall(k, mask, 1.0, causal=mask is None and new > 1))
             for row, tokens, is_real in zip(rows, torch.stack([k, v], 3)[:, 0], real, strict=True):
                 row.arrive(tokens, is_real, reserved)
         self.follow()

@@ -1,7 +1,7 @@
 """Registers, spills, shared memory and instructions of the CUDA kernels, from what the compiler made of them.
 
-The budgets stand beside the kernels (csrc/cuda). The slow tests look at Hopper, at one kernel of each kind on the newest
-architecture, and at two on the oldest; the quick ones at the kernels of one format on Hopper.
+The budgets stand beside the kernels (csrc/cuda). The slow tests look at Hopper, at one kernel of each kind on the
+newest architecture, and at two on the oldest; the quick ones at the kernels of one format on Hopper.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def calls(monkeypatch) -> list[tuple[KVView, AttentionCall, Tensor, list[Tensor]
 def test_every_layer_and_head_reads_what_the_rule_chooses(calls, ids, chooser, rule):
     model = tiny_model(num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2)
     cache = LogQuantCache(model.config, rule=rule, recall=f"{chooser}(pages=0.4;skip=1)")
-    logits_of(model, cache, ids, [TOKENS, 1, 1, 3], "logquant")
+    logits_of(model, cache, ids, [TOKENS, 1, 3, 1], "logquant")
     assert len(calls) == 12
     for i, (view, call, out, tables) in enumerate(calls):
         skipped = i % 4 == 0

@@ -1,0 +1,217 @@
+"""Plain steps, of which a layer is told together: whatever happens in between, all is as if it had looked each time."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from logquant import LogQuantCache, LogQuantConfig
+from logquant.attention.call import AttentionCall
+from logquant.cache import plain_steps
+from logquant.cache.layer import LogQuantLayer
+from tests.helpers.models import tiny_config
+
+HEADS, GROUP, DIM = 2, 3, 32
+MODEL = tiny_config(
+    num_hidden_layers=1, num_attention_heads=GROUP * HEADS, num_key_value_heads=HEADS, head_dim=DIM, hidden_size=96
+)
+CONFIGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "log": {"rule": "log"},
+    "recent, 4 bits": {"rule": "recent", "bits": 4},
+    "paper": {"rule": "log", "sinks": 0, "key_columns": 1.0, "param_bits": 16},
+}
+
+
+class Layer:
+    """A layer that is fed at random.
+
+    Args:
+        config: of the cache.
+        dtype: of what comes.
+        together: whether it takes plain steps.
+    """
+
+    def __init__(self, config: LogQuantConfig, dtype: torch.dtype, together: bool = True) -> None:
+        self.cache, self.dtype = LogQuantCache(MODEL, config), dtype
+        self.layer._steps_plainly &= together
+        self.random = torch.Generator().manual_seed(0)
+
+    @property
+    def layer(self) -> LogQuantLayer:
+        return self.cache.layers[0]
+
+    @property
+    def is_between(self) -> bool:
+        """Whether there are plain steps that the layer has not been told of."""
+        return self.layer._plain_steps is not None
+
+    def draw(self, heads: int, new: int) -> Tensor:
+        return torch.randn(1, heads, new, DIM, generator=self.random).to(self.dtype)
+
+    def come(self, new: int = 1) -> tuple[Any, Tensor]:
+        """Tokens come; the view, and their queries."""
+        k, v, q = self.draw(HEADS, new), self.draw(HEADS, new), self.draw(GROUP * HEADS, new)
+        with torch.no_grad():
+            keys, _ = self.cache.update(k, v, 0)
+        return keys.kv_view, q
+
+    def attend(self, view: Any, q: Tensor, mask: Tensor | None = None, scale: float = 0.25) -> Tensor:
+        with torch.no_grad():
+            return view.attend(AttentionCall(q, mask, scale, causal=mask is None and q.shape[2] > 1))
+
+    def step(self) -> Tensor:
+        return self.attend(*self.come())
+
+    def contents(self) -> list[Tensor]:
+        """All that is held, committed."""
+        layer = copy.deepcopy(self.cache).layers[0]
+        tensors, _ = layer.state()
+        return [*tensors.values(), layer.held.layout.positions(torch.device("cpu"))]
+
+
+def dense_attention(layer: Layer) -> Tensor:
+    view, _ = layer.come()
+    out = view.dense()[0]
+    view.observe(None)
+    return out
+
+
+def masked(layer: Layer) -> Tensor:
+    view, q = layer.come()
+    seen = torch.ones(1, 1, 1, view.length, dtype=torch.bool)
+    seen[..., 5:9] = False
+    return layer.attend(view, q, seen)
+
+
+def attended_twice(layer: Layer) -> Tensor:
+    view, q = layer.come()
+    layer.attend(view, q.flip(1))
+    return layer.attend(view, q)
+
+
+def looked_at_before_it_attends(layer: Layer) -> Tensor:
+    view, q = layer.come()
+    assert layer.layer.nbytes > 0 and not layer.is_between
+    return layer.attend(view, q)
+
+
+def refused(layer: Layer) -> None:
+    with torch.no_grad(), pytest.raises(ValueError, match="key_states must be"):
+        layer.cache.update(torch.zeros(1, HEADS + 1, 1, DIM), torch.zeros(1, HEADS + 1, 1, DIM), 0)
+
+
+def speculative(layer: Layer) -> Tensor:
+    layer.cache.activate_past_recording()
+    out = layer.attend(*layer.come(5))
+    layer.cache.crop(-3)
+    for each in layer.cache.layers:
+        each.record_past = False
+    return out
+
+
+def draft(layer: Layer) -> Tensor:
+    layer.cache.activate_past_recording()
+    outs = [layer.step() for _ in range(3)]
+    layer.cache.crop(-2)
+    for each in layer.cache.layers:
+        each.record_past = False
+    return torch.cat(outs)
+
+
+def replaced(layer: Layer) -> None:
+    layer.cache = copy.deepcopy(layer.cache)
+
+
+def with_gradients(layer: Layer) -> Tensor:
+    k, v, q = layer.draw(HEADS, 1), layer.draw(HEADS, 1), layer.draw(GROUP * HEADS, 1)
+    return layer.cache.update(k, v, 0)[0].kv_view.attend(AttentionCall(q, None, 0.25))
+
+
+EVENTS: dict[str, Any] = {
+    "crop the last": lambda layer: layer.cache.crop(-1),
+    "crop some": lambda layer: layer.cache.crop(-7),
+    "crop nothing": lambda layer: layer.cache.crop(0),
+    "select": lambda layer: layer.cache.reorder_cache(torch.tensor([0])),
+    "commit": lambda layer: layer.cache.commit(),
+    "look": lambda layer: layer.layer.nbytes,
+    "chunk": lambda layer: layer.attend(*layer.come(11)),
+    "no attention": lambda layer: layer.come()[1],
+    "other scale": lambda layer: layer.attend(*layer.come(), scale=0.5),
+    "dense": dense_attention,
+    "masked": masked,
+    "twice": attended_twice,
+    "looked at": looked_at_before_it_attends,
+    "refused": refused,
+    "speculative": speculative,
+    "draft": draft,
+    "copy": replaced,
+    "gradients": with_gradients,
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@given(
+    prompt=st.integers(1, 200),
+    program=st.lists(st.tuples(st.integers(0, 70), st.sampled_from(sorted(EVENTS))), min_size=1, max_size=6),
+    half=st.booleans(),
+)
+def test_all_is_as_if_the_layer_had_looked_each_time(config, prompt, program, half):
+    """Outputs, and whatever a file would hold, bit for bit."""
+    dtype = torch.bfloat16 if half else torch.float32
+    layers = [Layer(LogQuantConfig(window=32, **CONFIGS[config]), dtype, together) for together in (True, False)]
+    for layer in layers:
+        layer.attend(*layer.come(prompt))
+    for count, event in [*program, (9, "look")]:
+        for _ in range(count):
+            got, want = (layer.step() for layer in layers)
+            assert torch.equal(got, want)
+        got, want = (EVENTS[event](layer) for layer in layers)
+        assert torch.equal(got, want) if isinstance(got, Tensor) else got == want or event in ("copy", "refused")
+        assert not layers[1].is_between
+        assert layers[0].layer.length == layers[1].layer.length
+        pairs = zip(*(layer.contents() for layer in layers), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_most_steps_are_plain(config):
+    layer = Layer(LogQuantConfig(window=32, **CONFIGS[config]), torch.float32)
+    layer.attend(*layer.come(70))
+    plain = 0
+    for _ in range(160):
+        layer.step()
+        plain += layer.is_between
+    assert plain >= 140
+
+
+def test_a_view_serves_until_the_next_token_comes_and_no_longer():
+    layer = Layer(LogQuantConfig(window=32), torch.float32)
+    layer.attend(*layer.come(70))
+    for _ in range(9):
+        layer.step()
+    view, q = layer.come()
+    assert isinstance(view, plain_steps.PlainToken) and view.length == 80
+    out = layer.attend(view, q)
+    assert torch.equal(layer.attend(view, q), out)
+    layer.layer.commit()
+    with pytest.raises(RuntimeError, match="stale"):
+        layer.attend(view, q)
+    layer.step()
+    with pytest.raises(RuntimeError, match="stale"):
+        layer.attend(view, q)
+
+
+@pytest.mark.parametrize("features", [{"recall": "both(pages=0.5;skip=0)"}, {"prune": "keydiff(keep=0.5)"}])
+def test_where_a_step_looks_at_more_each_is_told(features):
+    layer = Layer(LogQuantConfig(window=32, **features), torch.float32)
+    layer.attend(*layer.come(70))
+    for _ in range(20):
+        layer.step()
+        assert not layer.is_between
