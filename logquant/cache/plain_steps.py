@@ -44,6 +44,7 @@ class PlainSteps:
         # Of the tokens before the newest.
         self._queries: deque[Tensor] = deque(maxlen=advice.needed(allocated=0 not in rows.packed_counts))
         self._came = 0
+        # Of the newest: keys and values up to it, its own, and what has attended to it.
         self._keys, self._values = self._window_k, self._window_v
         self._states = self._keys, self._values
         self._call: AttentionCall | None = None
