@@ -19,7 +19,7 @@ from ..recall_spec import RecallSpec
 from .drafts import Speculation
 from .held import Held
 from .layout import Rows
-from .plain_steps import PlainSteps
+from .plain_steps import PlainStep
 from .read_only import ReadOnly, refuse_writes
 from .shared import Shared
 from .uncommitted import Uncommitted
@@ -35,6 +35,7 @@ class LayerContents(CacheLayerMixin):
         speculation: of tokens that may be taken back; None if none may.
         version: another number whenever what attention would see has changed.
         recall: what a query reads of the pages; None: all.
+        plain_step: the newest plain step, until somebody looks.
     """
 
     is_compileable = False
@@ -47,14 +48,13 @@ class LayerContents(CacheLayerMixin):
     speculation: Speculation | None
     version: int
     recall: RecallSpec | None
+    plain_step: PlainStep | None
     dtype: torch.dtype
     _empty: Rows
     _length: int
     _held: Held
     _uncommitted: Uncommitted | None
-    # Those that have been taken and not been looked at.
-    _plain_steps: PlainSteps | None
-    # The version that the last update has made, if that was a step.
+    # The version that the last update has made, if plain steps may follow it.
     _stepped_to: int
     # Whether steps may be plain.
     _steps_plainly = True
@@ -86,16 +86,18 @@ class LayerContents(CacheLayerMixin):
 
     def _look(self) -> None:
         """Learn of steps that have been taken."""
-        if (steps := self._plain_steps) is not None:
-            self._uncommitted = steps.told(self.shared.allocator)
-            self._plain_steps = None
+        if (step := self.plain_step) is not None:
+            uncommitted = step.tell(self._held, self.shared.allocator)
+            self._held.rows = self.shared.same_for_all(self._held.rows)
+            vars(self).update(_uncommitted=uncommitted, plain_step=None)
 
     @property
     def _after_step(self) -> bool:
         """Whether what came last was a token of each row that attended, and nothing has changed since."""
+        if not self._steps_plainly or self._stepped_to != self.version:
+            return False
         last = self.uncommitted
-        known = last is not None and last.call is not None and last.real is None
-        return known and self._stepped_to == self.version
+        return last is not None and last.call is not None and last.real is None
 
     @property
     def rows(self) -> Rows:
@@ -129,7 +131,7 @@ class LayerContents(CacheLayerMixin):
         """
         self.held.check_intact()
         if (waiting := self.uncommitted) is not None:
-            both = self.newest().dense()
+            both = self._view(waiting.exact.keys, waiting.exact.values, waiting.new).dense()
             real = self._real_positions(waiting)
             return both if real is None else (_without_padding(both[0], real), _without_padding(both[1], real))
         exact, storage = slice(0, self.rows.exact), self.held.storage
@@ -200,12 +202,6 @@ class LayerContents(CacheLayerMixin):
             recall=None if self.recall is None else Recall(self.recall, storage.index),
             ragged=self.held.ragged,
         )
-
-    def newest(self) -> KVView:
-        """What the uncommitted tokens attend to."""
-        if (waiting := self.uncommitted) is None:
-            raise RuntimeError("these keys and values are stale: their LogQuant cache layer was updated since")
-        return self._view(waiting.exact.keys, waiting.exact.values, waiting.new)
 
     def _real_positions(self, uncommitted: Uncommitted) -> Tensor | None:
         """Which of the uncommitted positions hold a token, bool ``[B, new]``; None if all do."""

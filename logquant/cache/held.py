@@ -102,8 +102,9 @@ class Held:
                 ragged = ragged.hear(uncommitted.call, exact.keys, rows, new, real, scale)
         if exact.in_window and real is None and after.packed_counts == rows.packed_counts:
             # The new tokens are where they belong already, as in most steps.
-            self.rows, self.advice, self.chosen = after, self._remember(advice, after), chosen
-            self.ragged = ragged
+            advice = self._remember(advice, after)
+            # All at once, so that nothing comes in between.
+            vars(self).update(rows=after, advice=advice, chosen=chosen, ragged=ragged)
             return False
         asked = self._asked(uncommitted.call, new, real)
         return self._move(exact, after, new, real, advice, chosen, allocator, asked, ragged)

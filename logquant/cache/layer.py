@@ -22,7 +22,7 @@ from .contents import LayerContents
 from .drafts import Speculation
 from .held import Held
 from .layout import Rows
-from .plain_steps import PlainSteps, PlainToken
+from .plain_steps import PlainStep, PlainToken, Start
 from .recompute import Recompute, Step, in_backward
 from .shared import Shared
 from .sizes import window_capacity
@@ -60,7 +60,7 @@ class LogQuantLayer(LayerContents):
         self.is_initialized = False
         # Positions, those of uncommitted tokens included: a plain number, so that torch.compile need not look further.
         self._length = 0
-        self._plain_steps, self._stepped_to = None, -1
+        self.plain_step, self._stepped_to = None, -1
         self.uncommitted = None
         self.compiled_view: View | None = None
         self.speculation: Speculation | None = None
@@ -116,12 +116,14 @@ class LogQuantLayer(LayerContents):
         return self._update(key_states, value_states)
 
     def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        if (token := self._plain_token(self._plain_steps, key_states, value_states)) is not None:
-            return handles(token)
+        if (step := self.plain_step) is not None and self._may_step and step.goes_on_with(key_states, value_states):
+            self.shared.arrive(self._index, self._length)
+            return handles(self._plain_token(step.next(key_states, value_states)))
         check_states(key_states, value_states, self.held.storage if self.is_initialized else None)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if not key_states.dtype == value_states.dtype == self.dtype:
+        as_they_came = key_states.dtype == value_states.dtype == self.dtype
+        if not as_they_came:
             key_states, value_states = key_states.to(self.dtype), value_states.to(self.dtype)
         if in_backward():
             return handles(self.recompute.again(key_states, value_states, self._length))
@@ -129,27 +131,27 @@ class LogQuantLayer(LayerContents):
         if self.speculation is not None:
             self.speculation.begin(self, key_states.shape[2], self.shared.speculative)
             return handles(self.append(key_states, value_states))
-        may_be_plain = self._steps_plainly and self._after_step
+        after_step = self._after_step
         self.commit()
-        steps = PlainSteps.after(self.held) if may_be_plain and self._stepped_to == self.version else None
-        if (token := self._plain_token(steps, key_states, value_states)) is not None:
-            return handles(token)
+        if after_step and self._may_step and self._stepped_to == self.version:
+            start = Start.of(self.held)
+            if start is not None and start.fits(key_states, value_states):
+                return handles(self._plain_token(start.first(key_states, value_states)))
         view = self.append(key_states, value_states)
-        if key_states.shape[2] == 1:
+        if key_states.shape[2] == 1 and as_they_came:
             self._stepped_to = self.version
         return handles(view)
 
-    def _plain_token(self, steps: PlainSteps | None, keys: Tensor, values: Tensor) -> PlainToken | None:
-        """Tokens that come, if they go on with plain steps."""
-        if steps is None or torch.is_grad_enabled() or not steps.continued_by(keys, values):
-            return None
-        if steps is self._plain_steps:
-            self.shared.arrive(self._index, self._length)
-        steps.take(keys, values)
-        self._plain_steps, self.compiled_view = steps, None
-        self.version += 1
-        self._length += 1
-        return PlainToken(self, keys, values)
+    @property
+    def _may_step(self) -> bool:
+        """Whether the token that comes is for good, and no gradient asks what becomes of it."""
+        return self.speculation is None and not torch.is_grad_enabled() and not in_backward()
+
+    def _plain_token(self, step: PlainStep) -> PlainToken:
+        """The token of a plain step comes: all at once, so that nothing comes in between."""
+        come = {"plain_step": step, "compiled_view": None, "version": self.version + 1, "_length": self._length + 1}
+        vars(self).update(come)
+        return PlainToken(self, step)
 
     def append(self, keys: Tensor, values: Tensor) -> KVView:
         """New tokens come, uncommitted, where there are no such; returns what they attend to."""
@@ -182,11 +184,6 @@ class LogQuantLayer(LayerContents):
         return recorded
 
     # ------------------------------------------------------------------------------------------------- they attend
-    def attend_plainly(self, call: AttentionCall) -> Tensor:
-        """Attention of the token of a plain step, ``[B, Hq, 1, Dv]``."""
-        out = None if self._plain_steps is None else self._plain_steps.attend(call)
-        return self.newest().attend(call) if out is None else out
-
     def attend(self, view: KVView, call: AttentionCall) -> Tensor:
         """Attention of new tokens to a view of this layer, ``[B, Hq, L, Dv]``."""
         out = view.compute(call) if self.speculation is None else self.speculation.attend(self, view, call)
@@ -198,6 +195,8 @@ class LogQuantLayer(LayerContents):
         if not isinstance(view, KVView) or not view.is_current or (uncommitted := self.uncommitted) is None:
             return
         if call is not None:
+            if call.mask is not None:
+                self._stepped_to = -1
             query, lse = call.query.detach(), view.lse
             if view.new == 1 < query.shape[2]:  # query heads that came as queries of their KV head
                 query = query.flatten(1, 2).unsqueeze(2)

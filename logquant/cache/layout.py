@@ -90,6 +90,14 @@ class Rows(Memo):
     def __deepcopy__(self, memo: object) -> Rows:
         return self
 
+    def equals(self, other: Rows) -> bool:
+        """Whether both are without padding, and say the same of tokens under the same rule."""
+        return (
+            self.real is other.real is None
+            and (self.length, self.reserved) == (other.length, other.reserved)
+            and self.slots[0].state() == other.slots[0].state()
+        )
+
     @property
     def alike(self) -> bool:
         """Whether no row has padding."""

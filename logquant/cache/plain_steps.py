@@ -3,11 +3,14 @@
 Most steps are such ones. What the layer has to note of each is kept here until somebody looks at the layer, which then
 learns of all of them as if they had come at once: that is the same as one by one, for no token moves in between. The
 newest one stays uncommitted, as after any update.
+
+What is here never changes, but for what attends to a step: another one follows it. So whatever interrupts a step or a
+look, even another look, the layer holds either what it held before or what it is to hold.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -15,7 +18,8 @@ from torch import Tensor
 
 from ..attention.call import AttentionCall
 from ..attention.units import AS_THEY_ARE
-from ..attention.view import KVView, Observer, View, fused_attention
+from ..attention.view import KVView, PackedLayer, View, fused_attention
+from .chosen import ChosenRows
 from .held import Held
 from .sizes import window_capacity
 from .storage import Allocator
@@ -25,116 +29,155 @@ from .uncommitted import Exact, Uncommitted
 FEWEST = 4
 
 
-class PlainSteps:
-    """Plain steps that a layer has not been told of.
+class Start:
+    """What a layer held before the first of some plain steps.
 
     Args:
-        held: what the layer holds.
+        held: that; all is committed.
         room: how many tokens can come.
     """
 
     def __init__(self, held: Held, room: int) -> None:
-        storage, rows, advice = held.storage, held.rows, held.advice
-        self._held, self._exact, self._room = held, rows.exact, room
-        self._window_k, self._window_v = storage.window_k, storage.window_v
-        self._pages, self._fmt, self._key_map = storage.used_pages(rows), storage.format, advice.key_map
-        # What the exact tokens have been given, before the newest query and after it.
-        self._given = held.chosen and held.chosen.given
-        self._given_after: Tensor | None = None
-        # Of the tokens before the newest.
-        self._queries: deque[Tensor] = deque(maxlen=advice.needed(allocated=0 not in rows.packed_counts))
-        self._came = 0
-        # Of the newest: keys and values up to it, its own, and what has attended to it.
-        self._keys, self._values = self._window_k, self._window_v
-        self._states = self._keys, self._values
-        self._call: AttentionCall | None = None
+        storage, self.rows, self.chosen = held.storage, held.rows, held.chosen
+        self.window_k, self.window_v, self.severed = storage.window_k, storage.window_v, storage.severed
+        self.pages, self.fmt, self.key_map = storage.used_pages(self.rows), storage.format, held.advice.key_map
+        self.kept_queries = held.advice.needed(allocated=0 not in self.rows.packed_counts)
+        self.room = room
 
     @staticmethod
-    def after(held: Held) -> PlainSteps | None:
-        """The steps that may follow, if some will."""
+    def of(held: Held) -> Start | None:
+        """None if no plain steps can follow, or too few."""
         storage, rows = held.storage, held.rows
         room = min(storage.window_k.shape[2], window_capacity(storage.config)) - rows.exact
         plain = rows.alike and not rows.reserved and not rows.undecided and storage.units == AS_THEY_ARE
-        return PlainSteps(held, room) if plain and room >= FEWEST and not storage.in_graph else None
+        return Start(held, room) if plain and room >= FEWEST and not storage.in_graph else None
 
-    def continued_by(self, keys: Tensor, values: Tensor) -> bool:
-        """Whether tokens that come make another plain step."""
-        if self._came == self._room or (self._came and self._call is None):
-            return False
-        window = self._window_k
+    def fits(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether tokens that come make a step."""
+        window = self.window_k
         return (
             keys.dtype == values.dtype == window.dtype
             and keys.device == values.device == window.device
             and keys.shape == (*window.shape[:2], 1, window.shape[3])
-            and values.shape == (*window.shape[:2], 1, self._window_v.shape[3])
+            and values.shape == (*window.shape[:2], 1, self.window_v.shape[3])
         )
 
-    def take(self, keys: Tensor, values: Tensor) -> None:
-        """The next token of each row comes, ``[B, H, 1, D]`` and ``[B, H, 1, Dv]``."""
-        query = self._call.query.clone() if self._call is not None and self._queries.maxlen else None
-        end = self._exact + self._came + 1
-        window_k, window_v = self._window_k.narrow(2, 0, end), self._window_v.narrow(2, 0, end)
-        window_k.narrow(2, end - 1, 1).copy_(keys)
-        window_v.narrow(2, end - 1, 1).copy_(values)
-        if query is not None:
-            self._queries.append(query)
-        if self._came:
-            self._given = self._given_after
-        self._came += 1
-        self._keys, self._values, self._states = window_k, window_v, (keys, values)
-        self._call = self._given_after = None
+    def first(self, keys: Tensor, values: Tensor) -> PlainStep:
+        """The first step, of tokens that fit."""
+        return PlainStep(self, 1, keys, values, self.chosen and self.chosen.given)
+
+
+class PlainStep:
+    """The token of each row that came last, and what the layer has not been told of those before it.
+
+    Args:
+        start: what the layer held before the first.
+        came: how many have come.
+        keys, values: of the newest, ``[B, H, 1, D]`` and ``[B, H, 1, Dv]``, as they came; written into the window.
+        given: what queries before the newest have given to the exact tokens, ``[B, H, exact]``; None if nobody asks.
+        queries: the newest ones before that, as many as are needed, ``[B, Hq, 1, D]`` each.
+        scores: their scale and softcap.
+
+    Attributes:
+        heard: what has attended, and what the exact tokens have been given then.
+    """
+
+    __slots__ = "came", "given", "heard", "keys", "queries", "scores", "start", "states", "values"
+
+    def __init__(
+        self,
+        start: Start,
+        came: int,
+        keys: Tensor,
+        values: Tensor,
+        given: Tensor | None,
+        queries: tuple[Tensor, ...] = (),
+        scores: tuple[float, float] | None = None,
+    ) -> None:
+        end = start.rows.exact + came
+        self.keys, self.values = start.window_k.narrow(2, 0, end), start.window_v.narrow(2, 0, end)
+        self.keys.narrow(2, end - 1, 1).copy_(keys)
+        self.values.narrow(2, end - 1, 1).copy_(values)
+        self.start, self.came, self.states = start, came, (keys, values)
+        self.given, self.queries, self.scores = given, queries, scores
+        self.heard: tuple[AttentionCall, Tensor | None] | None = None
+
+    def goes_on_with(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether tokens that come make another step."""
+        return self.heard is not None and self.came < self.start.room and self.start.fits(keys, values)
+
+    def next(self, keys: Tensor, values: Tensor) -> PlainStep:
+        """The step after this one, of tokens that it goes on with."""
+        assert self.heard is not None
+        start, (call, given) = self.start, self.heard
+        queries = (*self.queries, call.query.clone())[-start.kept_queries :] if start.kept_queries else ()
+        return PlainStep(start, self.came + 1, keys, values, given, queries, (call.scale, call.softcap))
 
     def attend(self, call: AttentionCall) -> Tensor | None:
-        """Attention of the newest token to all tokens, ``[B, Hq, 1, Dv]``; None if this is no plain step."""
-        query, _, scale, softcap, *_ = call
-        if call.mask is not None or call.causal or query.shape[2] > 1 or torch.is_grad_enabled():
+        """Attention of the newest token to all tokens, ``[B, Hq, 1, Dv]``; None if this makes it no plain step."""
+        query, mask, scale, softcap, _, causal, _ = call
+        if mask is not None or causal or query.shape[2] > 1 or torch.is_grad_enabled():
             return None
-        if (queries := self._queries) and (queries[-1].shape != query.shape or queries[-1].dtype != query.dtype):
+        if self.scores not in (None, (scale, softcap)):
             return None
-        if self._came == 1:
-            self._scores = scale, softcap
-        elif self._scores != (scale, softcap):
+        if (queries := self.queries) and (queries[-1].shape != query.shape or queries[-1].dtype != query.dtype):
             return None
+        start = self.start
         out, given = fused_attention(
-            call, self._pages, self._keys, self._values, self._fmt, self._given, key_map=self._key_map
+            call, start.pages, self.keys, self.values, start.fmt, self.given, key_map=start.key_map
         )
-        self._call, self._given_after = AttentionCall(query, None, scale, softcap), given
+        self.heard = AttentionCall(query.detach() if query.requires_grad else query, None, scale, softcap), given
         return out
 
-    def told(self, allocator: Allocator) -> Uncommitted:
-        """Tell what the layer holds of all tokens but the newest, which is returned. Nothing may come after that.
+    def tell(self, held: Held, allocator: Allocator) -> Uncommitted:
+        """Tell what a layer holds of all tokens but the newest, unless it knows, and return that.
 
         Args:
+            held: what was there before the first, perhaps with some of those that have come.
             allocator: of page stores.
         """
-        newest = Uncommitted(
-            Exact(self._keys, self._values, in_window=True), self._states, self._call, given=self._given_after
-        )
-        if earlier := self._came - 1:
-            keys, values = (x[:, :, :-1] for x in (self._keys, self._values))
+        call, given = self.heard or (None, None)
+        newest = Uncommitted(Exact(self.keys, self.values, in_window=True), self.states, call, given=given)
+        if earlier := self.start.rows.length + self.came - 1 - held.rows.length:
+            keys, values = (x[:, :, :-1] for x in (self.keys, self.values))
             states = keys[:, :, -earlier:], values[:, :, -earlier:]
-            call = AttentionCall(torch.cat(tuple(self._queries), 2), None, *self._scores) if self._queries else None
-            before = Uncommitted(Exact(keys, values, in_window=True), states, call, given=self._given)
-            self._held.take(before, None, allocator)
+            call = None
+            if self.queries and self.scores is not None:
+                call = AttentionCall(torch.cat(self.queries[-earlier:], 2), None, *self.scores)
+            held.take(Uncommitted(Exact(keys, values, in_window=True), states, call, given=self.given), None, allocator)
         return newest
 
+    def view(self, layer: PackedLayer) -> KVView:
+        """What the newest token attends to, where that is not plain."""
+        start = self.start
+        rows = start.rows.append(self.came - 1) if self.came > 1 else start.rows
+        return KVView(
+            layer,
+            self.keys,
+            self.values,
+            1,
+            start.pages,
+            start.fmt,
+            key_map=start.key_map,
+            rows=rows if start.chosen is None else ChosenRows(rows, start.chosen),
+            plain=False,
+            severed=start.severed,
+            given=self.given,
+        )
 
-class SteppingLayer(Observer, Protocol):
-    """A layer that takes plain steps."""
 
-    version: int
+class SteppingLayer(PackedLayer, Protocol):
+    """A layer that takes plain steps.
+
+    Attributes:
+        plain_step: the newest one, until somebody looks.
+    """
+
+    plain_step: PlainStep | None
 
     @property
     def length(self) -> int:
         """Positions, those of uncommitted tokens included."""
-        ...
-
-    def attend_plainly(self, call: AttentionCall) -> Tensor:
-        """Attention of the newest token."""
-        ...
-
-    def newest(self) -> KVView:
-        """What the newest token attends to."""
         ...
 
 
@@ -143,29 +186,40 @@ class PlainToken(View):
 
     Args:
         layer: whose it is.
-        keys, values: ``[B, H, 1, D]`` and ``[B, H, 1, Dv]``, as they came.
+        step: that step.
     """
 
     plain = False
     layer: SteppingLayer
 
-    def __init__(self, layer: SteppingLayer, keys: Tensor, values: Tensor) -> None:
-        super().__init__(layer, keys, values, 1)
-        self._version, self._length = layer.version, layer.length
+    def __init__(self, layer: SteppingLayer, step: PlainStep) -> None:
+        super().__init__(layer, *step.states, 1)
+        self.step, self._version, self._length = step, layer.version, layer.length
 
     @property
     def length(self) -> int:
         return self._length
 
+    @cached_property
+    def _view(self) -> KVView:
+        """The same for attention that is not plain."""
+        self.check_current()
+        return self.step.view(self.layer)
+
     def check_current(self) -> None:
         if self._version != self.layer.version:
             raise RuntimeError("these keys and values are stale: their LogQuant cache layer was updated since")
 
+    def check(self, mask: Tensor | None) -> None:
+        self._view.check(mask)
+
     def attend(self, call: AttentionCall) -> Tensor:
-        """As :meth:`KVView.attend`."""
         self.check_current()
-        return self.layer.attend_plainly(call)
+        out = self.step.attend(call) if self.layer.plain_step is self.step else None
+        return self._view.attend(call) if out is None else out
+
+    def observe(self, call: AttentionCall | None) -> None:
+        self.layer.observe(self._view, call)
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        """As :meth:`KVView.dense`."""
-        return self.layer.newest().dense()
+        return self._view.dense()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .layout import Rows
 from .storage import Allocator
 
 
@@ -20,6 +21,7 @@ class Shared:
         speculative: how many of the positions that come next are speculative; None if that is not known.
         latest: the layer that tokens came to last, and how many positions each layer should have held before.
         steps_left: of a cache of fixed size, how many steps can be taken at least until somebody must look.
+        seen: where tokens were when somebody looked at plain steps last.
     """
 
     allocator: Allocator = field(default_factory=Allocator)
@@ -27,6 +29,7 @@ class Shared:
     speculative: int | None = None
     latest: tuple[int, int] = (sys.maxsize, 0)
     steps_left: int = 0
+    seen: Rows | None = None
 
     def arrive(self, layer: int, length: int) -> None:
         """Tokens come to a layer that holds ``length`` positions.
@@ -45,7 +48,13 @@ class Shared:
             )
         self.latest = layer, expected
 
+    def same_for_all(self, rows: Rows) -> Rows:
+        """What is equal to these, if another layer had it last: layers share what they work out of their rows."""
+        if self.seen is None or not self.seen.equals(rows):
+            self.seen = rows
+        return self.seen
+
     def forget(self) -> None:
-        self.padding, self.speculative = None, None
+        self.padding, self.speculative, self.seen = None, None, None
         self.latest = sys.maxsize, 0
         self.allocator.forget()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import sys
 from typing import Any
 
 import pytest
@@ -15,7 +17,8 @@ from logquant import LogQuantCache, LogQuantConfig
 from logquant.attention.call import AttentionCall
 from logquant.cache import plain_steps
 from logquant.cache.layer import LogQuantLayer
-from tests.helpers.models import tiny_config
+from logquant.compat import as_argument
+from tests.helpers.models import tiny_config, tiny_model
 
 HEADS, GROUP, DIM = 2, 3, 32
 MODEL = tiny_config(
@@ -50,7 +53,7 @@ class Layer:
     @property
     def is_between(self) -> bool:
         """Whether there are plain steps that the layer has not been told of."""
-        return self.layer._plain_steps is not None
+        return self.layer.plain_step is not None
 
     def draw(self, heads: int, new: int) -> Tensor:
         return torch.randn(1, heads, new, DIM, generator=self.random).to(self.dtype)
@@ -100,6 +103,20 @@ def looked_at_before_it_attends(layer: Layer) -> Tensor:
     view, q = layer.come()
     assert layer.layer.nbytes > 0 and not layer.is_between
     return layer.attend(view, q)
+
+
+def looked_at_between(layer: Layer) -> Tensor:
+    view, q = layer.come()
+    layer.attend(view, q.flip(1))
+    copy.deepcopy(layer.cache)
+    return layer.attend(view, q)
+
+
+def told(layer: Layer) -> Tensor:
+    """Other attention, that says what it asked."""
+    view, q = layer.come()
+    view.observe(AttentionCall(q, None, 0.25))
+    return q
 
 
 def refused(layer: Layer) -> None:
@@ -160,6 +177,8 @@ EVENTS: dict[str, Any] = {
     "masked": masked,
     "twice": attended_twice,
     "looked at": looked_at_before_it_attends,
+    "looked at between": looked_at_between,
+    "told": told,
     "refused": refused,
     "speculative": speculative,
     "draft": draft,
@@ -215,9 +234,10 @@ def test_a_view_serves_until_the_next_token_comes_and_no_longer():
     assert isinstance(view, plain_steps.PlainToken) and view.length == 80
     out = layer.attend(view, q)
     assert torch.equal(layer.attend(view, q), out)
-    layer.layer.commit()
-    with pytest.raises(RuntimeError, match="stale"):
-        layer.attend(view, q)
+    for look in (lambda: layer.layer.nbytes, layer.layer.commit, lambda: copy.deepcopy(layer.cache)):
+        look()
+        assert torch.equal(layer.attend(view, q), out)
+        assert view.dense()[0].shape[2] == 80
     layer.step()
     with pytest.raises(RuntimeError, match="stale"):
         layer.attend(view, q)
@@ -230,3 +250,95 @@ def test_where_a_step_looks_at_more_each_is_told(features):
     for _ in range(20):
         layer.step()
         assert not layer.is_between
+
+
+def test_layers_go_on_sharing_what_they_work_out_of_their_rows():
+    """Where tokens are, though one layer is looked at by itself in between; and then no bytes are held twice."""
+    model = tiny_model(num_hidden_layers=4)
+    model.set_attn_implementation("logquant")
+    ids = torch.randint(0, 256, (1, 100), generator=torch.Generator().manual_seed(0))
+    held = []
+    for together in (True, False):
+        cache = LogQuantCache(model.config, window=32, rule="log")
+        for layer in cache.layers:
+            layer._steps_plainly &= together
+        with torch.no_grad():
+            model(ids, **as_argument(cache))
+            for i in range(150):
+                model(ids[:, i % 100][:, None], **as_argument(cache))
+                if i == 70:
+                    assert cache.layers[2].nbytes > 0
+            assert (cache.layers[0].plain_step is not None) == together
+            model(ids[:, :9], **as_argument(cache))
+        assert len({id(layer.rows) for layer in cache.layers}) == 1
+        held.append(cache.nbytes)
+    assert held[0] == held[1]
+
+
+def test_a_look_in_the_midst_of_a_step_takes_no_token_twice(monkeypatch):
+    """As of a thread that watches the cache."""
+    watched, other = (Layer(LogQuantConfig(window=32), torch.float32) for _ in range(2))
+    for layer in (watched, other):
+        layer.attend(*layer.come(70))
+        for _ in range(8):
+            layer.step()
+    step = plain_steps.PlainStep.next
+
+    def looked_at(*args: Any) -> Any:
+        made = step(*args)
+        assert watched.layer.nbytes > 0
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plain_steps.PlainStep, "next", looked_at)
+        watched.step()
+    other.step()
+    for _ in range(30):
+        assert torch.equal(watched.step(), other.step())
+    assert all(torch.equal(a, b) for a, b in zip(watched.contents(), other.contents(), strict=True))
+
+
+def interrupted(line: int, act: Any) -> bool:
+    """``act()`` with a Ctrl-C at the so-manieth line of the cache; whether there were fewer."""
+    reached = itertools.count(1)
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        if not frame.f_code.co_filename.endswith(("layer.py", "plain_steps.py", "contents.py", "held.py")):
+            return None
+        if event == "line" and next(reached) == line:
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        act()
+    except KeyboardInterrupt:
+        return False
+    finally:
+        sys.settrace(None)
+    return True
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("looking", [False, True])
+def test_what_is_interrupted_anywhere_is_as_before_or_as_it_is_to_be(looking):
+    """Ctrl-C in a step or a look; then what did not come, comes again."""
+    for line in itertools.count(1):
+        layer, other = (Layer(LogQuantConfig(window=32), torch.float32) for _ in range(2))
+        for each in (layer, other):
+            each.attend(*each.come(70))
+            for _ in range(8):
+                each.step()
+        states = layer.draw(HEADS, 1), layer.draw(HEADS, 1), 0
+        done = interrupted(line, lambda: layer.layer.nbytes if looking else layer.cache.update(*states))  # noqa: B023
+        if not looking:
+            other.cache.update(*states)
+        for _ in range(other.layer.length - layer.layer.length):
+            layer.cache.update(*states)
+        other.random.set_state(layer.random.get_state())
+        for _ in range(30):
+            assert torch.equal(layer.step(), other.step())
+        assert all(torch.equal(a, b) for a, b in zip(layer.contents(), other.contents(), strict=True))
+        if done:
+            break
+    assert line > 10
