@@ -12,7 +12,6 @@ import pytest
 pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own: .ci/vllm")
 
 
-@pytest.mark.timeout(1200)
 def test_kl_to_vllms_own_cache(data_dir, smollm2, smollm2_tokenizer, tmp_path):
     """In bfloat16, of which 0.0007 are two ways to compute the same attention; in small chunks alone, which are slow:
     however a text is cut, pages and what queries see are the same (test_pool.py)."""
