@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .call import AttentionCall
-from .view import View
+from .view import View, refuse_stale
 
 
 class UpdatedLayer(Protocol):
@@ -113,7 +113,7 @@ def attend_layer(
     """Attention over a layer, ``[B, L, Hq, Dv]``; see :meth:`logquant.attention.view.KVView.attend`."""
     view = _layers[int(layer_id[0])].compiled_view
     if view is None:
-        raise RuntimeError("these keys and values are stale: their LogQuant cache layer was updated since")
+        refuse_stale()
     out = view.attend(AttentionCall(query.clone(), mask, scale, softcap, sinks, causal))
     return out.transpose(1, 2).contiguous()
 

@@ -20,7 +20,7 @@ from ..ops.reference import append_
 from .call import AttentionCall
 from .exact import exact_attention
 from .units import AS_THEY_ARE, scaled
-from .view import Observer, View
+from .view import Observer, View, refuse_stale
 
 # The tensors that are written in place by a step, or between steps.
 _TENSORS = ("pages", "window_k", "window_v", "positions", "lengths", "attention", "queries", "seen", "key_map")
@@ -197,7 +197,7 @@ class NewToken(View):
 
     def check_current(self) -> None:
         if self._taken is not None and self._taken != self.layer.taken:
-            raise RuntimeError("these keys and values are stale: their LogQuant cache layer was updated since")
+            refuse_stale()
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attention to this token and all before it, ``[B, Hq, 1, Dv]``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,11 @@ class View:
     def observe(self, call: AttentionCall | None) -> None:
         """Tell the layer what has attended, where that was not :meth:`attend`."""
         self.layer.observe(self, call)
+
+
+def refuse_stale() -> NoReturn:
+    """Refuse (RuntimeError) keys and values that a layer has gone on from."""
+    raise RuntimeError("these keys and values are stale: their LogQuant cache layer was updated since")
 
 
 def unpacked(
@@ -241,7 +246,7 @@ class KVView(View):
 
     def check_current(self) -> None:
         if not self.is_current:
-            raise RuntimeError("these keys and values are stale: their LogQuant cache layer was updated since")
+            refuse_stale()
 
     def check(self, mask: Tensor | None) -> None:
         """Refuse what this view cannot show.

@@ -54,8 +54,6 @@ class LayerContents(CacheLayerMixin):
     _length: int
     _held: Held
     _uncommitted: Uncommitted | None
-    # The version that the last update has made, if plain steps may follow it.
-    _stepped_to: int
     # Whether steps may be plain.
     _steps_plainly = True
 
@@ -90,14 +88,6 @@ class LayerContents(CacheLayerMixin):
             uncommitted = step.tell(self._held, self.shared.allocator)
             self._held.rows = self.shared.same_for_all(self._held.rows)
             vars(self).update(_uncommitted=uncommitted, plain_step=None)
-
-    @property
-    def _after_step(self) -> bool:
-        """Whether what came last was a token of each row that attended, and nothing has changed since."""
-        if not self._steps_plainly or self._stepped_to != self.version:
-            return False
-        last = self.uncommitted
-        return last is not None and last.call is not None and last.real is None
 
     @property
     def rows(self) -> Rows:

@@ -60,7 +60,7 @@ class LogQuantLayer(LayerContents):
         self.is_initialized = False
         # Positions, those of uncommitted tokens included: a plain number, so that torch.compile need not look further.
         self._length = 0
-        self.plain_step, self._stepped_to = None, -1
+        self.plain_step = None
         self.uncommitted = None
         self.compiled_view: View | None = None
         self.speculation: Speculation | None = None
@@ -131,16 +131,12 @@ class LogQuantLayer(LayerContents):
         if self.speculation is not None:
             self.speculation.begin(self, key_states.shape[2], self.shared.speculative)
             return handles(self.append(key_states, value_states))
-        after_step = self._after_step
+        after_step = self._steps_plainly and (last := self.uncommitted) is not None and last.is_step
         self.commit()
-        if after_step and self._may_step and self._stepped_to == self.version:
-            start = Start.of(self.held)
-            if start is not None and start.fits(key_states, value_states):
-                return handles(self._plain_token(start.first(key_states, value_states)))
-        view = self.append(key_states, value_states)
-        if key_states.shape[2] == 1 and as_they_came:
-            self._stepped_to = self.version
-        return handles(view)
+        may_be_plain = after_step and as_they_came and key_states.shape[2] == 1 and self._may_step
+        if may_be_plain and (start := Start.of(self.held)) is not None:
+            return handles(self._plain_token(start.first(key_states, value_states)))
+        return handles(self.append(key_states, value_states))
 
     @property
     def _may_step(self) -> bool:
@@ -149,8 +145,8 @@ class LogQuantLayer(LayerContents):
 
     def _plain_token(self, step: PlainStep) -> PlainToken:
         """The token of a plain step comes: all at once, so that nothing comes in between."""
-        come = {"plain_step": step, "compiled_view": None, "version": self.version + 1, "_length": self._length + 1}
-        vars(self).update(come)
+        version, length = self.version + 1, self._length + 1
+        vars(self).update(plain_step=step, compiled_view=None, version=version, _length=length)
         return PlainToken(self, step)
 
     def append(self, keys: Tensor, values: Tensor) -> KVView:
@@ -195,12 +191,11 @@ class LogQuantLayer(LayerContents):
         if not isinstance(view, KVView) or not view.is_current or (uncommitted := self.uncommitted) is None:
             return
         if call is not None:
-            if call.mask is not None:
-                self._stepped_to = -1
             query, lse = call.query.detach(), view.lse
             if view.new == 1 < query.shape[2]:  # query heads that came as queries of their KV head
                 query = query.flatten(1, 2).unsqueeze(2)
                 lse = None if lse is None else lse.flatten(1, 2).unsqueeze(2)
+            uncommitted.masked = call.mask is not None
             uncommitted.real = self.rows.real_positions(call.mask, view.new, len(view.keys))
             uncommitted.call = AttentionCall(query, None, call.scale, call.softcap, lse=lse)
             uncommitted.given = view.given_after if uncommitted.real is None else None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..attention.call import AttentionCall
 from ..attention.units import AS_THEY_ARE
-from ..attention.view import KVView, PackedLayer, View, fused_attention
+from ..attention.view import KVView, PackedLayer, View, fused_attention, refuse_stale
 from .chosen import ChosenRows
 from .held import Held
 from .sizes import window_capacity
@@ -43,6 +43,9 @@ class Start:
         self.pages, self.fmt, self.key_map = storage.used_pages(self.rows), storage.format, held.advice.key_map
         self.kept_queries = held.advice.needed(allocated=0 not in self.rows.packed_counts)
         self.room = room
+        batch, heads, _, dim = self.window_k.shape
+        self.key_shape = torch.Size((batch, heads, 1, dim))
+        self.value_shape = torch.Size((batch, heads, 1, self.window_v.shape[3]))
 
     @staticmethod
     def of(held: Held) -> Start | None:
@@ -58,8 +61,8 @@ class Start:
         return (
             keys.dtype == values.dtype == window.dtype
             and keys.device == values.device == window.device
-            and keys.shape == (*window.shape[:2], 1, window.shape[3])
-            and values.shape == (*window.shape[:2], 1, self.window_v.shape[3])
+            and keys.shape == self.key_shape
+            and values.shape == self.value_shape
         )
 
     def first(self, keys: Tensor, values: Tensor) -> PlainStep:
@@ -208,7 +211,7 @@ class PlainToken(View):
 
     def check_current(self) -> None:
         if self._version != self.layer.version:
-            raise RuntimeError("these keys and values are stale: their LogQuant cache layer was updated since")
+            refuse_stale()
 
     def check(self, mask: Tensor | None) -> None:
         self._view.check(mask)

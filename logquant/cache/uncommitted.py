@@ -39,6 +39,7 @@ class Uncommitted:
         states: keys and values of the new ones alone, ``[B, H, new, D]``.
         call: what has attended to them, or None. Without its mask: whoever made that may reuse its memory.
         real: what that said of the new positions: bool ``[B, new]``, which of them hold a token; None if all do.
+        masked: whether it attended with a mask.
         given: what all exact tokens have been given since the rule was last applied, the new queries included
             (:class:`logquant.cache.chosen.Chosen`); None if it is not known yet.
     """
@@ -47,12 +48,18 @@ class Uncommitted:
     states: tuple[Tensor, Tensor]
     call: AttentionCall | None = None
     real: Tensor | None = None
+    masked: bool = False
     given: Tensor | None = None
 
     @property
     def new(self) -> int:
         """Positions that have come."""
         return self.states[0].shape[2]
+
+    @property
+    def is_step(self) -> bool:
+        """Whether it is a token of each row, which attended to all that there is."""
+        return self.new == 1 and self.call is not None and not self.masked
 
     @property
     def nbytes(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -124,22 +125,12 @@ def refused(layer: Layer) -> None:
         layer.cache.update(torch.zeros(1, HEADS + 1, 1, DIM), torch.zeros(1, HEADS + 1, 1, DIM), 0)
 
 
-def speculative(layer: Layer) -> Tensor:
+def drafts(layer: Layer, *chunks: int) -> Tensor:
     layer.cache.activate_past_recording()
-    out = layer.attend(*layer.come(5))
-    layer.cache.crop(-3)
-    for each in layer.cache.layers:
-        each.record_past = False
-    return out
-
-
-def draft(layer: Layer) -> Tensor:
-    layer.cache.activate_past_recording()
-    outs = [layer.step() for _ in range(3)]
+    outs = [layer.attend(*layer.come(new)) for new in chunks]
     layer.cache.crop(-2)
-    for each in layer.cache.layers:
-        each.record_past = False
-    return torch.cat(outs)
+    layer.layer.record_past = False
+    return torch.cat(outs, 2)
 
 
 def replaced(layer: Layer) -> None:
@@ -180,8 +171,8 @@ EVENTS: dict[str, Any] = {
     "looked at between": looked_at_between,
     "told": told,
     "refused": refused,
-    "speculative": speculative,
-    "draft": draft,
+    "drafts at once": lambda layer: drafts(layer, 5),
+    "drafts one by one": lambda layer: drafts(layer, 1, 1, 1),
     "copy": replaced,
     "gradients": with_gradients,
     "attention with gradients": attended_with_gradients,
@@ -330,7 +321,8 @@ def test_what_is_interrupted_anywhere_is_as_before_or_as_it_is_to_be(looking):
             for _ in range(8):
                 each.step()
         states = layer.draw(HEADS, 1), layer.draw(HEADS, 1), 0
-        done = interrupted(line, lambda: layer.layer.nbytes if looking else layer.cache.update(*states))  # noqa: B023
+        act = partial(getattr, layer.layer, "nbytes") if looking else partial(layer.cache.update, *states)
+        done = interrupted(line, act)
         if not looking:
             other.cache.update(*states)
         for _ in range(other.layer.length - layer.layer.length):
