@@ -10,7 +10,7 @@
 //   value codes   [G*b/32][Dv]          32/b consecutive tokens of one channel
 //   value params  [2][Dv/Gv][G/2]       planar: fp16 scale[Dv/Gv][G], then fp16 zero, of a token over Gv channels
 //                 or [Dv/Gv][G/4]       8 bits: scale byte[Dv/Gv][G]
-//   fine digits   [Dv/32][16]           (with fine values) those of two channels, c and c + 16
+//   fine digits   [Dv/16/n][16]         (with fine values) those of n channels: c, c + 16, ...; n = 16 / fine values
 //
 // Every word runs along the axis that attention sums over. With element e of a word at bit_position(b, e), the
 // expression (word >> b*i) & lane_mask(b) yields elements 2i and 2i+1 as two 16-bit lanes: a half2 operand of
@@ -29,10 +29,11 @@
 //   * Values are rotated before they are quantised: blocks of hadamard_block() channels become their orthonormal
 //     Walsh-Hadamard transform, which is its own inverse. Code c stands for scale * (c - (2^b - 1) / 2).
 //
-// Fine values: the last two tokens of every word of value codes have values of 2b = 4 bits. The words above hold the
-// low digits of their codes, the fine digits are the high ones: eight elements a channel, two of each row of words. So
-// the low digits of a fine pair are the highest bits of both halves of a word; shifted by eight they are next to the
-// byte into which one byte permutation brings the high digits, and together are one code.
+// Fine values: the last token, or the last two, of every word of value codes have values of 2b = 4 bits: 4 or 8 of a
+// page. The words above hold the low digits of their codes, the fine digits are the high ones, one or two of each row
+// of words. A channel's lie in one byte of a word, or (8 fine values) in two, those of the last tokens in the upper
+// half. So the low digits of a fine pair are the highest bits of both halves of a word; shifted by eight they are next
+// to the byte into which one byte permutation brings the high digits, and together are one code.
 #pragma once
 
 #include <cstdint>
@@ -59,8 +60,6 @@ inline constexpr int kMaxCodeBits = 8;
 inline constexpr float kParamMax = 65504.0f;
 // Stored as the zero of a group that holds a NaN or an infinity, so that attention over it returns NaN.
 inline constexpr uint16_t kPoison = 0x7E00;
-// How many of a page's 64 tokens can have fine values.
-inline constexpr int kFineValues = 8;
 // Largest block of channels that are rotated together.
 inline constexpr int kMaxHadamard = 64;
 // block^-1/2, of blocks of 16, 32 and 64.
@@ -145,16 +144,19 @@ struct PageFormat {
   }
   LOGQUANT_HOST_DEVICE constexpr int words() const { return fine_digits() + fine_values * value_dim / 16; }
 
-  // Fine values: of a token; the word of a channel's fine digits, and where in it those of a token lie.
-  LOGQUANT_HOST_DEVICE constexpr bool is_fine(int token) const { return fine_values > 0 && token % 16 >= 14; }
+  // Fine values: of a token; the word of a channel's fine digits, the lower byte that it has of it, and where in the
+  // word those of a token lie.
+  LOGQUANT_HOST_DEVICE constexpr bool is_fine(int token) const { return token % 16 >= 16 - fine_values / 4; }
   LOGQUANT_HOST_DEVICE constexpr int value_code_bits(int token) const {
     return is_fine(token) ? 2 * value_bits : value_bits;
   }
   LOGQUANT_HOST_DEVICE constexpr int fine_word(int channel) const {
-    return fine_digits() + channel / 32 * 16 + channel % 16;
+    return fine_digits() + channel / 16 / fine_channels() * 16 + channel % 16;
   }
+  LOGQUANT_HOST_DEVICE constexpr int fine_channels() const { return 16 / fine_values; }
+  LOGQUANT_HOST_DEVICE constexpr int fine_byte(int channel) const { return channel / 16 % fine_channels(); }
   LOGQUANT_HOST_DEVICE constexpr int fine_position(int channel, int token) const {
-    return bit_position(value_bits, channel / 16 % 2 * 8 + token / 16 * 2 + token % 2);
+    return 8 * fine_byte(channel) + 2 * (token / 16) + (fine_values == 8 ? 16 * (token % 2) : 0);
   }
 
   // Elements (fp16, or bytes of keys) from the start of a parameter section to its zeros.
@@ -185,12 +187,14 @@ constexpr const char* format_error(const PageFormat& f) {
     return "value_group must be a multiple of 16 that divides value_dim";
   if (f.key_param_bits != 8 && f.key_param_bits != 16) return "key_param_bits must be 8 or 16";
   if (f.value_param_bits != 8 && f.value_param_bits != 16) return "value_param_bits must be 8 or 16";
+  if (f.fine_values != 0 && f.fine_values != 4 && f.fine_values != 8) return "fine_values must be 0, 4 or 8";
   const bool can_be_fine =
       f.page_tokens == 64 && f.value_bits == 2 && f.value_param_bits == 8 && f.value_group % 32 == 0;
-  if (f.fine_values != 0 && !(f.fine_values == kFineValues && can_be_fine))
-    return "fine_values must be 0, or 8 with page_tokens 64, value_bits 2, value_param_bits 8 and a value_group that "
-           "is "
+  if (f.fine_values != 0 && !can_be_fine)
+    return "fine_values must be 0 but with page_tokens 64, value_bits 2, value_param_bits 8 and a value_group that is "
            "a multiple of 32";
+  if (f.fine_values == 4 && f.value_dim % 64 != 0)
+    return "fine_values must be 0 or 8 unless value_dim is a multiple of 64";
   return nullptr;
 }
 

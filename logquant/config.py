@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .channels_spec import ChannelsSpec
 from .eviction.spec import EvictSpec
-from .format import BITS, PAGE_TOKENS, PARAM_BITS, PageFormat, fine_tokens
+from .format import BITS, FINE_VALUES, PAGE_TOKENS, PARAM_BITS, PageFormat, fine_tokens
 from .pruning.spec import Budget, PruneSpec
 from .recall_spec import RecallSpec
 from .rule import RULES, Rule
@@ -51,8 +51,9 @@ class LogQuantConfig:
             as channels.
         param_bits: 8 stores scales in 8 bits, fits them and rotates values, as the newest queries tell, which are kept
             (:mod:`logquant.quantizer.queries`); 16 stores the range of the elements.
-        fine_values: how many tokens of a page, the most attended, have values of 4 bits: 0, or 8 with the rule
-            ``"attention"``, pages of 64 tokens, and ``value_bits`` 2 and ``param_bits`` 8.
+        fine_values: how many tokens of a page, the most attended, have values of 4 bits: 0, or with the rule
+            ``"attention"``, pages of 64 tokens, and ``value_bits`` 2 and ``param_bits`` 8, 4 (where values have a
+            multiple of 64 channels) or 8.
         calibration: what says which channels get the columns, the same for every sequence: a
             :class:`logquant.quantizer.calibration.Calibration` of the model, or its file, which the cache reads. By
             default each sequence says it.
@@ -160,9 +161,9 @@ class LogQuantConfig:
         need(is_count(self.param_bits) and self.param_bits in PARAM_BITS, "param_bits", "8 or 16")
         can_be_fine = (self.rule, self.page_tokens, self.value_bits, self.param_bits) == ("attention", 64, 2, 8)
         need(
-            is_count(self.fine_values) and (self.fine_values == 0 or (self.fine_values == 8 and can_be_fine)),
+            is_count(self.fine_values) and self.fine_values in (FINE_VALUES if can_be_fine else (0,)),
             "fine_values",
-            "0, or 8 with rule 'attention', page_tokens 64, value_bits 2 and param_bits 8",
+            "0, or 4 or 8 with rule 'attention', page_tokens 64, value_bits 2 and param_bits 8",
         )
         need(
             self.calibration is None or columns != 1 or self.allocate_bits,
@@ -194,7 +195,7 @@ class LogQuantConfig:
     @property
     def ranks(self) -> list[int]:
         """Of each token of a page, which it is by attention, 0 being the most attended: fine values go to the first."""
-        fine = fine_tokens(self.page_size) if self.fine_values else []
+        fine = fine_tokens(self.fine_values)
         order = fine + [t for t in range(self.page_size) if t not in fine]
         return sorted(range(self.page_size), key=order.__getitem__)
 

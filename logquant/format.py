@@ -13,6 +13,7 @@ MAX_HEAD_DIM = 1024
 MAX_CODE_BITS = 8
 BITS = (2, 4, 8)
 PAGE_TOKENS = (32, 64, 128)
+FINE_VALUES = (0, 4, 8)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -27,9 +28,9 @@ def default_value_group(value_dim: int, step: int = 16) -> int:
     return min(groups, key=lambda g: (max(g / 64, 64 / g), -g))
 
 
-def fine_tokens(page_tokens: int) -> list[int]:
-    """The tokens of a page that can have fine values: the last two of every word of value codes (csrc/format.h)."""
-    return [t for t in range(page_tokens) if t % 16 >= 14]
+def fine_tokens(fine_values: int) -> list[int]:
+    """The tokens of a page of 64 that have fine values: the last one or two of every word of codes (csrc/format.h)."""
+    return [t for t in range(64) if t % 16 >= 16 - fine_values // 4]
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,9 @@ class PageFormat:
             default the one nearest to 64 (with ``value_param_bits`` 8: that the largest Hadamard block divides).
         key_param_bits: 16 (min-max: fp16 scale and zero) or 8 (MSE-searched: logarithmic scale, zero in eighths).
         value_param_bits: 16 (min-max) or 8 (MSE-searched: Hadamard-rotated values, a logarithmic scale, no zero).
-        fine_values: how many tokens of a page have values of 4 bits (:attr:`fine_tokens`): 0, or 8 where a page has 64
-            tokens, values of 2 bits with 8-bit parameters, and a ``value_group`` that is a multiple of 32.
+        fine_values: how many tokens of a page have values of 4 bits (:attr:`fine_tokens`): 0; or 8, or 4 with a
+            ``value_dim`` that is a multiple of 64, where a page has 64 tokens, values of 2 bits with 8-bit parameters,
+            and a ``value_group`` that is a multiple of 32.
 
     Raises:
         ValueError: naming the field, what it was and what it must be.
@@ -92,11 +94,17 @@ class PageFormat:
             "value_group",
             f"a multiple of 16 that divides value_dim ({self.value_dim})",
         )
+        need(self.fine_values in FINE_VALUES, "fine_values", "0, 4 or 8")
         can_be_fine = (self.page_tokens, self.value_bits, self.value_param_bits) == (64, 2, 8)
         need(
-            self.fine_values == 0 or (self.fine_values == 8 and can_be_fine and self.value_group % 32 == 0),
+            self.fine_values == 0 or (can_be_fine and self.value_group % 32 == 0),
             "fine_values",
-            "0, or 8 with page_tokens 64, value_bits 2, value_param_bits 8 and a value_group that is a multiple of 32",
+            "0 but with page_tokens 64, value_bits 2, value_param_bits 8 and a value_group that is a multiple of 32",
+        )
+        need(
+            self.fine_values != 4 or self.value_dim % 64 == 0,
+            "fine_values",
+            "0 or 8 unless value_dim is a multiple of 64",
         )
 
     @property
@@ -119,7 +127,7 @@ class PageFormat:
     @property
     def fine_tokens(self) -> tuple[int, ...]:
         """The tokens of a page whose values have 4 bits (:func:`fine_tokens`)."""
-        return tuple(fine_tokens(self.page_tokens)) if self.fine_values else ()
+        return tuple(fine_tokens(self.fine_values))
 
     @property
     def mse_searched(self) -> bool:

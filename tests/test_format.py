@@ -105,11 +105,12 @@ def test_parameters_saturate():
             r"value_group must be a multiple of 16 that divides value_dim \(64\), got 24",
         ),
         (dict(head_dim=64, value_group=48), "value_group must be a multiple of 16"),
-        (dict(head_dim=64, fine_values=8), "fine_values must be 0, or 8 with .* value_param_bits 8"),
-        (dict(head_dim=64, value_param_bits=8, fine_values=4), "fine_values must be 0, or 8 with .*, got 4"),
-        (dict(head_dim=64, value_param_bits=8, page_tokens=32, fine_values=8), "8 with page_tokens 64"),
-        (dict(head_dim=64, value_param_bits=8, value_bits=4, fine_values=8), "8 with .* value_bits 2"),
+        (dict(head_dim=64, fine_values=8), "fine_values must be 0 but with .* value_param_bits 8"),
+        (dict(head_dim=64, value_param_bits=8, fine_values=16), "fine_values must be 0, 4 or 8, got 16"),
+        (dict(head_dim=64, value_param_bits=8, page_tokens=32, fine_values=4), "0 but with page_tokens 64"),
+        (dict(head_dim=64, value_param_bits=8, value_bits=4, fine_values=8), "0 but with .* value_bits 2"),
         (dict(head_dim=80, value_param_bits=8, fine_values=8), "a value_group that is a multiple of 32, got 8"),
+        (dict(head_dim=96, value_param_bits=8, fine_values=4), "0 or 8 unless value_dim is a multiple of 64, got 4"),
     ],
 )
 def test_bad_formats(fields, message):
@@ -150,12 +151,16 @@ def test_searched_parameters_lose_less_than_the_range_does(fmt, seed, weighted):
     assert (error <= 1.01 * step**2 + 1e-9).all()
 
 
-def test_fine_values():
-    """Eight tokens of a page lose 20 times less; the others are stored as without them, bit for bit."""
-    plain = PageFormat(64, 96, value_group=96, value_param_bits=8)
-    fine = dataclasses.replace(plain, fine_values=8)
-    assert fine.fine_tokens == (14, 15, 30, 31, 46, 47, 62, 63) and plain.fine_tokens == ()
-    k, v = torch.randn(2, 3, 192, 64), torch.randn(2, 3, 192, 96)
+@pytest.mark.parametrize(
+    ("dim", "places"),
+    [(64, (15, 31, 47, 63)), (192, (15, 31, 47, 63)), (96, (14, 15, 30, 31, 46, 47, 62, 63))],
+)
+def test_fine_values(dim, places):
+    """Some tokens of a page lose 20 times less; the others are stored as without them, bit for bit."""
+    plain = PageFormat(64, dim, value_group=min(dim, 96), value_param_bits=8)
+    fine = dataclasses.replace(plain, fine_values=len(places))
+    assert fine.fine_tokens == places and plain.fine_tokens == ()
+    k, v = torch.randn(2, 3, 192, 64), torch.randn(2, 3, 192, dim)
     pages = {fmt: reference.quantize(k, v, fmt) for fmt in (plain, fine)}
     error = {
         fmt: (reference.dequantize(pages[fmt], fmt)[1] - v).square().unflatten(2, (-1, 64)).mean((0, 1, 2, 4))
@@ -167,17 +172,25 @@ def test_fine_values():
     assert (error[fine][has] < error[plain][has] / 8).all()
 
 
-def test_where_fine_digits_lie():
-    """The high digits of channels c and c + 16 share a word, and are where they would be as 16 elements of it."""
-    fmt = PageFormat(64, value_group=32, value_param_bits=8, fine_values=8)
+@pytest.mark.parametrize("count", [4, 8])
+def test_where_fine_digits_lie(count):
+    """A channel has a byte of a word for the last token of each row; for the one before, that two bytes below."""
+    fmt = PageFormat(64, value_group=32, value_param_bits=8, fine_values=count)
     v = hadamard(torch.randint(0, 16, (64, 64)) - 7.5, 32)
     page = reference.quantize(torch.zeros(1, 1, 64, 64), v.view(1, 1, 64, 64), fmt)[0, 0, 0]
     low = unpack_words(page[fmt.key_code_words * 64 + 64 :][: 4 * 64].view(4, 64).t(), 2)
-    high = unpack_words(page[-32:].view(2, 16, 1), 2).unflatten(-1, (2, 8)).transpose(1, 2).reshape(64, 8)
+    n = 16 // count  # channels that share a word
+    high = torch.empty(64, 4, count // 4, dtype=torch.int32)
+    for c in range(64):
+        word = page[-4 * count :][c // 16 // n * 16 + c % 16]
+        for row in range(4):
+            for token in range(count // 4):
+                high[c, row, token] = word >> (8 * (c // 16 % n) + 2 * row + 16 * token) & 3
+    high = high.flatten(1)
     codes = low[:, list(fmt.fine_tokens)] + 4 * high
     _, values = reference.dequantize(page.view(1, 1, 1, -1), fmt)
     rotated = hadamard(values[0, 0], 32)[list(fmt.fine_tokens)].unflatten(-1, (2, 32))
-    scales = words.unpack_bytes(page[-64:-32].view(2, 16), signed=False)
+    scales = words.unpack_bytes(page[-4 * count - 32 :][:32].view(2, 16), signed=False)
     assert codes.max() > 12 and codes.min() < 3
     scale = words.byte_scale(scales)[:, list(fmt.fine_tokens)].t()
     assert torch.allclose(rotated / scale.unsqueeze(-1) + 7.5, codes.t().float().unflatten(-1, (2, 32)), atol=1e-4)
@@ -237,6 +250,8 @@ def test_scale_bytes():
         (80, 96, 80, 16, 2.375, 0),
         (128, 160, 64, 64, 2.4375, 0),
         (256, 320, 64, 64, 2.4375, 0),
+        (64, 80, 64, 64, 2.5, 4),
+        (128, 160, 64, 64, 2.5, 4),
         (64, 80, 64, 64, 2.5625, 8),
         (128, 160, 64, 64, 2.5625, 8),
     ],

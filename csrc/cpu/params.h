@@ -35,13 +35,28 @@ LOGQUANT_INLINE Params key_params_at(const PageFormat& f, const int32_t* page, i
   return byte_params(load_u8(p), to_float(zero), kZeroUnit);
 }
 
-// Middles of the codes of 16 tokens, the last two of which have fine values.
-alignas(64) inline constexpr float kFineMiddles[16] = {1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f,
-                                                       1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 7.5f, 7.5f};
+// Middles of the codes of 16 tokens, of which the last one or the last two have fine values.
+alignas(64) inline constexpr float kFineMiddles[2][16] = {
+    {1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 7.5f},
+    {1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 1.5f, 7.5f, 7.5f},
+};
 
 // The middles of the codes of kLanes tokens from t on, a multiple of kLanes.
 LOGQUANT_INLINE F32 value_middles(const PageFormat& f, int t) {
-  return f.fine_values > 0 ? load(kFineMiddles + t % 16) : splat(0.5f * static_cast<float>(code_mask(f.value_bits)));
+  if (f.fine_values == 0) return splat(0.5f * static_cast<float>(code_mask(f.value_bits)));
+  return load(kFineMiddles[f.fine_values / 8] + t % 16);
+}
+
+// The fine digits of kLanes channels from c on, moved within words: those of the last tokens of rows are in the highest
+// byte, where the digits of row w are from bit 2w on, as are, with 8 fine values, those of the tokens before in byte 1.
+// Below are others. What words move by differs from channel to channel: to load from some bytes before costs nothing.
+// (Before the fine digits, a page has its parameters.)
+LOGQUANT_INLINE const char* fine_digits_at(const PageFormat& f, const int32_t* page, int c) {
+  return reinterpret_cast<const char*>(page + f.fine_word(c)) - (f.fine_channels() - 1 - f.fine_byte(c));
+}
+// The digits in these of row 0; those of row w are 2w bits further.
+LOGQUANT_INLINE I32 fine_digits_mask(const PageFormat& f) {
+  return splat(static_cast<int>(code_mask(2) << 24 | (f.fine_values == 8 ? code_mask(2) << 8 : 0)));
 }
 
 // i: [group][token]. The zero is that of tokens without fine values.

@@ -199,7 +199,7 @@ LOGQUANT_INLINE void pack_values(const PageFormat& f, int group, const float* sc
       store(page + f.value_codes() + row * f.value_dim + c, word);
       if (f.fine_values == 0) continue;
       int32_t* const at = page + f.fine_word(c);
-      const bool is_first = row == 0 && c / 16 % 2 == 0;  // of the two channels, and their rows, that share the word
+      const bool is_first = row == 0 && f.fine_byte(c) == 0;  // of the channels, and their rows, that share the word
       store(at, is_first ? fine : load(at) | fine);
     }
   }

@@ -78,6 +78,12 @@ LOGQUANT_INLINE F32 splat(float x) { return x - F32{}; }  // of -0, too, so it i
 LOGQUANT_INLINE I32 splat(int32_t x) { return I32{} + x; }
 LOGQUANT_INLINE F32 load(const float* p) { return *reinterpret_cast<const F32Unaligned*>(p); }
 LOGQUANT_INLINE I32 load(const int32_t* p) { return *reinterpret_cast<const I32Unaligned*>(p); }
+// From bytes that are aligned to nothing.
+LOGQUANT_INLINE I32 load(const char* p) {
+  I32 x;
+  __builtin_memcpy(&x, p, sizeof(x));
+  return x;
+}
 LOGQUANT_INLINE void store(float* p, F32 x) { *reinterpret_cast<F32Unaligned*>(p) = x; }
 LOGQUANT_INLINE void store(int32_t* p, I32 x) { *reinterpret_cast<I32Unaligned*>(p) = x; }
 

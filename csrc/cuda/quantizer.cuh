@@ -397,22 +397,26 @@ LOGQUANT_DEVICE void feed_back(const PageFormat& f, float* x, int pitch, int cha
 }
 
 // Words of fine digits of `channels` channels, from channel `first` of the page on; the others as for feed_back. A
-// thread takes a word.
+// thread takes a word, or what these channels have of it.
 template <class GroupsAt>
 LOGQUANT_DEVICE void pack_fine_digits(const PageFormat& f, const float* x, int pitch, int channels, int first,
                                       GroupsAt groups_at, uint32_t* page) {
+  const int span = 16 * f.fine_channels();  // of the words of 16 channels
+  const int from = first / span, until = (first + channels + span - 1) / span;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < channels / 2; i += kQuantizeThreads) {
-    const int low = i / 16 * 32 + i % 16;
+  for (int i = threadIdx.x; i < 16 * (until - from); i += kQuantizeThreads) {
+    const int lowest = (from + i / 16) * span + i % 16 - first;
     uint32_t word = 0;
-    for (int c = low; c <= low + 16; c += 16) {
+    for (int c = lowest; c < lowest + span; c += 16) {
+      if (c < 0 || c >= channels) continue;
       for (int t = 0; t < f.page_tokens; ++t) {
         if (!f.is_fine(t)) continue;
         const uint32_t code = code_of(x[t * pitch + c], groups_at(c)[t], value_levels(f, t));
         word |= code >> f.value_bits << f.fine_position(first + c, t);
       }
     }
-    page[f.fine_word(first + low)] = word;
+    uint32_t& at = page[f.fine_word(first + lowest)];
+    at = lowest >= 0 ? word : at | word;
   }
 }
 

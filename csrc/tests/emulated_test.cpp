@@ -189,9 +189,9 @@ PageFormat fitted(PageFormat f) {
   f.key_param_bits = f.value_param_bits = 8;
   return f;
 }
-PageFormat fine(PageFormat f) {
+PageFormat fine(PageFormat f, int fine_values = 8) {
   f = fitted(f);
-  f.fine_values = kFineValues;
+  f.fine_values = fine_values;
   return f;
 }
 
@@ -217,6 +217,7 @@ int main(int argc, char** argv) {
   run(fitted(format(96, 64, 128, 2, 2, 112)), 3, 70, 2, 33, "prefill");
   run(fine(format(96, 64, 64, 2, 2, 112)), 3, 70, 2, 33, "prefill");
   run(fine(format(80, 96, 64, 4, 2, 96)), 5, 33, 1, 2, "general");
+  run(fine(format(80, 192, 64, 4, 2, 96), 4), 5, 33, 1, 2, "general");
   run({64, 256, 128, 2, 2, 64, 256, 8, 8}, 2, 1, 1, 1, "general");  // more than values are fed back at once
   std::puts("1 passed, 0 failed");
   return 0;

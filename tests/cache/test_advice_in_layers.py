@@ -208,9 +208,9 @@ def test_the_default_loses_far_less_than_the_paper():
         ({"key_columns": "1"}, "key_columns must be a number"),
         ({"allocate_bits": 1}, "allocate_bits must be True or False, got 1"),
         ({"param_bits": 12}, "param_bits must be 8 or 16, got 12"),
-        ({"fine_values": 8, "rule": "log"}, "fine_values must be 0, or 8 with rule 'attention', page_tokens 64"),
-        ({"fine_values": 4}, "fine_values must be 0, or 8 .* got 4"),
-        ({"fine_values": 8, "bits": 4}, "fine_values must be 0, or 8 .* value_bits 2"),
+        ({"fine_values": 8, "rule": "log"}, "fine_values must be 0, or 4 or 8 with rule 'attention', page_tokens 64"),
+        ({"fine_values": 2}, "fine_values must be 0, or 4 or 8 .* got 2"),
+        ({"fine_values": 8, "bits": 4}, "fine_values must be 0, or 4 or 8 .* value_bits 2"),
         ({"sinks": None}, "sinks must be a whole number"),
     ],
 )

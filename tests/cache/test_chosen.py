@@ -98,21 +98,22 @@ def test_the_choice_is_that_of_the_rule(portions):
     assert len(heavy & set(oracle.exact)) > 0.8 * min(len(heavy), W), "what all look at stays"
 
 
-def test_fine_values_go_to_the_most_attended():
+@pytest.mark.parametrize("places", [[15, 31, 47, 63], [14, 15, 30, 31, 46, 47, 62, 63]], ids=len)
+def test_fine_values_go_to_the_most_attended(places):
     q, k, v = states(700)
     tables, errors = [], []
-    for fine in (0, 8):
+    count = len(places)
+    for fine in (0, count):
         layer = make_layer(rule="attention", sinks=SINKS, param_bits=8, fine_values=fine)
         step(layer, q, k, v)
         layer.commit()
         table = layer.held.layout.positions(k.device)[0, : layer.rows.packed].long()
         tables.append(table.view(-1, 64))
         errors.append((layer.values - v)[:, :, table].square().mean((0, 1, 3)).view(-1, 64).mean(0))
-    places = [14, 15, 30, 31, 46, 47, 62, 63]
     others = [t for t in range(64) if t not in places]
-    assert torch.equal(tables[1][:, places], tables[0][:, :8])
-    assert torch.equal(tables[1][:, others], tables[0][:, 8:])
-    assert errors[1][places].mean() < errors[0][:8].mean() / 1.5, "they also make up for errors of those before them"
+    assert torch.equal(tables[1][:, places], tables[0][:, :count])
+    assert torch.equal(tables[1][:, others], tables[0][:, count:])
+    assert errors[1][places].mean() < errors[0][:count].mean() / 1.5, "they also make up for errors of those before them"
 
 
 def test_contents_are_those_of_the_positions():

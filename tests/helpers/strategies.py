@@ -38,7 +38,10 @@ def formats(draw: st.DrawFn, searched: bool = True) -> PageFormat:
     )
     if searched and value_dim % 32 == 0 and draw(st.integers(0, 3)) == 3:
         group = fmt.value_group if fmt.value_group % 32 == 0 else 0
-        return replace(fmt, page_tokens=64, value_bits=2, value_group=group, value_param_bits=8, fine_values=8)
+        fine_values = draw(st.sampled_from([4, 8])) if value_dim % 64 == 0 else 8
+        return replace(
+            fmt, page_tokens=64, value_bits=2, value_group=group, value_param_bits=8, fine_values=fine_values
+        )
     return fmt
 
 

@@ -247,6 +247,7 @@ PREFILL_FORMATS = [
     PageFormat(96, value_group=32, key_param_bits=8, value_param_bits=8),
     PageFormat(128, key_columns=160, key_param_bits=8, value_param_bits=8),
     PageFormat(96, key_columns=112, key_param_bits=8, value_param_bits=8, fine_values=8),
+    PageFormat(96, 192, key_columns=112, key_param_bits=8, value_param_bits=8, fine_values=4),
     PageFormat(256, key_bits=4, value_bits=8, key_param_bits=8, value_param_bits=8),
 ]
 
@@ -296,7 +297,8 @@ def test_prefill_skips_what_is_hidden_by_causality():
 
 
 SEARCHED = LogQuantConfig().page_format(128)
-FINE = LogQuantConfig(rule="attention", fine_values=8).page_format(128)
+FINE = LogQuantConfig(fine_values=8).page_format(128)
+FINE_4 = LogQuantConfig(fine_values=4).page_format(128)
 FITTED_GROUPS = LogQuantConfig().page_format(256)  # more than the kernel keeps the weights of at once
 
 
@@ -304,7 +306,7 @@ FITTED_GROUPS = LogQuantConfig().page_format(256)  # more than the kernel keeps 
     ("fmt", "queries"),
     [(PageFormat(128), 2), (PageFormat(128), 40), (SEARCHED, 2), (SEARCHED, 4), (SEARCHED, 40), (FITTED_GROUPS, 2)]
     + [(PageFormat(128, page_tokens=32, key_param_bits=8, value_param_bits=8), 2)]  # the general kernel
-    + [(FINE, 2), (FINE, 40)]
+    + [(FINE, 2), (FINE, 40), (FINE_4, 2)]
     + [(fmt, 3) for fmt in (PageFormat(192), PageFormat(256), FITTED_GROUPS)],  # of two warps
     ids=lambda x: name_of(x) if isinstance(x, PageFormat) else str(x),
 )

@@ -66,12 +66,13 @@ def test_quantize_takes_the_indexed_tokens(backend, fmt, seed, rows):
 
 
 SEARCHED = PageFormat(64, key_columns=80, key_param_bits=8, value_param_bits=8)
-FINE = LogQuantConfig(rule="attention", fine_values=8).page_format(64)
+FINE = LogQuantConfig(fine_values=8).page_format(64)
+FINE_4 = LogQuantConfig(fine_values=4).page_format(64)
 
 
 @backends
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("fmt", [PageFormat(64), SEARCHED, FINE], ids=["plain", "searched", "fine"])
+@pytest.mark.parametrize("fmt", [PageFormat(64), SEARCHED, FINE, FINE_4], ids=str)
 def test_quantize_extreme_values(backend, dtype, fmt):
     """Infinities, NaNs, signed zeros, subnormals, saturation: still bit for bit."""
     key_map = None if fmt.key_columns == 64 else column_map(fmt, 0, batch=1, heads=1)
@@ -97,7 +98,7 @@ def test_quantize_extreme_values(backend, dtype, fmt):
 
 @backends
 @pytest.mark.parametrize("factor", [4.0, -4.0, 2.0])
-@pytest.mark.parametrize("fmt", [SEARCHED, FINE, PageFormat(128, 128, 128, 2, 4, 128, 32, 8, 8)], ids=str)
+@pytest.mark.parametrize("fmt", [SEARCHED, FINE, FINE_4, PageFormat(128, 128, 128, 2, 4, 128, 32, 8, 8)], ids=str)
 def test_feedback_without_bounds_stays_bit_for_bit(backend, fmt, factor):
     """Factors that make errors grow until fp32 overflows."""
     count = 2 * fmt.page_tokens

@@ -20,6 +20,7 @@
 // AVX-VNNI, which needs no additions, by the two pipes that multiply, 32 cycles a token with 4 rows.
 #pragma once
 
+#include "../params.h"
 #include "prefetcher.h"
 #include "rows.h"
 
@@ -66,24 +67,28 @@ constexpr float max_int16_code(int count) {
 template <int NR>
 constexpr int kDotVectors = kAccumulators / NR < 4 ? kAccumulators / NR : 4;
 
-// The high digits of the last pair of elements of each of four words, where they have codes of twice the bits
-// (format.h); NoFineDigits: there are none. kHalf: the half of 32 channels that the first lanes are in; words: from the
-// first lane's on. Lanes of fewer than 16 channels lie within one half.
+// The high digits of the last element, or the last pair, of each of four words, where they have codes of twice the bits
+// (format.h); NoFineDigits: there are none.
 struct NoFineDigits {
   static constexpr bool kAny = false;
 };
-template <int kHalf>
+template <int kVectors>
 struct FineDigits {
   static constexpr bool kAny = true;
-  const int32_t* words;
 
-  // Of lanes c .. of word w, above low digits at bit kLow of both halves, among others.
-  template <int bits, int kLow>
-  LOGQUANT_INLINE I32 above(int c, int w) const {
-    const int first = 16 * kHalf + c, up = kLow + bits - 8 * (first / 16 % 2) - bits * w;  // constants
-    const I32 digits = load(words + first / 32 * 16 + first % 16);
-    return up < 0 ? shift_right(digits, -up) : up > 0 ? digits << up : digits;
+  FineDigits(const PageFormat& f, const int32_t* page, int c) : mask(fine_digits_mask(f)) {
+    for (int k = 0; k < kVectors; ++k) digits[k] = fine_digits_at(f, page, c + k * kLanes);
   }
+
+  // Of the k-th vector of lanes and word w, above low digits of which the last is at bit kLow of its half.
+  template <int kLow>
+  LOGQUANT_INLINE I32 above(int k, int w) const {
+    constexpr int kDown = 8 - 2 - kLow;
+    return shift_right(load(digits[k]), kDown + 2 * w) & shift_right(mask, kDown);
+  }
+
+  const char* digits[kVectors];
+  I32 mask;
 };
 
 // Dot products with kVectors vectors of lanes, down `count` words of each lane, which lie `stride` words apart;
@@ -111,7 +116,7 @@ LOGQUANT_INLINE void dot_codes(const int32_t* words, int count, int64_t stride, 
       }
       if constexpr (Fine::kAny && i == kPairs - 1) {
         for (int k = 0; k < kVectors; ++k) {
-          codes[k] |= fine.template above<bits, bits * kPlace>(k * kLanes, w) & (kMask << bits);
+          codes[k] |= fine.template above<bits * kPlace>(k, w);
         }
       }
       for (int r = 0; r < NR; ++r) {

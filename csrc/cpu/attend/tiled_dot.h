@@ -63,9 +63,8 @@ class TiledDot {
         words,
         [&](auto bits, int64_t w, int64_t lane, I32 codes) __attribute__((always_inline)) {
           // The high digits come next to the low ones, in the upper byte of both halves.
-          const int c = static_cast<int>(lane);
-          const I32 fine = shift_right(load(page + f.fine_word(c)), f.fine_position(c, static_cast<int>(16 * w)));
-          return codes | (fine & static_cast<int>(lane_mask(bits))) << (8 + bits);
+          const I32 fine = load(fine_digits_at(f, page, static_cast<int>(lane)));
+          return codes | (shift_right(fine, 2 * static_cast<int>(w)) & fine_digits_mask(f)) << bits();
         },
         each);
   }

@@ -29,13 +29,13 @@ struct FoldedWeights {
   }
 };
 
-// The sum of the codes of fine tokens, the last two of every 16, times what the middle of a fine code is above that of
-// another, in units of the latter.
+// The sum of the codes of fine tokens, the last or the last two of every 16, times what the middle of a fine code is
+// above that of another, in units of the latter.
 template <int bits>
-LOGQUANT_INLINE I32 excess_of_fine(const int16_t* codes, int tokens) {
+LOGQUANT_INLINE I32 excess_of_fine(const int16_t* codes, int tokens, int fine_values) {
   constexpr int kExcess = (code_mask(2 * bits) - code_mask(bits)) / code_mask(bits);
   I32 sum = splat(0), last = splat(0);
-  last[kLanes - 1] = -1;
+  last[kLanes - 1] = fine_values == 8 ? -1 : -1 << 16;
   for (int t = 16; t <= tokens; t += 16) {
     const I32 pairs = load(reinterpret_cast<const int32_t*>(codes + t) - kLanes) & last;
     sum = dot_pairs(sum, pairs, splat(kExcess << 16 | kExcess));
@@ -85,7 +85,7 @@ LOGQUANT_INLINE void fold_group(const PageFormat& f, const int32_t* page, bool b
       if constexpr (kLanes == 16) {
         middles = value_middles(f, 0);  // a lane's tokens are alike
       } else {
-        sum += excess_of_fine<bits>(codes + r * tokens, tokens);
+        sum += excess_of_fine<bits>(codes + r * tokens, tokens, f.fine_values);
       }
     }
     store(acc.zero_sums + (r * groups + group) * kLanes, fma(to_float(sum), middles * -scale[r], zero_sums[r]));
@@ -117,9 +117,7 @@ LOGQUANT_INLINE void add_values(const PageFormat& f, const int32_t* page, const 
                                      });
       };
       if constexpr (bits == 2) {
-        const int32_t* const fine_words = page + f.fine_digits() + c / 32 * 16 + c % 16;
-        if (f.fine_values > 0 && c / 16 % 2 == 0) return dot(FineDigits<0>{fine_words});
-        if (f.fine_values > 0) return dot(FineDigits<1>{fine_words});
+        if (f.fine_values > 0) return dot(FineDigits<vectors>(f, page, c));
       }
       dot(NoFineDigits{});
     };

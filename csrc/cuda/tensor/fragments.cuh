@@ -63,10 +63,10 @@ struct CodeWords {
   const uint32_t x, y, shifted_x, shifted_y;
 };
 
-// The same of words whose last pair is fine (format.h). fine_low, fine_high: the words of fine digits, shifted so that
-// this pair's are in bytes 0 and 2. They come above the low digits, where a shift by eight has no use for what was
-// there.
-template <int bits>
+// The same of words whose last pair is fine, or of it the second code alone (format.h). fine_low, fine_high: the words
+// of fine digits, shifted so that this pair's are in bytes 0 and 2, or that of the second code in byte 0. They come
+// above the low digits, where a shift by eight has no use for what was there.
+template <int bits, bool pairs_are_fine>
 struct FineCodeWords {
   LOGQUANT_DEVICE FineCodeWords(uint32_t low, uint32_t high, uint32_t fine_low, uint32_t fine_high)
       : x(low), y(high), shifted_x(joined(low, fine_low)), shifted_y(joined(high, fine_high)) {}
@@ -80,10 +80,13 @@ struct FineCodeWords {
 
  private:
   static constexpr int kLast = 16 / bits - 1, kPosition = 8 - bits;
-  static LOGQUANT_DEVICE uint32_t joined(uint32_t word, uint32_t fine) { return ptx::select_bytes(word, fine, 0x6341); }
+  static LOGQUANT_DEVICE uint32_t joined(uint32_t word, uint32_t fine) {
+    return ptx::select_bytes(word, fine, pairs_are_fine ? 0x6341 : 0x4341);
+  }
   static LOGQUANT_DEVICE uint32_t pair(uint32_t word, uint32_t shifted, int i) {
     if (i != kLast) return code_pair<bits>(word, shifted, i);
-    const uint32_t mask = lane_mask(2 * bits) << kPosition;
+    const uint32_t first = code_mask(pairs_are_fine ? 2 * bits : bits), second = code_mask(2 * bits);
+    const uint32_t mask = (second << 16 | first) << kPosition;
     return LOGQUANT_NORMAL_CODES ? ptx::sub_f16x2(ptx::and_or(shifted, mask, 0x64006400u), 0x64006400u)
                                  : shifted & mask;
   }
@@ -103,10 +106,11 @@ LOGQUANT_DEVICE constexpr uint32_t negative_digit_weights(int i) {
   return digit_weights<bits>(i) | 0x80008000u;
 }
 
-// The same of a word's last four pairs with codes of two bits, of which the last is fine: there times 7.5 / 1.5, the
-// middles of such codes.
+// The same of a word's last four pairs with codes of two bits, of which the last, or its second code, is fine: there
+// times 7.5 / 1.5, the middles of such codes.
+template <bool pairs_are_fine>
 LOGQUANT_DEVICE constexpr uint32_t negative_fine_weights(int i) {
-  return i < 3 ? negative_digit_weights<2>(i) : 0xDD00DD00u;  // -2^6 * 5
+  return i < 3 ? negative_digit_weights<2>(i) : pairs_are_fine ? 0xDD00DD00u : 0xDD00D400u;  // -2^6 * 5
 }
 
 // Of n pairs of fp16, each half; a NaN stays one.

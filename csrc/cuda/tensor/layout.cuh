@@ -89,7 +89,7 @@ struct Layout {
   static constexpr int kValues = kKeyParams + (S::kFitted ? kScales + S::kDim : Columns::skewed(4 * S::kDim));
   static constexpr int kValueParams = kValues + kValueBlocks * kValuePitch;
   static constexpr int kFineDigits = kValueParams + (S::kFitted ? 0 : 4 * S::kGroups * S::kTokens);
-  static constexpr int kStage = kFineDigits + (S::kFine ? kFineValues * S::kValueDim / 4 : 0);
+  static constexpr int kStage = kFineDigits + S::kFineValues * S::kValueDim / 4;
 
   // Fitted parameters of a team's page as fp16: the scales of keys and of values, zeros, zeros with the mean of the
   // codes, and scales by column.

@@ -23,7 +23,7 @@ LOGQUANT_DEVICE void fill_constants(unsigned char* shared) {
     constants[i] = i < L::kZeroRow / 4 || i / 4 == L::kOnes / 16 ? Operand<__half>::kOnes
                    : i / 4 == L::kNegativeKeyWeights / 16        ? negative_digit_weights<S::kKeyBits>(n)
                    : i / 4 == L::kNegativeValueWeights / 16      ? negative_digit_weights<S::kValueBits>(n)
-                   : i / 4 == L::kNegativeFineWeights / 16       ? negative_fine_weights(n)
+                   : i / 4 == L::kNegativeFineWeights / 16       ? negative_fine_weights<S::kFinePairs>(n)
                                                                  : 0u;
   }
 }

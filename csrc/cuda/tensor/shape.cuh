@@ -16,7 +16,8 @@ struct Shape {
   static constexpr int kDim = D, kValueDim = DV, kColumns = C, kKeyBits = KeyBits, kValueBits = ValueBits, kTokens = G;
   static constexpr int kGroup = GV, kGroups = DV / GV;
   static constexpr PageFormat kFormat{D, DV, G, KeyBits, ValueBits, C, GV, ParamBits, ParamBits, FineValues};
-  static constexpr bool kFine = FineValues > 0;
+  static constexpr int kFineValues = FineValues;
+  static constexpr bool kFine = FineValues > 0, kFinePairs = FineValues == 8;
   // 8-bit parameters and a column map: one does not come without the other here.
   static constexpr bool kFitted = ParamBits == 8;
   static_assert(format_error(kFormat) == nullptr && kGroups <= 4 && (kFitted || C == D));

@@ -68,7 +68,7 @@ class WeightSums {
   // of a pair.
   LOGQUANT_DEVICE void subtract_scaled(const Thread& thread, int u, int group, const uint32_t* scaled, bool others) {
     const int row = kScalesApart || S::kFitted ? group : S::kGroups + 1 + group;
-    // Of every eight pairs the last is fine.
+    // Of every eight pairs the last is fine, or its second token.
     sum_pairs(thread, kScalesApart ? means_even[u] : even[u], kScalesApart ? means_odd[u] : odd[u],
               L::kNegativeValueWeights + lane_of_group[others], row, scaled,
               S::kFine ? L::kNegativeFineWeights - L::kNegativeValueWeights : 0);

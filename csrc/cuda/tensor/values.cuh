@@ -45,7 +45,7 @@ LOGQUANT_DEVICE void add_value_tile(const ThreadInfo<K>& thread, OnlineSoftmax<K
     if constexpr (K::PageShape::kFine) {
       static_assert(Words::kWhole == 1 &&
                     Words::kCount == 1);  // a lane has the rows of words that its fine digits are of
-      add(FineCodeWords<b>(x, y, fine(0), fine(1)));
+      add(FineCodeWords<b, K::PageShape::kFinePairs>(x, y, fine(0), fine(1)));
     } else {
       add(CodeWords<b>(x, y));
     }
@@ -68,9 +68,11 @@ LOGQUANT_DEVICE void add_values(const ThreadInfo<K>& thread, OnlineSoftmax<K>& s
     if (wide) {
       uint4 fine = {};
       if constexpr (K::PageShape::kFine) {
-        fine = read<uint4>(stage + L::kFineDigits + 32 * (K::first_warps_tile(j) + thread.rank * K::kNextTiles) +
-                           16 * (thread.g % 4));
-        const int shift = 8 * (thread.g / 4) + K::PageShape::kValueBits * thread.t;
+        // Of 32 channels; so many share a word's digits.
+        constexpr int kShared = K::PageShape::kFormat.fine_channels() / 2;
+        const int block = K::first_warps_tile(j) / 2 + thread.rank * (K::kNextTiles / 2);
+        fine = read<uint4>(stage + L::kFineDigits + 64 * (block / kShared) + 16 * (thread.g % 4));
+        const int shift = 16 * (block % kShared) + 8 * (thread.g / 4) + K::PageShape::kValueBits * thread.t;
         fine = {fine.x >> shift, fine.y >> shift, fine.z >> shift, fine.w >> shift};
       }
       uint4 held[Words::kCount];

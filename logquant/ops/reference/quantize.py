@@ -205,19 +205,27 @@ def quantize(
 
 
 def _pack_fine(digits: Tensor, fmt: PageFormat) -> Tensor:
-    """High digits ``[..., Dv, fine_values]`` as words ``[..., words]``: a word has those of channels c and c + 16."""
+    """High digits ``[..., Dv, fine_values]`` as words ``[..., words]``: a word has those of channels c, c + 16, ..."""
     if not fmt.fine_values:
         return digits.flatten(-2)
-    pairs = digits.unflatten(-2, (-1, 2, 16)).transpose(-2, -3)  # [..., Dv/32, 16, 2, fine_values]
-    words: Tensor = pack_words(pairs.flatten(-2), fmt.value_bits).flatten(-3)
+    positions = _fine_positions(fmt, digits.device)
+    placed = digits.unflatten(-2, (-1, len(positions), 16)) << positions  # [..., words/16, n, 16, fine_values]
+    words: Tensor = placed.sum((-1, -3), dtype=torch.int32).flatten(-2)
     return words
 
 
 def _unpack_fine(words: Tensor, fmt: PageFormat) -> Tensor:
     """The inverse of :func:`_pack_fine`."""
-    pairs = unpack_words(words.unflatten(-1, (-1, 16, 1)), fmt.value_bits).unflatten(-1, (2, -1))
-    digits: Tensor = pairs.transpose(-2, -3).flatten(-4, -2)
-    return digits
+    digits = words.unflatten(-1, (-1, 1, 16, 1)) >> _fine_positions(fmt, words.device) & 3
+    return digits.flatten(-4, -2)
+
+
+def _fine_positions(fmt: PageFormat, device: torch.device) -> Tensor:
+    """Where in their words fine digits lie, ``[n, 1, fine_values]`` int32, of n channels and each fine token."""
+    channels = torch.arange(16 // fmt.fine_values, dtype=torch.int32, device=device)
+    tokens = torch.tensor(fmt.fine_tokens, dtype=torch.int32, device=device)
+    of_second = 16 * (tokens % 2) if fmt.fine_values == 8 else 0
+    return (8 * channels[:, None] + 2 * (tokens // 16) + of_second).unsqueeze(1)
 
 
 def unpack_params(words: Tensor, fmt: PageFormat, columns: Tensor | None) -> tuple[Tensor, Tensor]:
