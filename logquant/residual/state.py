@@ -22,6 +22,19 @@ from .features import Features
 from .trained import residual_of
 
 
+def joined(left: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    """Attention over what is held and what was dropped.
+
+    Args:
+        left: float32 ``[..., Dv + 1]``, phi(q) S and, last, phi(q) z; 0 where nothing was dropped.
+        out, lse: float32 ``[..., Dv]`` and ``[...]``, attention over what is held.
+    """
+    lse, total = lse.unsqueeze(-1), left[..., -1:]
+    weight = total.clamp_min(torch.finfo(total.dtype).tiny)
+    share = torch.sigmoid(weight.log() - lse).where((total > 0) & (lse > -torch.inf), 0)
+    return torch.lerp(out, left[..., :-1] / weight, share)
+
+
 class Residual:
     """What one layer keeps of dropped tokens. It never changes.
 
@@ -82,12 +95,7 @@ class Residual:
         heads = self.sums.shape[1]
         asked = self.features.of_queries(query).unflatten(1, (heads, -1)).flatten(2, 3)
         left = (asked @ self.sums).view(*lse.shape, -1)
-        values, weight = left[..., :-1], left[..., -1:]
-        lse = lse.unsqueeze(-1)
-        share = torch.sigmoid(weight.log() - lse).where(lse > -torch.inf, 0)
-        # Where nothing was dropped, 0 / 0.
-        mean = values / weight.clamp_min(torch.finfo(weight.dtype).tiny)
-        return torch.lerp(out.float(), mean, share).to(out.dtype)
+        return joined(left, out.float(), lse).to(out.dtype)
 
     def keeping(self, rows: list[bool]) -> Residual:
         """Of those rows of which tokens are still dropped, one for each row or one for all; 0 for the others."""
