@@ -15,6 +15,7 @@ from .eviction.spec import EvictSpec
 from .format import BITS, FINE_VALUES, PAGE_TOKENS, PARAM_BITS, PageFormat, fine_tokens
 from .pruning.spec import Budget, PruneSpec
 from .recall_spec import RecallSpec
+from .residual_spec import ResidualSpec
 from .rule import RULES, Rule
 
 
@@ -66,6 +67,9 @@ class LogQuantConfig:
         evict: given, tokens are dropped as they leave the window, instead of being packed: ``"corm(window=256)"`` drops
             those that none of the newest 256 queries found important, in each KV head for itself
             (:mod:`logquant.eviction.corm`). Needs the rule ``"recent"`` and a ``window`` of at least half as many.
+        residual: given, a small state stands for the tokens that ``prune`` or ``evict`` has dropped:
+            ``"less(file=less.safetensors)"`` says how, and where what was trained for the model is
+            (:mod:`logquant.residual`).
 
     Raises:
         ValueError: naming the field, what it was and what it must be.
@@ -88,6 +92,7 @@ class LogQuantConfig:
     channels: str | None = None
     prune: str | None = None
     evict: str | None = None
+    residual: str | None = None
 
     @classmethod
     def paper(cls, **changes: Any) -> LogQuantConfig:
@@ -185,6 +190,7 @@ class LogQuantConfig:
                 not self.fine_values, "fine_values", "0 with prune, after which tokens do not share pages by attention"
             )
         self._check_evict(need)
+        self._check_residual(need)
 
     @property
     def page_size(self) -> int:
@@ -249,6 +255,10 @@ class LogQuantConfig:
         """What is dropped of the tokens that leave the window; None if nothing is."""
         return None if self.evict is None else EvictSpec.parse(self.evict)
 
+    def residual_spec(self) -> ResidualSpec | None:
+        """What stands for dropped tokens; None if nothing does."""
+        return None if self.residual is None else ResidualSpec.parse(self.residual)
+
     def _check_evict(self, need: Callable[[bool, str, str], None]) -> None:
         """What ``evict`` asks of itself and of other fields: whether it is so, the field, and what it must be."""
         need(self.evict is None or isinstance(self.evict, str), "evict", "a text or None")
@@ -261,6 +271,16 @@ class LogQuantConfig:
         )
         need(self.prune is None, "prune", "None with evict, which drops tokens of prompts, too")
         need(self.recall is None, "recall", "None with evict, with which KV heads have pages of their own")
+
+    def _check_residual(self, need: Callable[[bool, str, str], None]) -> None:
+        """The same of ``residual``."""
+        need(self.residual is None or isinstance(self.residual, str), "residual", "a text or None")
+        if self.residual is None:
+            return
+        ResidualSpec.parse(self.residual)
+        drops = self.prune is not None or self.evict is not None
+        need(drops, "residual", "None without prune or evict, for whose dropped tokens it stands")
+        need(self.recall is None, "recall", "None with residual, which is weighed against all that is held")
 
     def budget(self, head_dim: int | None) -> Budget | None:
         """How much stays of a prompt; None if all does.

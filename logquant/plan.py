@@ -10,7 +10,7 @@ from typing import Any
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .cache.sizes import choice_nbytes, head_nbytes, index_nbytes, window_capacity
+from .cache.sizes import choice_nbytes, head_nbytes, index_nbytes, residual_nbytes, window_capacity
 from .config import LogQuantConfig
 from .methods.registry import CacheSpec
 
@@ -116,7 +116,7 @@ def _layer_nbytes(
     """Bytes of one layer of a LogQuant cache."""
     dims = shape.dim, shape.value_dim
     head = head_nbytes(config, tokens, *dims, itemsize, decoding=decoding, query_heads=shape.asked)
-    head += index_nbytes(config, tokens, shape.dim, layer)
+    head += index_nbytes(config, tokens, shape.dim, layer) + residual_nbytes(config, shape.value_dim, layer)
     return shape.count * head + choice_nbytes(config, tokens, shape.count, shape.dim, decoding=decoding)
 
 

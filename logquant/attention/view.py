@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NoReturn, Protocol
 
@@ -15,9 +15,9 @@ from ..format import PageFormat
 from ..recall.reading import Recall, with_sinks
 from .call import AttentionCall
 from .exact import exact_attention
+from .fused import fused_attention
 from .gradients import records, refusing_gradients
 from .units import AS_THEY_ARE, Units, scaled
-from .weights import HEARD
 
 # Beyond this many query tokens (chunked prefill) it is faster on a CPU to dequantise once and use matrix products.
 MAX_FUSED_QUERIES = 16
@@ -88,49 +88,6 @@ def unpacked(
     return keys, values
 
 
-def fused_attention(
-    call: AttentionCall,
-    pages: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    fmt: PageFormat,
-    given: Tensor | None,
-    *,
-    units: Units = AS_THEY_ARE,
-    recall: Callable[..., tuple[Tensor, Tensor | None]] | None = None,
-    **options: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention by the fused operator, whatever the dtype of the queries and the units of what is held.
-
-    Args:
-        call: queries, and how they attend.
-        pages, keys, values, fmt, options: as for :func:`logquant.ops.attend`.
-        given: what queries have given to exact tokens; None if nobody asks.
-        units: those that pages and exact tokens are in.
-        recall: attends to some of the pages only (:meth:`logquant.recall.reading.Recall.attend`).
-
-    Returns:
-        The output ``[B, Hq, L, Dv]``, and what the exact tokens have been given now, if that is asked and was counted.
-    """
-    q, dtype, sinks = call.query, keys.dtype, call.sinks
-    tensors = q if q.dtype == dtype else q.to(dtype), pages, keys, values
-    settings: dict[str, Any] = options | {
-        "scale": units.scale(call.scale),
-        "softcap": call.softcap,
-        "sinks": None if sinks is None else sinks.float(),
-    }
-    given_after = None
-    if recall is not None:
-        out, given_after = recall(*tensors, fmt, given=given, **settings)
-    elif given is None or q.shape[2] > HEARD:
-        out, _ = ops.attend(*tensors, fmt, **settings)
-    else:
-        out, _, given_after = ops.observed_attend(*tensors, fmt, **settings, attention=given)
-    if units.value:
-        out = scaled(out, units.value)
-    return out if out.dtype == q.dtype else out.to(q.dtype), given_after
-
-
 class Layout(Protocol):
     """Where the tokens of each row are (:class:`logquant.cache.layout.Rows`)."""
 
@@ -166,6 +123,12 @@ class RaggedPages(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
+class LeftOver(Protocol):
+    """What is left of tokens that were dropped (:class:`logquant.residual.state.Residual`)."""
+
+    def join(self, query: Tensor, out: Tensor, lse: Tensor) -> Tensor: ...
+
+
 class PackedLayer(Observer, Protocol):
     """A layer whose older tokens are in pages."""
 
@@ -194,6 +157,7 @@ class KVView(View):
         given: float32 ``[B, H, exact]``, what queries have given to exact tokens that came before; None if nobody asks.
         recall: which of the pages are read by few queries; None: all.
         ragged: pages of which each KV head has its own number; None: ``pages``.
+        residual: what is left of tokens that were dropped, if something is.
 
     Attributes:
         given_after: ``[B, H, N]``, the same of all exact tokens once the operator that counts it has attended to this
@@ -220,11 +184,12 @@ class KVView(View):
         given: Tensor | None = None,
         recall: Recall | None = None,
         ragged: RaggedPages | None = None,
+        residual: LeftOver | None = None,
     ) -> None:
         super().__init__(layer, keys, values, new)
         self.pages, self.fmt, self.key_map, self.rows = pages, fmt, key_map, rows
         self.plain, self.units, self.severed = plain, units, severed
-        self.given, self.recall, self.ragged = given, recall, ragged
+        self.given, self.recall, self.ragged, self.residual = given, recall, ragged, residual
         self.given_after: Tensor | None = None
         self.lse: Tensor | None = None
         self.version = layer.version
@@ -274,10 +239,15 @@ class KVView(View):
 
     def compute(self, call: AttentionCall) -> Tensor:
         """The same, without telling the layer: by the fused operator, or over dequantised tensors."""
-        q, mask, causal = call.query, call.mask, call.causal
-        queries = q.shape[2]
+        q, queries, causal = call.query, call.query.shape[2], call.causal
+        residual = None if self.plain or self.complete else self.residual
+        if residual is not None and records(q, self.keys, self.values):
+            raise RuntimeError("residual computes no gradients: call the model under torch.no_grad()")
         if self.ragged is not None and not self.plain:
-            return self._attend_ragged(call, self.ragged)
+            out, lse = self._attend_ragged(call, self.ragged)
+            return out if residual is None else residual.join(q, out, lse)
+        if residual is not None:
+            return self._attend_with(residual, call)
         if self.plain or not self._is_fused(queries) or records(q, self.keys, self.values):
             if not self.rows.complete:
                 return self._attend_by_slot(call)
@@ -286,64 +256,88 @@ class KVView(View):
                 seen = torch.ones(queries, self.length, dtype=torch.bool, device=q.device)
                 call = call._replace(causal=False, mask=seen.tril(self.length - queries)[None, None])
             return exact_attention(call, keys, values)
-        query_positions = None
-        if causal:
-            first = self.length - queries
-            query_positions = torch.arange(first, self.length, dtype=torch.int32, device=q.device)[None]
-        by_position = mask is not None or causal or not self.rows.alike
-        counts = self._recalled(mask, queries)
-        out, given_after = fused_attention(
+        out, _, given_after = self._attend_fused(*next(self._parts(call, queries)), self.given)
+        if given_after is not None:
+            self.given_after = given_after
+        return out
+
+    def _parts(self, call: AttentionCall, most: int) -> Iterator[tuple[AttentionCall, Tensor | None]]:
+        """At most so many queries at a time, and their positions int32 ``[1, n]`` if they see only those before."""
+        q, mask, queries = call.query, call.mask, call.query.shape[2]
+        for first in range(0, queries, most):
+            own, at = slice(first, min(first + most, queries)), None
+            if call.causal:
+                before = self.length - queries
+                at = torch.arange(before + own.start, before + own.stop, dtype=torch.int32, device=q.device)[None]
+            own_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, own]
+            yield call._replace(query=q[:, :, own], mask=own_mask), at
+
+    def _attend_fused(
+        self, call: AttentionCall, at: Tensor | None, given: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """:func:`fused_attention` of queries ``at`` these positions, None: each sees all."""
+        q, mask = call.query, call.mask
+        by_position = mask is not None or call.causal or not self.rows.alike
+        counts = self._recalled(mask, q.shape[2])
+        return fused_attention(
             call,
             self.pages,
             self.keys,
             self.values,
             self.fmt,
-            self.given,
+            given,
             units=self.units,
             recall=None if counts is None or self.recall is None else partial(self.recall.attend, counts=counts),
             key_map=self.key_map,
             mask=mask,
             positions=self.rows.positions(q.device, self.new) if by_position else None,
-            query_positions=query_positions,
+            query_positions=at,
             lengths=self.rows.lengths(q.device, self.fmt.page_tokens, self.keys.shape[2]),
         )
-        if given_after is not None:
-            self.given_after = given_after
-        return out
 
-    def _attend_ragged(self, call: AttentionCall, ragged: RaggedPages) -> Tensor:
-        """Attention by the fused operator where KV heads have pages of their own, a few queries at a time."""
+    def _attend_with(self, residual: LeftOver, call: AttentionCall) -> Tensor:
+        """Attention by the fused operator, which alone tells the log-sum-exp, and what is left of dropped tokens."""
+        queries = call.query.shape[2]
+        at_once = self._is_fused(queries)
+        outs = []
+        for own, at in self._parts(call, queries if at_once else MAX_FUSED_QUERIES):
+            out, lse, given_after = self._attend_fused(own, at, self.given if at_once else None)
+            assert lse is not None
+            outs.append(residual.join(own.query, out, lse))
+        if at_once and given_after is not None:
+            self.given_after = given_after
+        return outs[0] if at_once else torch.cat(outs, 2)
+
+    def _attend_ragged(self, call: AttentionCall, ragged: RaggedPages) -> tuple[Tensor, Tensor]:
+        """Attention where KV heads have pages of their own, and its log-sum-exp, sinks included."""
         q, mask, scale, softcap, sinks, causal, _ = call
         if records(q, self.keys, self.values):
             raise RuntimeError("evict computes no gradients: call the model under torch.no_grad()")
-        queries, dtype = q.shape[2], self.keys.dtype
         by_position = mask is not None or causal or not self.rows.alike
         outs, found = [], []
-        for first in range(0, queries, MAX_FUSED_QUERIES):
-            own = slice(first, min(first + MAX_FUSED_QUERIES, queries))
-            at = None
-            if causal:
-                at = torch.arange(self.length - queries + own.start, self.length - queries + own.stop, device=q.device)
+        for own, at in self._parts(call, MAX_FUSED_QUERIES):
             out, lse = ragged.attend(
-                q[:, :, own].to(dtype),
+                own.query.to(self.keys.dtype),
                 self.keys,
                 self.values,
                 self.fmt,
                 positions=self.rows.positions(q.device, self.new) if by_position else None,
                 packed=max(self.rows.packed_counts),
                 key_map=self.key_map,
-                mask=mask if mask is None or mask.shape[2] == 1 else mask[:, :, own],
-                query_positions=None if at is None else at[None].int(),
+                mask=own.mask,
+                query_positions=at,
                 scale=self.units.scale(scale),
                 softcap=softcap,
             )
             found.append(lse)
             outs.append(out if sinks is None else with_sinks(out, lse, sinks))
-        self.lse = torch.cat(found, 2)
+        lse = self.lse = torch.cat(found, 2)
+        if sinks is not None:
+            lse = torch.logaddexp(lse, sinks.float()[None, :, None])
         out = torch.cat(outs, 2)
         if self.units.value:
             out = scaled(out, self.units.value)
-        return out if out.dtype == q.dtype else out.to(q.dtype)
+        return out if out.dtype == q.dtype else out.to(q.dtype), lse
 
     def _attend_by_slot(self, call: AttentionCall) -> Tensor:
         """Attention over dequantised tokens slot by slot, where not every position has one."""

@@ -18,6 +18,7 @@ from ..attention import compiled
 from ..config import LogQuantConfig
 from ..files import fingerprint, read, write
 from ..quantizer.calibration import Calibration, calibration_of, with_calibration
+from ..residual.trained import residual_of
 from .fixed_size import FixedSize
 from .layer import LogQuantLayer
 from .layout import Rows
@@ -56,9 +57,10 @@ class LogQuantCache(DynamicCache):
 
     Raises:
         TypeError: ``quantization`` together with ``options``, or an unknown option.
-        ValueError: an invalid option, a head dimension that pages cannot hold, a calibration of another model, or
-            ``recall``, ``prune``, ``evict`` or ``page_directory`` with a ``max_length``, or ``evict`` with a
+        ValueError: an invalid option, a head dimension that pages cannot hold, a calibration or residual of another
+            model, or ``recall``, ``prune``, ``evict`` or ``page_directory`` with a ``max_length``, or ``evict`` with a
             ``page_directory``.
+        FileNotFoundError: a calibration or residual names a file that is not there.
         NotADirectoryError: no such ``page_directory``.
     """
 
@@ -83,6 +85,8 @@ class LogQuantCache(DynamicCache):
         layers = DynamicCache(config=config).layers
         if (calibration := calibration_of(self.quantization)) is not None:
             calibration.check(config, [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer])
+        if (trained := residual_of(self.quantization)) is not None:
+            trained.check(config)
         self.config, self._text_config = config, config.get_text_config(decoder=True)
         self.left_behind = LeftBehind(config)
         self._given = False

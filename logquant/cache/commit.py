@@ -21,7 +21,7 @@ from .uncommitted import Exact
 
 # Pages are quantised in portions of about this size, so that a long prompt's never exist twice.
 _PORTION_NBYTES = 1 << 20
-# And their mean keys are taken of so many tokens at a time, a multiple of every page's.
+# And their mean keys, and what is left of those that are dropped, of so many tokens at a time, a multiple of a page's.
 _PORTION_TOKENS = 1 << 10
 
 
@@ -67,6 +67,7 @@ class Commit:
         ragged: Ragged | None = None,
     ) -> None:
         self._storage, self._given, self.ragged = storage, given, ragged
+        self._residual = storage.residual
         keys, values, in_window = exact.keys.detach(), exact.values.detach(), exact.in_window
         moves = [m if m.packs == m.leaving.shape[1] else self._pruned(keys, m, padded, asked) for m in moves]
         # One step of the rule on the window is done in place.
@@ -80,6 +81,8 @@ class Commit:
         self.advice = advice.allocate(self._leaving(keys, m, padded) for m in first)
         self._step_options = [self._options(m, self._attention(keys, m, padded), slice(None)) for m in self._steps]
         if ragged is None:
+            for m in moves:
+                self._absorb(keys, values, m)
             for m in others:
                 self._quantize(self._pages[m.rows], m.packed, keys, values, m, self._attention(keys, m, padded))
         else:
@@ -107,7 +110,7 @@ class Commit:
         for rows, stay, window in self._stays:
             window[rows, :, : stay.shape[2]] = stay
         self._storage.replace(self._pages, self._window_k, self._window_v)
-        self._storage.index = self._index
+        self._storage.index, self._storage.residual = self._index, self._residual
         self._storage.severed |= self._severs
 
     def _indexed(self, index: PageIndex, keys: Tensor, moves: list[Move], after: Rows) -> PageIndex:
@@ -198,12 +201,28 @@ class Commit:
                 continue
             tokens = after.slots[row if len(after.slots) > 1 else 0].tokens
             m, counts, kept = ragged.judged(move, tokens, fmt.page_tokens)
+            self._absorb(keys, values, m, counts * fmt.page_tokens)
             shape = *keys[m.rows].shape[:2], m.packs // fmt.page_tokens, fmt.words
             pages = keys.new_empty(shape, dtype=torch.int32)
             self._quantize(pages, 0, keys, values, m, self._attention(keys, m, padded))
             made.append((m.rows, pages, counts, kept))
         ragged = ragged.appended(made) if made else ragged
         return ragged.moved(moves, after)
+
+    def _absorb(self, keys: Tensor, values: Tensor, move: Move, counts: Tensor | None = None) -> None:
+        """The residual takes up what leaves and is not kept; ``counts`` ``[rows, H]``: only so many are."""
+        if self._residual is None or move.kept is None:
+            return
+        k, v = keys[move.rows], values[move.rows]
+        leaving = move.leaving.long()[:, None].expand(*k.shape[:2], -1)
+        kept = torch.ones_like(move.kept, dtype=torch.bool)
+        if counts is not None:
+            kept &= torch.arange(kept.shape[2], device=kept.device) < counts.to(kept.device).unsqueeze(-1)
+        dropped = kept.new_ones(k.shape[:3]).scatter_(2, move.kept.long(), ~kept).gather(2, leaving)
+        for first in range(0, leaving.shape[2], _PORTION_TOKENS):
+            part = leaving[..., first : first + _PORTION_TOKENS]
+            both = self._storage.units.outside(select(k, part), select(v, part))
+            self._residual = self._residual.absorb(move.rows, *both, dropped[..., first : first + _PORTION_TOKENS])
 
     def _quantize(
         self, rows: Tensor, packed: int, keys: Tensor, values: Tensor, move: Move, attention: Attention | None

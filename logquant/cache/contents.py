@@ -191,6 +191,7 @@ class LayerContents(CacheLayerMixin):
             given=self.held.chosen and self.held.chosen.given,
             recall=None if self.recall is None else Recall(self.recall, storage.index),
             ragged=self.held.ragged,
+            residual=storage.residual,
         )
 
     def _real_positions(self, uncommitted: Uncommitted) -> Tensor | None:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..attention.call import AttentionCall
+from ..attention.fused import fused_attention
 from ..attention.units import AS_THEY_ARE
-from ..attention.view import KVView, PackedLayer, View, fused_attention, refuse_stale
+from ..attention.view import KVView, PackedLayer, View, refuse_stale
 from .chosen import ChosenRows
 from .held import Held
 from .sizes import window_capacity
@@ -126,7 +127,7 @@ class PlainStep:
         if (queries := self.queries) and (queries[-1].shape != query.shape or queries[-1].dtype != query.dtype):
             return None
         start = self.start
-        out, given = fused_attention(
+        out, _, given = fused_attention(
             call, start.pages, self.keys, self.values, start.fmt, self.given, key_map=start.key_map
         )
         self.heard = AttentionCall(query.detach() if query.requires_grad else query, None, scale, softcap), given

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..config import LogQuantConfig
 from ..quantizer.queries import kept_queries
+from ..residual.trained import residual_of
 from ..rule import evictions
 
 
@@ -111,6 +112,17 @@ def index_nbytes(config: LogQuantConfig, tokens: int, head_dim: int, layer: int)
     if spec is None or not spec.uses_means:
         return 0
     return packed_tokens(config, tokens, head_dim) // config.page_size * (head_dim + 4)
+
+
+def residual_nbytes(config: LogQuantConfig, value_dim: int, layer: int) -> int:
+    """Bytes of what layer ``layer`` keeps of dropped tokens for one KV head of one sequence: float32 sums.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`logquant.residual.trained.residual_of`.
+    """
+    trained = residual_of(config)
+    features = None if trained is None else trained.features(layer, torch.device("cpu"))
+    return 0 if features is None else features.rank * (value_dim + 1) * torch.float32.itemsize
 
 
 def position_dtype(length: int) -> torch.dtype:

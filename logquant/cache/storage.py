@@ -15,6 +15,7 @@ from ..config import LogQuantConfig
 from ..format import DTYPES, PageFormat
 from ..modes import lasting
 from ..recall.index import PageIndex
+from ..residual.state import Residual
 from .layout import Rows
 from .sizes import store_pages, window_slots
 
@@ -73,6 +74,7 @@ class Storage:
         window_k, window_v, pages: the tensors.
         units: those that keys and values are in.
         index: of the pages, where a query chooses among them by one; it may be of more pages than hold tokens.
+        residual: what is left of dropped tokens, where something is to be.
 
     Attributes:
         graph_start: the first position whose token belongs to a graph of autograd.
@@ -88,10 +90,11 @@ class Storage:
         pages: Tensor,
         units: Units = AS_THEY_ARE,
         index: PageIndex | None = None,
+        residual: Residual | None = None,
     ) -> None:
         self.config, self.format = config, fmt
         self.window_k, self.window_v = window_k, window_v
-        self.units, self.index = units, index
+        self.units, self.index, self.residual = units, index, residual
         self.graph_start = NO_GRAPH
         self.severed = False
         self._own(pages)
@@ -108,6 +111,7 @@ class Storage:
             values.new_empty(batch, heads, 0, values.shape[-1]),
             keys.new_empty(batch, heads, 0, fmt.words, dtype=torch.int32),
             index=PageIndex.empty(keys) if _keeps_means(config, layer) else None,
+            residual=Residual.empty(config, layer, keys, values),
         )
 
     def _own(self, pages: Tensor) -> None:
@@ -202,15 +206,22 @@ class Storage:
     @lasting
     def copy(self) -> Storage:
         """A storage with a window of its own and the same page store."""
-        return self._with(self.window_k.clone(), self.window_v.clone(), self.pages, self.index)
+        return self._with(self.window_k.clone(), self.window_v.clone(), self.pages, self.index, self.residual)
 
     def snapshot(self) -> Storage:
         """A storage with the same tensors; nothing is written over what it holds of the pages."""
-        return self._with(self.window_k, self.window_v, self.pages, self.index)
+        return self._with(self.window_k, self.window_v, self.pages, self.index, self.residual)
 
-    def _with(self, window_k: Tensor, window_v: Tensor, pages: Tensor, index: PageIndex | None) -> Storage:
+    def _with(
+        self,
+        window_k: Tensor,
+        window_v: Tensor,
+        pages: Tensor,
+        index: PageIndex | None,
+        residual: Residual | None,
+    ) -> Storage:
         """Another storage with these tensors; it shares the page store, if that is the same."""
-        twin = Storage(self.config, self.format, window_k, window_v, pages, self.units, index)
+        twin = Storage(self.config, self.format, window_k, window_v, pages, self.units, index, residual)
         twin.graph_start, twin.severed = self.graph_start, self.severed
         if pages is self.pages:
             twin._sharers = self._sharers
@@ -221,7 +232,8 @@ class Storage:
     def map(self, function: Callable[[Tensor], Tensor]) -> Storage:
         """Another storage, with ``function`` applied to every tensor."""
         index = self.index and self.index.map(function)
-        return self._with(function(self.window_k), function(self.window_v), function(self.pages), index)
+        residual = self.residual and self.residual.map(function)
+        return self._with(function(self.window_k), function(self.window_v), function(self.pages), index, residual)
 
     @lasting
     def crop(
@@ -263,6 +275,8 @@ class Storage:
                     window[of].index_copy_(2, to_return, back.index_select(2, place))
             windows = window_k, window_v
         self.index = index
+        # Only a crop of everything brings back what was dropped.
+        self.residual = self.residual and self.residual.keeping([slots.evicted > 0 for slots in after.slots])
         self.replace(store, *windows)
 
     @lasting
@@ -289,6 +303,7 @@ class Storage:
                 for window in windows:
                     window[row, :, slots.exact :] = 0
         tensors = dict(zip(("pages", "window_k", "window_v"), (pages, *windows), strict=True))
+        tensors |= self.residual.state() if self.residual else {}
         return tensors | (index.state() if index else {})
 
     @staticmethod
@@ -326,7 +341,9 @@ class Storage:
                 "not fit each other and the settings of the cache"
             )
         index = PageIndex.restored(tensors, pages, fmt.head_dim) if _keeps_means(config, layer) else None
-        return Storage(config, fmt, window_k, window_v, pages, units, index)
+        residual = Residual.empty(config, layer, window_k, window_v)
+        residual = residual and residual.restored(tensors)
+        return Storage(config, fmt, window_k, window_v, pages, units, index, residual)
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "_sharers"}
@@ -338,8 +355,8 @@ class Storage:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors; a page store that copies share counts for each."""
-        index = self.index.nbytes if self.index else 0
-        return self.window_k.nbytes + self.window_v.nbytes + self.pages.nbytes + index
+        others = sum(part.nbytes for part in (self.index, self.residual) if part)
+        return self.window_k.nbytes + self.window_v.nbytes + self.pages.nbytes + others
 
 
 def _keeps_means(config: LogQuantConfig, layer: int) -> bool:

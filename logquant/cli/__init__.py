@@ -16,7 +16,7 @@ except ImportError as error:
     raise SystemExit(f"the command line needs more packages ({error}): pip install 'logquant[cli]'") from error
 
 from .._version import __version__
-from . import bench_attend, bench_generate, bench_memory, calibrate, eval, generate, info, plan, report
+from . import bench_attend, bench_generate, bench_memory, calibrate, eval, generate, info, plan, report, train_residual
 from .shared import first_sentence, is_out_of_memory
 
 __all__ = ["app", "main"]
@@ -66,6 +66,7 @@ app.command("generate", short_help="Stream a model's answer, then say what it co
 app.command("info", short_help="Say what is installed and what of it runs here.")(info.command)
 app.command("plan", short_help="Say how many sequences fit into memory.")(plan.command)
 app.command("calibrate", short_help="Find out which key channels a model looks at.")(calibrate.command)
+app.command("train-residual", short_help="Train what stands for tokens that a cache drops.")(train_residual.command)
 app.command("eval", short_help="Measure what caches cost in accuracy.")(eval.command)
 app.command("report", short_help="Write one HTML page of results.")(report.command)
 

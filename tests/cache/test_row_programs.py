@@ -23,10 +23,14 @@ from logquant.cache.layer import LogQuantLayer
 from tests.helpers.layers import PLAIN, row_contents
 from tests.helpers.masks import causal_mask
 from tests.helpers.models import tiny_config
+from tests.helpers.residual import write_features
 
 HEADS, DIM = 2, 32
 MODEL = tiny_config(num_hidden_layers=1, num_attention_heads=2 * HEADS, num_key_value_heads=HEADS, head_dim=DIM)
 RECALL = {"recall": "both(pages=0.4;skip=0)"}
+# A directory for as long as the tests run.
+FILES = tempfile.TemporaryDirectory()
+LESS = {"residual": write_features(Path(FILES.name, "less"), MODEL)}
 THINK = {"channels": "think(ratio=0.5)", "key_columns": None}
 FEATURES: list[dict[str, Any]] = [
     {"prune": "keydiff(keep=0.4)"},
@@ -38,6 +42,8 @@ FEATURES: list[dict[str, Any]] = [
     THINK | RECALL,
     RECALL,
     *({"evict": f"corm(window={queries})", "rule": "recent"} for queries in (3, 20, 64)),
+    {"prune": "keydiff(keep=0.4)"} | LESS,
+    {"evict": "corm(window=3)", "rule": "recent"} | LESS,
 ]
 
 
@@ -52,6 +58,13 @@ def contents(layer: LogQuantLayer, row: int) -> list[Tensor]:
     pages = held.pool[first : first + int(held.counts[row].sum())]
     exact = [x[row, :, : slots.exact] for x in (layer.held.storage.window_k, layer.held.storage.window_v, held.named)]
     return [held.counts[row], held.kept[row], pages, *exact]
+
+
+def copied(cache: LogQuantCache) -> LogQuantCache:
+    """A copy, in which everything is committed."""
+    twin = copy.deepcopy(cache)
+    twin.commit()
+    return twin
 
 
 class RowPrograms(RuleBasedStateMachine):
@@ -169,12 +182,17 @@ class RowPrograms(RuleBasedStateMachine):
         if not getattr(self, "cache", None) or not self.cache.is_initialized:
             return
         # What is looked into is committed.
-        cache = copy.deepcopy(self.cache)
+        cache = copied(self.cache)
         for i, (alone, real) in enumerate(zip(self.alone, self.real, strict=True)):
             assert alone.get_seq_length() == sum(real)
             if sum(real):
-                pairs = zip(contents(cache.layers[0], i), contents(copy.deepcopy(alone).layers[0], 0), strict=True)
+                own = copied(alone).layers[0]
+                pairs = zip(contents(cache.layers[0], i), contents(own, 0), strict=True)
                 assert all(torch.equal(got, want) for got, want in pairs)
+                # Sums of products, which a batch may add up in another order.
+                if self.config.residual:
+                    got, want = (x.held.storage.residual.sums for x in (cache.layers[0], own))
+                    assert torch.allclose(got[i], want[0], rtol=1e-3, atol=1e-3)
 
 
 TestRowPrograms = RowPrograms.TestCase

@@ -18,6 +18,7 @@ WRITING = {
     "plan": (),
     "eval": ("a.txt",),
     "calibrate": ("a.txt",),
+    "train-residual": ("a.txt",),
     "generate": ("--prompt", "a"),
     "bench attend": (),
     "bench generate": (),
@@ -96,7 +97,9 @@ def test_a_result_that_cannot_be_written_is_refused_before_the_work(command, tmp
     assert f"{tmp_path} is a directory, a file is needed" in refused(*args, tmp_path)
 
 
-@pytest.mark.parametrize(("command", "output"), [("calibrate", "x.safetensors"), ("report", "x.html")])
+@pytest.mark.parametrize(
+    ("command", "output"), [("calibrate", "x.safetensors"), ("train-residual", "x"), ("report", "x.html")]
+)
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(command, output, tmp_path):
     for option in ("-o", "--output"):
         assert f"there is no directory {tmp_path / 'no'}" in refused(command, "a", option, tmp_path / "no" / output)
