@@ -113,7 +113,7 @@ def test_fine_values_go_to_the_most_attended(places):
     others = [t for t in range(64) if t not in places]
     assert torch.equal(tables[1][:, places], tables[0][:, :count])
     assert torch.equal(tables[1][:, others], tables[0][:, count:])
-    assert errors[1][places].mean() < errors[0][:count].mean() / 1.5, "they also make up for errors of those before them"
+    assert errors[1][places].mean() < errors[0][:count].mean() / 1.5, "they also make up for errors of earlier ones"
 
 
 def test_contents_are_those_of_the_positions():

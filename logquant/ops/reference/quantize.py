@@ -216,8 +216,8 @@ def _pack_fine(digits: Tensor, fmt: PageFormat) -> Tensor:
 
 def _unpack_fine(words: Tensor, fmt: PageFormat) -> Tensor:
     """The inverse of :func:`_pack_fine`."""
-    digits = words.unflatten(-1, (-1, 1, 16, 1)) >> _fine_positions(fmt, words.device) & 3
-    return digits.flatten(-4, -2)
+    placed: Tensor = words.unflatten(-1, (-1, 1, 16, 1)) >> _fine_positions(fmt, words.device)
+    return (placed & 3).flatten(-4, -2)
 
 
 def _fine_positions(fmt: PageFormat, device: torch.device) -> Tensor:
