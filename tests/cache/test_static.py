@@ -43,6 +43,11 @@ def feed(model, cache, ids: Tensor, mask: Tensor | None, cuts: list[int]) -> Ten
     return torch.cat(out, 1)
 
 
+def near(got: Tensor, want: Tensor, tolerance: float = 1e-3) -> bool:
+    """Whether they differ by less than so much of the largest number."""
+    return bool((got - want).abs().max() < tolerance * want.abs().max())
+
+
 def same_tokens(a: LogQuantCache, b: LogQuantCache) -> None:
     a.commit()
     b.commit()
@@ -79,9 +84,9 @@ def test_steps_are_those_of_a_cache_that_grows(model, ids, rule, bits, padded):
     got, want = (feed(model, cache, ids, mask, cuts) for cache in (fixed, grows))
     seen = torch.ones(2, 420, dtype=torch.bool) if mask is None else mask[:, :420].bool()
     until = seen & (torch.arange(420) < FIRST_EVICTION)
-    assert (got[until] - want[until]).abs().max() < 1e-3 * want[until].abs().max()
+    assert near(got[until], want[until])
     # The caches add in another order, so that a number between two codes may become the other one.
-    assert (got[seen] - want[seen]).abs().max() < (1e-3 if bits == 8 else 0.1) * want[seen].abs().max()
+    assert near(got[seen], want[seen], 1e-3 if bits == 8 else 0.1)
     assert fixed.get_seq_length() == grows.get_seq_length() == 420
     same_tokens(fixed, grows)
     assert equal_words(fixed, grows) > 0.999
@@ -97,7 +102,7 @@ def test_a_short_prompt_grows_into_its_first_pages(ids, rule):
     model.set_attn_implementation("logquant")
     fixed, grows = LogQuantCache(model.config, rule=rule, max_length=MAX_LENGTH), LogQuantCache(model.config, rule=rule)
     got, want = (feed(model, cache, ids, None, [1, *range(2, 230)]) for cache in (fixed, grows))
-    assert (got - want).abs().max() < 1e-3 * want.abs().max()
+    assert near(got, want)
     same_tokens(fixed, grows)
     assert torch.equal(fixed.layers[1].held.advice.key_map, grows.layers[1].held.advice.key_map)
 
@@ -107,12 +112,12 @@ def test_chunks_crops_copies_and_files_between_steps(model, ids, tmp_path):
     both = fixed, grows
     for cuts in ([200, *range(201, 231)], [250, *range(251, 259)]):
         got, want = (feed(model, cache, ids, None, cuts) for cache in both)
-        assert (got - want).abs().max() < 1e-3 * want.abs().max()
+        assert near(got, want)
     for cache in both:
         cache.commit()  # the last token's own weights count, then, as those of a step do
         cache.crop(-28)
     got, want = (feed(model, cache, ids, None, list(range(231, 240))) for cache in both)
-    assert (got - want).abs().max() < 1e-3 * want.abs().max()
+    assert near(got, want)
 
     twin, again = copy.deepcopy(fixed), pickle.loads(pickle.dumps(fixed))
     fixed.save(tmp_path / "cache")
@@ -125,10 +130,10 @@ def test_chunks_crops_copies_and_files_between_steps(model, ids, tmp_path):
     before = [x.clone() for x in twin.layers[0].dense()]
     for cache in (fixed, again, loaded, grown, from_other):
         got = feed(model, cache, ids, None, cuts)
-        assert (got - want).abs().max() < 1e-3 * want.abs().max()
+        assert near(got, want)
     assert all(torch.equal(a, b) for a, b in zip(before, twin.layers[0].dense(), strict=True)), "a copy is a copy"
     got = feed(model, twin, ids, None, cuts)
-    assert (got - want).abs().max() < 1e-3 * want.abs().max()
+    assert near(got, want)
 
 
 def test_rows_are_repeated_and_selected_between_steps(model, ids):
@@ -139,7 +144,7 @@ def test_rows_are_repeated_and_selected_between_steps(model, ids):
         cache.reorder_cache(torch.tensor([3, 0, 2, 1]))
     rows = ids[[1, 0, 1, 0]]
     got, want = (feed(model, cache, rows, None, list(range(250, 300))) for cache in (fixed, grows))
-    assert (got - want).abs().max() < 1e-3 * want.abs().max()
+    assert near(got, want)
 
 
 def test_generate_gives_the_same_tokens(model, ids):
@@ -167,7 +172,7 @@ def test_other_attention_takes_steps_too(ids, implementation, padded):
         cache.set_padding(mask)
     got, want = (feed(other, cache, ids, mask, [200, *range(201, 301)]) for cache in (fixed, grows))
     real = slice(None) if mask is None else mask[:, :300].bool()
-    assert (got - want)[real].abs().max() < 1e-3 * want.abs().max()
+    assert near(got[real], want[real])
     assert not fixed.layers[0].pending or fixed.layers[0].taken > 0
 
 
@@ -187,7 +192,7 @@ def test_steps_with_gradients_go_the_way_of_a_cache_that_grows(model, ids):
         at = int(fixed.get_seq_length())
         got, want = (model(ids[:, at : at + 1], **as_argument(cache)).logits for cache in (fixed, grows))
         assert got.requires_grad
-        assert (got - want).abs().max() < 1e-3 * want.abs().max()
+        assert near(got, want)
         for cache in (fixed, grows):
             cache.crop(-1)
     model.set_attn_implementation("logquant")
@@ -206,7 +211,7 @@ def test_cropped_to_nothing_it_begins_anew(model, ids, then):
         else:
             options = dict(max_new_tokens=20, do_sample=False, pad_token_id=0)
             outs.append(model.generate(ids[:, 7:190], **as_argument(cache), **options).float())
-    assert (outs[0] - outs[1]).abs().max() < 1e-3 * outs[1].abs().max()
+    assert near(*outs)
 
 
 @pytest.mark.parametrize("make", [LogQuantConfig.paper, LogQuantConfig.small, LogQuantConfig.fine])
@@ -215,7 +220,7 @@ def test_presets(ids, make):
     model.set_attn_implementation("logquant")
     fixed, grows = (LogQuantCache(model.config, make(), max_length=n) for n in (400, None))
     got, want = (feed(model, cache, ids, None, [200, *range(201, 300)]) for cache in (fixed, grows))
-    assert (got - want).abs().max() < 1e-3 * want.abs().max()
+    assert near(got, want)
 
 
 def test_queries_that_became_unknown_are_heard_again(model, ids):
@@ -226,7 +231,7 @@ def test_queries_that_became_unknown_are_heard_again(model, ids):
         cache.crop(-60)
     fixed, grows = copy.deepcopy(fixed), copy.deepcopy(grows)
     got, want = (feed(model, cache, ids, None, list(range(192, 300))) for cache in (fixed, grows))
-    assert (got - want).abs().max() < 1e-3 * want.abs().max()
+    assert near(got, want)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "qwen3", "deepseek_v3", "phi3"])
@@ -255,7 +260,7 @@ def test_a_full_cache_says_so_and_keeps_its_tokens_until_it_is_resized(model, id
     cache.resize(400)
     got = feed(model, cache, ids, None, list(range(251, 330)))
     want = feed(model, grows, ids, None, [200, *range(201, 330)])[:, 250:]
-    assert (got - want).abs().max() < 1e-3 * want.abs().max()
+    assert near(got, want)
     with pytest.raises(ValueError, match="with a max_length"):
         grows.resize(1000)
 
@@ -327,7 +332,7 @@ def test_a_forward_pass_that_ended_early_is_noticed_and_taken_back(model, ids):
         feed(model, cache, ids, None, [303])
     assert cache.rewind() == 301
     got, want = (feed(model, each, ids, None, list(range(302, 330))) for each in (cache, grows))
-    assert (got - want).abs().max() < 1e-3 * want.abs().max()
+    assert near(got, want)
 
 
 @pytest.mark.parametrize("look", [lambda c: c.nbytes, lambda c: c.commit(), copy.deepcopy, lambda c: c.report()])
@@ -337,7 +342,7 @@ def test_whoever_looks_leaves_the_next_step_as_it_was(model, ids, look):
     feed(model, grows, ids, None, [300])
     for end in range(301, 400):
         got, want = (feed(model, each, ids, None, [end]) for each in (cache, grows))
-        assert (got - want).abs().max() < 1e-3 * want.abs().max()
+        assert near(got, want)
         look(cache)
 
 
