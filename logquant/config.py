@@ -28,6 +28,15 @@ class KeyMaps(Protocol):
         ...
 
 
+@runtime_checkable
+class ResidualNets(Protocol):
+    """What stands for dropped tokens, trained for a model (:mod:`logquant.residual.trained`)."""
+
+    def features(self, layer: int, device: torch.device) -> object | None:
+        """Those of a layer, or None (:class:`logquant.residual.features.Features`)."""
+        ...
+
+
 @dataclass(frozen=True)
 class LogQuantConfig:
     """Settings of a cache; by default 2 bits, and the tokens exact that are attended to most.
@@ -68,8 +77,8 @@ class LogQuantConfig:
             those that none of the newest 256 queries found important, in each KV head for itself
             (:mod:`logquant.eviction.corm`). Needs the rule ``"recent"`` and a ``window`` of at least half as many.
         residual: given, a small state stands for the tokens that ``prune`` or ``evict`` has dropped:
-            ``"less(file=less.safetensors)"`` says how, and where what was trained for the model is
-            (:mod:`logquant.residual`).
+            ``"less(file=less.safetensors)"`` says how, and where what was trained for the model is, which the cache
+            reads; or that itself, a :class:`logquant.residual.trained.Trained`.
 
     Raises:
         ValueError: naming the field, what it was and what it must be.
@@ -92,7 +101,7 @@ class LogQuantConfig:
     channels: str | None = None
     prune: str | None = None
     evict: str | None = None
-    residual: str | None = None
+    residual: ResidualNets | str | None = None
 
     @classmethod
     def paper(cls, **changes: Any) -> LogQuantConfig:
@@ -255,10 +264,6 @@ class LogQuantConfig:
         """What is dropped of the tokens that leave the window; None if nothing is."""
         return None if self.evict is None else EvictSpec.parse(self.evict)
 
-    def residual_spec(self) -> ResidualSpec | None:
-        """What stands for dropped tokens; None if nothing does."""
-        return None if self.residual is None else ResidualSpec.parse(self.residual)
-
     def _check_evict(self, need: Callable[[bool, str, str], None]) -> None:
         """What ``evict`` asks of itself and of other fields: whether it is so, the field, and what it must be."""
         need(self.evict is None or isinstance(self.evict, str), "evict", "a text or None")
@@ -274,10 +279,11 @@ class LogQuantConfig:
 
     def _check_residual(self, need: Callable[[bool, str, str], None]) -> None:
         """The same of ``residual``."""
-        need(self.residual is None or isinstance(self.residual, str), "residual", "a text or None")
         if self.residual is None:
             return
-        ResidualSpec.parse(self.residual)
+        need(isinstance(self.residual, str | ResidualNets), "residual", "a text, what is trained, or None")
+        if isinstance(self.residual, str):
+            ResidualSpec.parse(self.residual)
         drops = self.prune is not None or self.evict is not None
         need(drops, "residual", "None without prune or evict, for whose dropped tokens it stands")
         need(self.recall is None, "recall", "None with residual, which is weighed against all that is held")

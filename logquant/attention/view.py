@@ -264,7 +264,7 @@ class KVView(View):
     def _parts(self, call: AttentionCall, most: int) -> Iterator[tuple[AttentionCall, Tensor | None]]:
         """At most so many queries at a time, and their positions int32 ``[1, n]`` if they see only those before."""
         q, mask, queries = call.query, call.mask, call.query.shape[2]
-        for first in range(0, queries, most):
+        for first in range(0, max(1, queries), max(1, most)):
             own, at = slice(first, min(first + most, queries)), None
             if call.causal:
                 before = self.length - queries

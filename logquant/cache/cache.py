@@ -18,7 +18,7 @@ from ..attention import compiled
 from ..config import LogQuantConfig
 from ..files import fingerprint, read, write
 from ..quantizer.calibration import Calibration, calibration_of, with_calibration
-from ..residual.trained import residual_of
+from ..residual.trained import residual_of, with_residual
 from .fixed_size import FixedSize
 from .layer import LogQuantLayer
 from .layout import Rows
@@ -77,16 +77,15 @@ class LogQuantCache(DynamicCache):
             raise TypeError(f"give either quantization or its fields, got both: {', '.join(options)}")
         if not isinstance(config, PreTrainedConfig):
             raise TypeError(f"config must be the model's configuration (model.config), got {type(config).__name__}")
-        self.quantization = with_calibration(quantization or LogQuantConfig(**options))
+        self.quantization = with_residual(with_calibration(quantization or LogQuantConfig(**options)))
         head_dim = getattr(config.get_text_config(decoder=True), "head_dim", None)
         if head_dim:
             self.quantization.page_format(head_dim)
         rows = Rows((self._empty_slots(config),))
         layers = DynamicCache(config=config).layers
-        if (calibration := calibration_of(self.quantization)) is not None:
-            calibration.check(config, [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer])
-        if (trained := residual_of(self.quantization)) is not None:
-            trained.check(config)
+        for learnt in calibration_of(self.quantization), residual_of(self.quantization):
+            if learnt is not None:
+                learnt.check(config, [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer])
         self.config, self._text_config = config, config.get_text_config(decoder=True)
         self.left_behind = LeftBehind(config)
         self._given = False
@@ -334,7 +333,7 @@ class LogQuantCache(DynamicCache):
             layers.append({"kind": _kind(layer), "state": state})
         described: dict[str, Any] = {
             "version": FILE_VERSION,
-            "settings": {name: value for name, value in asdict(self.quantization).items() if name != "calibration"},
+            "settings": self._settings(),
             "model": fingerprint(model if model is not None else self.config),
             "layers": layers,
         }
@@ -345,6 +344,12 @@ class LogQuantCache(DynamicCache):
             own, described["calibration"] = calibration.state()
             tensors |= own
         write(path, KIND, tensors, described)
+
+    def _settings(self) -> dict[str, Any]:
+        """The settings as a file has them: without the calibration, which is in it, and with the residual's file."""
+        settings = {name: value for name, value in asdict(self.quantization).items() if name != "calibration"}
+        trained = residual_of(self.quantization)
+        return settings | {"residual": None if trained is None else trained.setting}
 
     @classmethod
     def load(

@@ -95,7 +95,7 @@ def command(
                 raise bad("--model", f"attention with an output projection o_proj is needed, layer {layer} has none")
             nets[layer] = train(made.pop(layer), project, training, layer, advance)
             found[layer] = own = errors(nets[layer], others.pop(layer), project)
-            less = 1 - own.residual / own.dropping
+            less = 1 - own.residual / own.dropping if own.dropping else 0.0
             typer.echo(f"{layer:5}  {own.dropping:8.3f}  {own.residual:8.3f}  {less:8.0%}")
     better = sum(own.residual <= 0.7 * own.dropping for own in found.values())
     typer.echo(f"at least 30 % less in {better} of {len(found)} layers")

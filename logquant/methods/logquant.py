@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from ..cache.cache import LogQuantCache
 from ..config import LogQuantConfig
 from ..quantizer.calibration import with_calibration
+from ..residual.trained import with_residual
 from .layers.base import Settings
 from .registry import method
 
@@ -40,7 +41,7 @@ def _preset(name: str, make: Callable[..., LogQuantConfig]) -> None:
 
     @method(name, options=LogQuantConfig, without=("rule",))
     def settings(**options: Any) -> LogQuant:
-        return LogQuant(with_calibration(make(**options)))
+        return LogQuant(with_residual(with_calibration(make(**options))))
 
 
 _preset("logquant", LogQuantConfig)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from typing_extensions import Self
 
@@ -15,6 +16,11 @@ class Features(Protocol):
     @property
     def rank(self) -> int:
         """R, features of a head."""
+        ...
+
+    @property
+    def query_heads(self) -> int:
+        """Hq, for which it was made."""
         ...
 
     def check(self, heads: int, head_dim: int) -> None:
@@ -29,6 +35,10 @@ class Features(Protocol):
         """``[B, H, T, D]`` as float32 ``[B, H, T, R]``, 0 or more."""
         ...
 
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        ...
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All of it, by name."""
@@ -39,6 +49,6 @@ class Features(Protocol):
         """The inverse of :attr:`tensors`.
 
         Raises:
-            ValueError: tensors that are missing or do not fit each other.
+            ValueError: tensors that are missing, do not fit each other, or are not finite.
         """
         ...

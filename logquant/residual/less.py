@@ -46,7 +46,7 @@ class Less(NamedTuple):
 
         def matrix(count: int, rows: int, columns: int) -> Tensor:
             most = math.sqrt(6 / (rows + columns))
-            return torch.empty(count, rows, columns).uniform_(-most, most, generator=generator)
+            return torch.empty(count, rows, columns, dtype=torch.float32).uniform_(-most, most, generator=generator)
 
         return Less(
             matrix(query_heads, head_dim, hidden),
@@ -54,13 +54,17 @@ class Less(NamedTuple):
             matrix(heads, head_dim, hidden),
             matrix(heads, hidden, rank),
             matrix(heads, rank, rank),
-            torch.full((heads, 1, rank), _START),
-            torch.full((heads, 1, rank), _START),
+            torch.full((heads, 1, rank), _START, dtype=torch.float32),
+            torch.full((heads, 1, rank), _START, dtype=torch.float32),
         )
 
     @property
     def rank(self) -> int:
         return self.query_out.shape[2]
+
+    @property
+    def query_heads(self) -> int:
+        return self.query_in.shape[0]
 
     def check(self, heads: int, head_dim: int) -> None:
         if (heads, head_dim) != self.key_in.shape[:2]:
@@ -99,7 +103,12 @@ class Less(NamedTuple):
         if tuple(tuple(t.shape) for t in made) != want or query_heads % heads:
             got = ", ".join(f"{name} {list(t.shape)}" for name, t in made._asdict().items())
             raise ValueError(f"the tensors of a residual do not fit each other: {got}")
+        if not all(t.isfinite().all() for t in made):
+            raise ValueError("the tensors of a residual must be finite")
         return made
+
+    def to(self, device: torch.device) -> Less:
+        return self.map(lambda t: t.to(device))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Less:
         """With ``function`` applied to every tensor."""

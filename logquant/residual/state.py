@@ -21,6 +21,8 @@ from ..modes import lasting, own_arithmetic
 from .features import Features
 from .trained import residual_of
 
+_QUERIES_AT_ONCE = 1024
+
 
 def joined(left: Tensor, out: Tensor, lse: Tensor) -> Tensor:
     """Attention over what is held and what was dropped.
@@ -61,7 +63,7 @@ class Residual:
             return None
         features.check(keys.shape[1], keys.shape[3])
         shape = *keys.shape[:2], features.rank, values.shape[3] + 1
-        return Residual(features, torch.zeros(shape, device=keys.device))
+        return Residual(features, torch.zeros(shape, dtype=torch.float32, device=keys.device))
 
     @lasting
     def absorb(self, rows: slice, keys: Tensor, values: Tensor, dropped: Tensor) -> Residual:
@@ -84,18 +86,28 @@ class Residual:
         """Attention over what is held and what was dropped.
 
         Args:
-            query: ``[B, Hq, L, D]``.
+            query: ``[B, Hq, L, D]``; or, of one token, query heads as queries of their KV head.
             out: ``[B, Hq, L, Dv]``, attention over what is held.
             lse: float32 ``[B, Hq, L]``, its log-sum-exp; -inf where a query sees nothing, which stays so.
+
+        Raises:
+            ValueError: another number of query heads than the features are of.
         """
         with own_arithmetic(query.device):
             return self._join(query, out, lse)
 
     def _join(self, query: Tensor, out: Tensor, lse: Tensor) -> Tensor:
-        heads = self.sums.shape[1]
-        asked = self.features.of_queries(query).unflatten(1, (heads, -1)).flatten(2, 3)
-        left = (asked @ self.sums).view(*lse.shape, -1)
-        return joined(left, out.float(), lse).to(out.dtype)
+        batch, heads, queries, dim = query.shape
+        own, kv_heads = self.features.query_heads, self.sums.shape[1]
+        if heads != own and (heads != kv_heads or heads * queries != own):
+            raise ValueError(f"residual was made for {own} query heads, got {heads}")
+        query = query.reshape(batch, own, heads * queries // own, dim)
+        left = []
+        # The nets' hidden layers are larger than all else, so many queries come in portions.
+        for part in query.split(_QUERIES_AT_ONCE, 2):
+            asked = self.features.of_queries(part).unflatten(1, (kv_heads, -1)).flatten(2, 3)
+            left.append((asked @ self.sums).view(batch, own, part.shape[2], -1))
+        return joined(torch.cat(left, 2).view(*lse.shape, -1), out.float(), lse).to(out.dtype)
 
     def keeping(self, rows: list[bool]) -> Residual:
         """Of those rows of which tokens are still dropped, one for each row or one for all; 0 for the others."""
@@ -108,7 +120,7 @@ class Residual:
         """With ``function`` applied to the state, and the features where that is then."""
         sums, features = function(self.sums), self.features
         if sums.device != self.sums.device:
-            features = type(features).of_tensors({n: t.to(sums.device) for n, t in features.tensors.items()})
+            features = features.to(sums.device)
         return Residual(features, sums)
 
     def state(self) -> dict[str, Tensor]:

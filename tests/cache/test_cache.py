@@ -13,6 +13,7 @@ from logquant import LogQuantCache, LogQuantConfig
 from logquant.attention import handle, view
 from logquant.attention.call import AttentionCall
 from logquant.attention.handle import KVHandle
+from logquant.cache.layer import LogQuantLayer
 from logquant.cache.sizes import head_nbytes
 from logquant.compat import as_argument
 from logquant.ops import reference
@@ -84,6 +85,23 @@ def test_handles_stand_for_all_tokens_in_logical_order(portions):
     if portions[-1] > 1:
         exact = split_positions(start, 64, "log", layer.config.sinks)[1].long()
         assert torch.equal(keys.kv_view.dense()[0][:, :, exact], k[:, :, exact]), "what was exact still is, this once"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rule": "log"}, {"prune": "keydiff"}, {"recall": "means"}, {"rule": "recent", "evict": "corm(window=128)"}],
+    ids=str,
+)
+def test_no_new_tokens_are_attended_to(options):
+    """Some engines call a layer with none."""
+    layer = LogQuantLayer(LogQuantConfig(**options))
+    q, k, v = (torch.randn(1, n, 600, 64) for n in (4, 2, 2))
+    with torch.no_grad():
+        keys, _ = layer.update(k, v)
+        keys.kv_view.attend(AttentionCall(q, None, 0.2, causal=True))
+        keys, _ = layer.update(k[:, :, :0], v[:, :, :0])
+        for causal in (False, True):
+            assert keys.kv_view.compute(AttentionCall(q[:, :, :0], None, 0.2, causal=causal)).shape == (1, 4, 0, 64)
 
 
 def test_a_stale_handle_refuses():

@@ -16,6 +16,7 @@ from logquant.cache import commit, ragged
 from logquant.cache.layer import LogQuantLayer
 from logquant.compat import as_argument
 from logquant.eviction.corm import choose as choose_named
+from logquant.files import fingerprint, write
 from logquant.methods.registry import parse_cache
 from logquant.plan import sequence_nbytes
 from logquant.pruning.prompt import choose
@@ -146,11 +147,16 @@ def test_off_and_before_anything_is_dropped_it_is_bit_for_bit_as_ever(ids, less)
 
 
 def test_a_layer_without_features_drops_as_ever(ids, tmp_path):
-    model = tiny_model(num_hidden_layers=1)
-    wide = tiny_config(num_hidden_layers=1)
-    setting = write_features(tmp_path / "less", wide, layers=[5])
+    """The keys and values of the second layer come from what the first attends to."""
+    model = tiny_model()
+    setting = write_features(tmp_path / "less", model.config, layers=[1])
     caches = [LogQuantCache(model.config, prune=PRUNE, residual=own) for own in (None, setting)]
-    assert torch.equal(*(logits_of(model, cache, ids, [TOKENS, 3], "logquant") for cache in caches))
+    outs = [logits_of(model, cache, ids, [TOKENS, 3], "logquant") for cache in caches]
+    assert not torch.equal(*outs)
+    plain, own = (cache.layers[1].held.storage for cache in caches)
+    exact = caches[0].layers[1].rows.exact
+    assert torch.equal(plain.pages, own.pages)
+    assert torch.equal(plain.window_k[:, :, :exact], own.window_k[:, :, :exact])
 
 
 @pytest.mark.parametrize("rank", [4, 8])
@@ -260,7 +266,7 @@ def test_drafts_get_what_tokens_get_one_by_one(ids, less):
         ({"prune": PRUNE, "residual": "less"}, "file of residual must be what logquant train-residual has written"),
         ({"prune": PRUNE, "residual": "gru(file=x)"}, "kind of residual must be 'less', got 'gru'"),
         ({"prune": PRUNE, "residual": "less(rank=8)"}, "a setting of residual must be one of file, got rank"),
-        ({"prune": PRUNE, "residual": 5}, "residual must be a text or None, got 5"),
+        ({"prune": PRUNE, "residual": 5}, "residual must be a text, what is trained, or None, got 5"),
     ],
 )
 def test_bad_settings(settings, message):
@@ -288,7 +294,8 @@ def test_what_does_not_fit_is_refused(ids, less, tmp_path):
 
 def test_files_that_do_not_fit_are_refused(ids, tmp_path):
     model, path = tiny_model(num_hidden_layers=1), tmp_path / "less"
-    cache = LogQuantCache(model.config, prune=PRUNE, residual=write_features(path, model.config))
+    setting = write_features(path, model.config)
+    cache = LogQuantCache(model.config, prune=PRUNE, residual=setting)
     logits_of(model, cache, ids, [TOKENS], "logquant")
     layer = cache.layers[0]
     tensors, described = layer.state()
@@ -302,6 +309,7 @@ def test_files_that_do_not_fit_are_refused(ids, tmp_path):
         (net._replace(mix=2 * net.mix), "saved with another file of features"),
         (net._replace(mix=net.mix[:1]), "do not fit each other"),
         (net._replace(mix=net.mix.half()), "must be float32"),
+        (net._replace(mix=net.mix * torch.inf), "must be finite"),
     ):
         Trained("less", {0: changed}, Trained.load(path).model if message[0] == "s" else {}, {}).save(path)
         with pytest.raises(ValueError, match=message):
@@ -309,4 +317,69 @@ def test_files_that_do_not_fit_are_refused(ids, tmp_path):
         write_features(path, model.config)
     Path(path).write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match="damaged"):
-        LogQuantCache(model.config, cache.quantization)
+        LogQuantCache(model.config, prune=PRUNE, residual=setting)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("layers.0.mix", {"kind": ["less"]}, r"kind of residual in .* must be one of less, got \['less'\]"),
+        ("layers.0.mix", {"kind": "more"}, "must be one of less, got 'more'"),
+        ("mix", {}, "must be called layers.NUMBER.NAME, got 'mix'"),
+        ("layers.first.mix", {}, "got 'layers.first.mix'"),
+        ("layers.0.mix", {}, "a layer of a residual must have .*, lacks key_in"),
+    ],
+)
+def test_files_of_other_things_are_refused(tmp_path, name, changes, message):
+    described = {"version": 1, "kind": "less", "model": {}, "made": {}} | changes
+    write(tmp_path / "less", "residual", {name: torch.zeros(1)}, described)
+    with pytest.raises(ValueError, match=message):
+        Trained.load(tmp_path / "less")
+
+
+def test_the_file_is_read_once(ids, tmp_path):
+    """All layers of a cache have the same nets, whatever becomes of the file."""
+    model, path = tiny_model(), tmp_path / "less"
+    cache = LogQuantCache(model.config, prune=PRUNE, residual=write_features(path, model.config))
+    path.unlink()
+    logits_of(model, cache, ids, [TOKENS, 1], "logquant")
+    assert copy.deepcopy(cache).quantization == cache.quantization
+    cache.save(tmp_path / "cache")
+    with pytest.raises(FileNotFoundError, match="which residual names"):
+        LogQuantCache.load(tmp_path / "cache", model)
+    unsaved = Trained("less", {0: features(model.config, 0)}, fingerprint(model.config), {})
+    with pytest.raises(ValueError, match="residual must be read from a file for a cache to be saved"):
+        LogQuantCache(model.config, prune=PRUNE, residual=unsaved).save(tmp_path / "other")
+    beyond = Trained("less", {7: features(model.config, 7)}, fingerprint(model.config), {})
+    with pytest.raises(ValueError, match=r"among those with full attention, \[0, 1\]; got \[7\]"):
+        LogQuantCache(model.config, prune=PRUNE, residual=beyond)
+
+
+def test_the_sums_are_float32_under_every_default(ids, less):
+    model, default = tiny_model(), torch.get_default_dtype()
+    cache = LogQuantCache(model.config, prune=PRUNE, residual=less)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert logits_of(model, cache, ids, [TOKENS, 1], "logquant").isfinite().all()
+    finally:
+        torch.set_default_dtype(default)
+    assert cache.layers[0].held.storage.residual.sums.dtype == torch.float32
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_query_heads_may_come_as_queries_of_their_kv_head(tmp_path, heads):
+    config = tiny_config(num_key_value_heads=heads)
+    layer = LogQuantLayer(LogQuantConfig(prune=PRUNE, residual=write_features(tmp_path / "less", config)))
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 601, 32, generator=random) for n in (4, heads, heads))
+    with torch.no_grad():
+        keys, _ = layer.update(k[:, :, :600], v[:, :, :600])
+        keys.kv_view.attend(AttentionCall(q[:, :, :600], None, 0.2, causal=True))
+        keys, _ = layer.update(k[:, :, 600:], v[:, :, 600:])
+        call = AttentionCall(q[:, :, 600:], None, 0.2)
+        want = keys.kv_view.compute(call)
+        folded = call._replace(query=call.query.reshape(1, heads, 4 // heads, 32))
+        got = keys.kv_view.compute(folded)
+        assert torch.allclose(got.flatten(1, 2), want.flatten(1, 2), atol=1e-5)
+        with pytest.raises(ValueError, match="made for 4 query heads, got 8"):
+            keys.kv_view.compute(call._replace(query=call.query.repeat(1, 2, 1, 1)))
