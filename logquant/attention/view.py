@@ -245,7 +245,11 @@ class KVView(View):
             raise RuntimeError("residual computes no gradients: call the model under torch.no_grad()")
         if self.ragged is not None and not self.plain:
             out, lse = self._attend_ragged(call, self.ragged)
-            return out if residual is None else residual.join(q, out, lse)
+            if residual is None:
+                return out
+            # The operator has one sink for all rows, so it has not counted these.
+            lse = lse if call.sinks is None else torch.logaddexp(lse, call.sinks.float()[None, :, None])
+            return residual.join(q, out, lse)
         if residual is not None:
             return self._attend_with(residual, call)
         if self.plain or not self._is_fused(queries) or records(q, self.keys, self.values):
@@ -264,13 +268,16 @@ class KVView(View):
     def _parts(self, call: AttentionCall, most: int) -> Iterator[tuple[AttentionCall, Tensor | None]]:
         """At most so many queries at a time, and their positions int32 ``[1, n]`` if they see only those before."""
         q, mask, queries = call.query, call.mask, call.query.shape[2]
-        for first in range(0, max(1, queries), max(1, most)):
-            own, at = slice(first, min(first + most, queries)), None
-            if call.causal:
-                before = self.length - queries
-                at = torch.arange(before + own.start, before + own.stop, dtype=torch.int32, device=q.device)[None]
+        at = None
+        if call.causal:
+            at = torch.arange(self.length - queries, self.length, dtype=torch.int32, device=q.device)[None]
+        if queries <= most:
+            yield call, at
+            return
+        for first in range(0, queries, most):
+            own = slice(first, first + most)
             own_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, own]
-            yield call._replace(query=q[:, :, own], mask=own_mask), at
+            yield call._replace(query=q[:, :, own], mask=own_mask), None if at is None else at[:, own]
 
     def _attend_fused(
         self, call: AttentionCall, at: Tensor | None, given: Tensor | None
@@ -309,7 +316,7 @@ class KVView(View):
         return outs[0] if at_once else torch.cat(outs, 2)
 
     def _attend_ragged(self, call: AttentionCall, ragged: RaggedPages) -> tuple[Tensor, Tensor]:
-        """Attention where KV heads have pages of their own, and its log-sum-exp, sinks included."""
+        """Attention where KV heads have pages of their own, and its log-sum-exp without sinks."""
         q, mask, scale, softcap, sinks, causal, _ = call
         if records(q, self.keys, self.values):
             raise RuntimeError("evict computes no gradients: call the model under torch.no_grad()")
@@ -331,13 +338,11 @@ class KVView(View):
             )
             found.append(lse)
             outs.append(out if sinks is None else with_sinks(out, lse, sinks))
-        lse = self.lse = torch.cat(found, 2)
-        if sinks is not None:
-            lse = torch.logaddexp(lse, sinks.float()[None, :, None])
+        self.lse = torch.cat(found, 2)
         out = torch.cat(outs, 2)
         if self.units.value:
             out = scaled(out, self.units.value)
-        return out if out.dtype == q.dtype else out.to(q.dtype), lse
+        return out if out.dtype == q.dtype else out.to(q.dtype), self.lse
 
     def _attend_by_slot(self, call: AttentionCall) -> Tensor:
         """Attention over dequantised tokens slot by slot, where not every position has one."""

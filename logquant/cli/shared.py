@@ -122,14 +122,14 @@ def errors_of(option: str) -> Iterator[None]:
         raise bad(option, error) from error
 
 
-def number_list(option: str, text: str) -> list[int]:
-    """Positive numbers, separated by commas."""
+def number_list(option: str, text: str, least: int = 1) -> list[int]:
+    """Whole numbers from ``least`` on, separated by commas."""
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         raise bad(option, f"whole numbers separated by commas are needed, got {text!r}") from None
-    if min(numbers) < 1:
-        raise bad(option, f"numbers must be at least 1, got {text!r}")
+    if min(numbers) < least:
+        raise bad(option, f"numbers must be at least {least}, got {text!r}")
     return numbers
 
 

@@ -17,6 +17,7 @@ from .shared import (
     errors_of,
     load_model,
     not_among,
+    number_list,
     one_cache,
     progress,
     texts,
@@ -108,11 +109,8 @@ def command(
 
 def _layers(text: str) -> list[int]:
     """Numbers of layers, from 0."""
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise bad("--layers", f"whole numbers separated by commas are needed, got {text!r}") from None
-    if min(numbers) < 0 or len(set(numbers)) < len(numbers):
+    numbers = number_list("--layers", text, least=0)
+    if len(set(numbers)) < len(numbers):
         raise bad("--layers", f"different numbers from 0 on are needed, got {text!r}")
     return numbers
 

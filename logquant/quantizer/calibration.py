@@ -8,28 +8,24 @@ no memory of a sequence. :func:`logquant.quantizer.calibrate.calibrate` makes th
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..config import LogQuantConfig
-from ..files import digest, fingerprint, read, write
 from ..format import PageFormat
+from ..learnt import Learnt
 from . import columns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-FILE_VERSION = 1
-KIND = "calibration"
 
-
-class Calibration:
-    """What calibration has found out about a model; it never changes, so caches and their copies share it.
+class Calibration(Learnt):
+    """What calibration has found out about a model.
 
     The scores of channels are kept and not the maps that follow from them, so that one file serves every page format.
 
@@ -42,6 +38,8 @@ class Calibration:
     Raises:
         ValueError: scores that are not float32 ``[H, D]``, finite and 0 or more.
     """
+
+    what = "calibration"
 
     def __init__(self, key_scores: Mapping[int, Tensor], model: Mapping[str, str], tokens: int) -> None:
         for layer, score in key_scores.items():
@@ -57,34 +55,13 @@ class Calibration:
     def __repr__(self) -> str:
         return f"Calibration({len(self._key_scores)} layers, {self.tokens:,} tokens)"
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Calibration) and self._identity == other._identity
-
-    def __hash__(self) -> int:
-        return hash(self._identity)
-
-    def __deepcopy__(self, memo: object) -> Calibration:
-        return self
-
-    @functools.cached_property
-    def _identity(self) -> str:
-        return digest(*self.state())
-
     @property
     def layers(self) -> list[int]:
         """Those that have statistics."""
         return sorted(self._key_scores)
 
     def check(self, config: PreTrainedConfig, layers: list[int]) -> None:
-        """Refuse another model than that of the calibration (ValueError).
-
-        Args:
-            config: the model's configuration.
-            layers: its layers with full attention.
-        """
-        # Not its weights: rounded to another dtype they differ, and the statistics do not.
-        if self.model.get("config") != fingerprint(config)["config"]:
-            raise ValueError("calibration was made for another model: its config differs from that of the model given")
+        super().check(config, layers)
         if missing := [layer for layer in layers if layer not in self._key_scores]:
             raise ValueError(f"calibration must have statistics of every layer with full attention, lacks {missing}")
 
@@ -106,13 +83,12 @@ class Calibration:
         return self._key_maps[key]
 
     # ------------------------------------------------------------------------------------------------------- files
-    def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
-        """All of it, as the tensors and the description of a file."""
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"layers.{layer}.key_scores": score for layer, score in self._key_scores.items()}
-        return tensors, {"version": FILE_VERSION, "model": self.model, "tokens": self.tokens}
+        return tensors, {"version": self.file_version, "model": self.model, "tokens": self.tokens}
 
     @classmethod
-    def from_state(cls, tensors: Mapping[str, Tensor], described: Mapping[str, object]) -> Calibration:
+    def from_state(cls, tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> Calibration:
         """The inverse of :meth:`state`; tensors of other names are left alone.
 
         Raises:
@@ -121,25 +97,7 @@ class Calibration:
         if missing := sorted({"model", "tokens"} - described.keys()):
             raise ValueError(f"the description of a calibration must have model and tokens, lacks {missing}")
         scores = {int(n.split(".")[1]): t for n, t in tensors.items() if n.endswith(".key_scores")}
-        return cls(scores, described["model"], described["tokens"])  # type: ignore[arg-type]
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file. A file that is there is replaced once the new one is complete.
-
-        Raises:
-            OSError: the file cannot be written; nothing is left of it.
-        """
-        write(path, KIND, *self.state())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Calibration:
-        """Read a file that :meth:`save` has written.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: a damaged file, or one of another kind or format version.
-        """
-        return cls.from_state(*read(path, KIND, FILE_VERSION))
+        return cls(scores, described["model"], described["tokens"])
 
 
 def calibration_of(config: LogQuantConfig) -> Calibration | None:

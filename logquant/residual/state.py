@@ -10,13 +10,13 @@ The sums over K are the output and the log-sum-exp that the operator gives, so n
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from ..config import LogQuantConfig
+from ..files import digest
 from ..modes import lasting, own_arithmetic
 from .features import Features
 from .trained import residual_of
@@ -133,21 +133,19 @@ class Residual:
         Raises:
             ValueError: a state that is missing, of another shape, or made with other features.
         """
-        sums, digest = (tensors.get(f"residual.{name}", torch.empty(())) for name in ("sums", "digest"))
+        sums, saved = (tensors.get(f"residual.{name}", torch.empty(())) for name in ("sums", "digest"))
         if sums.shape != self.sums.shape or sums.dtype != torch.float32:
             raise ValueError(
                 f"residual must have float32 sums {list(self.sums.shape)}, got {sums.dtype} {list(sums.shape)}"
             )
-        if not torch.equal(digest.cpu(), self._digest):
+        if not torch.equal(saved.cpu(), self._digest):
             raise ValueError("residual was saved with another file of features than the one that the cache names")
         return Residual(self.features, sums)
 
     @property
     def _digest(self) -> Tensor:
-        found = hashlib.sha256()
-        for name, tensor in sorted(self.features.tensors.items()):
-            found.update(f"{name} {list(tensor.shape)}".encode() + tensor.cpu().contiguous().numpy().tobytes())
-        return torch.frombuffer(bytearray(found.digest()), dtype=torch.uint8)
+        own = {name: t.cpu().contiguous() for name, t in self.features.tensors.items()}
+        return torch.frombuffer(bytearray.fromhex(digest(own, {})), dtype=torch.uint8)
 
     @property
     def nbytes(self) -> int:

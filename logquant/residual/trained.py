@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import re
 from collections.abc import Mapping
@@ -15,55 +14,39 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..config import LogQuantConfig
-from ..files import digest, fingerprint, read, write
+from ..learnt import Learnt
 from ..residual_spec import ResidualSpec
 from . import KINDS
 from .features import Features
 
-FILE_VERSION = 1
-KIND = "residual"
 
-
-class Trained:
-    """Features of a model's layers. They never change, so caches share them.
+class Trained(Learnt):
+    """Features of a model's layers.
 
     Args:
         kind: one of :data:`logquant.residual.KINDS`.
         layers: features by layer, on the CPU; a layer that is not there has no residual.
         model: what identifies the model (:func:`logquant.files.fingerprint`).
         made: what they were trained with, for people to read.
+
+    Attributes:
         file: where they were read from; None if they were not.
 
     Raises:
         ValueError: no layers.
     """
 
+    what = "residual"
+
     def __init__(
-        self,
-        kind: str,
-        layers: Mapping[int, Features],
-        model: Mapping[str, str],
-        made: Mapping[str, object],
-        file: str | None = None,
+        self, kind: str, layers: Mapping[int, Features], model: Mapping[str, str], made: Mapping[str, object]
     ) -> None:
         if not layers:
             raise ValueError("layers of a residual must be at least one, got none")
-        self.kind, self.model, self.made, self.file = kind, dict(model), dict(made), file
+        self.kind, self.model, self.made = kind, dict(model), dict(made)
+        self.file: str | None = None
         self._layers = dict(layers)
         self._on: dict[tuple[int, torch.device], Features] = {}
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Trained) and self._identity == other._identity
-
-    def __hash__(self) -> int:
-        return hash(self._identity)
-
-    def __deepcopy__(self, memo: object) -> Trained:
-        return self
-
-    @functools.cached_property
-    def _identity(self) -> str:
-        return digest(*self.state())
 
     @property
     def setting(self) -> str:
@@ -92,57 +75,39 @@ class Trained:
         return self._on[key]
 
     def check(self, config: PreTrainedConfig, layers: list[int]) -> None:
-        """Refuse another model than that of the features (ValueError).
-
-        Args:
-            config: the model's configuration.
-            layers: its layers with full attention.
-        """
-        # Not its weights: rounded to another dtype they differ, and what is trained serves them, too.
-        if self.model.get("config") != fingerprint(config)["config"]:
-            raise ValueError("residual was made for another model: its config differs from that of the model given")
+        super().check(config, layers)
         if others := sorted(set(self.layers) - set(layers)):
             raise ValueError(f"layers of residual must be among those with full attention, {layers}; got {others}")
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All of it, as the tensors and the description of a file."""
         tensors = {
             f"layers.{layer}.{name}": t.detach().cpu().contiguous()
             for layer, features in self._layers.items()
             for name, t in features.tensors.items()
         }
-        return tensors, {"version": FILE_VERSION, "kind": self.kind, "model": self.model, "made": self.made}
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file. A file that is there is replaced once the new one is complete.
-
-        Raises:
-            OSError: the file cannot be written; nothing is left of it.
-        """
-        write(path, KIND, *self.state())
+        return tensors, {"version": self.file_version, "kind": self.kind, "model": self.model, "made": self.made}
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Trained:
-        """Read a file that :meth:`save` has written.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: a damaged file, or one of another kind or format version.
-        """
-        tensors, described = read(path, KIND, FILE_VERSION)
+    def from_state(cls, tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> Trained:
         if missing := sorted({"kind", "model", "made"} - described.keys()):
             raise ValueError(f"the description of a residual must have kind, model and made, lacks {missing}")
         kind = described["kind"]
         if not isinstance(kind, str) or kind not in KINDS:
-            raise ValueError(f"kind of residual in {path} must be one of {', '.join(KINDS)}, got {kind!r}")
+            raise ValueError(f"kind of residual in a file must be one of {', '.join(KINDS)}, got {kind!r}")
         by_layer: dict[int, dict[str, Tensor]] = {}
         for full, tensor in tensors.items():
             found = re.fullmatch(r"layers\.(\d+)\.(\w+)", full)
             if found is None:
-                raise ValueError(f"a tensor in {path} must be called layers.NUMBER.NAME, got {full!r}")
+                raise ValueError(f"a tensor of a residual must be called layers.NUMBER.NAME, got {full!r}")
             by_layer.setdefault(int(found[1]), {})[found[2]] = tensor
         layers = {layer: KINDS[kind].of_tensors(own) for layer, own in sorted(by_layer.items())}
-        return cls(kind, layers, described["model"], described["made"], os.fspath(path))
+        return cls(kind, layers, described["model"], described["made"])
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Trained:
+        trained = super().load(path)
+        trained.file = os.fspath(path)
+        return trained
 
 
 def residual_of(config: LogQuantConfig) -> Trained | None:

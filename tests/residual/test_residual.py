@@ -20,7 +20,9 @@ from logquant.files import fingerprint, write
 from logquant.methods.registry import parse_cache
 from logquant.plan import sequence_nbytes
 from logquant.pruning.prompt import choose
+from logquant.residual import KINDS
 from logquant.residual.trained import Trained
+from logquant.residual_spec import RESIDUALS
 from tests.helpers.masks import causal_mask, pad_mask
 from tests.helpers.models import generate, logits_of, tiny_config, tiny_model
 from tests.helpers.prompts import Prompt, record_prompts
@@ -335,6 +337,10 @@ def test_files_of_other_things_are_refused(tmp_path, name, changes, message):
     write(tmp_path / "less", "residual", {name: torch.zeros(1)}, described)
     with pytest.raises(ValueError, match=message):
         Trained.load(tmp_path / "less")
+
+
+def test_every_kind_that_a_setting_may_name_is_there():
+    assert tuple(KINDS) == RESIDUALS
 
 
 def test_the_file_is_read_once(ids, tmp_path):

@@ -81,10 +81,10 @@ struct FineDigits {
   }
 
   // Of the k-th vector of lanes and word w, above low digits of which the last is at bit kLow of its half.
-  template <int kLow>
+  template <int bits, int kLow>
   LOGQUANT_INLINE I32 above(int k, int w) const {
-    constexpr int kDown = 8 - 2 - kLow;
-    return shift_right(load(digits[k]), kDown + 2 * w) & shift_right(mask, kDown);
+    constexpr int kDown = 8 - bits - kLow;
+    return shift_right(load(digits[k]), kDown + bits * w) & shift_right(mask, kDown);
   }
 
   const char* digits[kVectors];
@@ -116,7 +116,7 @@ LOGQUANT_INLINE void dot_codes(const int32_t* words, int count, int64_t stride, 
       }
       if constexpr (Fine::kAny && i == kPairs - 1) {
         for (int k = 0; k < kVectors; ++k) {
-          codes[k] |= fine.template above<bits * kPlace>(k, w);
+          codes[k] |= fine.template above<bits, bits * kPlace>(k, w);
         }
       }
       for (int r = 0; r < NR; ++r) {
