@@ -13,8 +13,8 @@ pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own: .c
 
 
 def test_kl_to_vllms_own_cache(data_dir, smollm2, smollm2_tokenizer, tmp_path):
-    """In bfloat16, of which 0.0007 are two ways to compute the same attention; in small chunks alone, which are slow:
-    however a text is cut, pages and what queries see are the same (test_pool.py)."""
+    """In float32: in bfloat16, which takes twice as long here, two ways to compute the same attention are 0.0007 apart.
+    And in small chunks: however a text is cut, pages and what queries see are the same (test_pool.py)."""
     import torch
 
     from logquant.quantizer.calibrate import calibrate
@@ -24,8 +24,9 @@ def test_kl_to_vllms_own_cache(data_dir, smollm2, smollm2_tokenizer, tmp_path):
     file = tmp_path / "calibration.safetensors"
     calibrate(smollm2, map(torch.tensor, ids)).save(file)
     book = data_dir / "dev/books/pride_and_prejudice_1342.txt"
-    command = [sys.executable, "-m", "benchmarks.vllm_kl", str(book), "--calibration", str(file), "--chunks", "64"]
+    command = [sys.executable, "-m", "benchmarks.vllm_kl", str(book), "--calibration", str(file)]
+    command += ["--chunks", "64", "--dtype", "float32"]
     done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     (kl,) = re.findall(r"chunks of 64: KL (\S+) over 2,000 positions", done.stdout)
-    assert 0.001 < float(kl) <= 0.004
+    assert 0.001 < float(kl) <= 0.0035
