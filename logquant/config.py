@@ -249,6 +249,11 @@ class LogQuantConfig:
         spec = RecallSpec.parse(self.recall)
         return spec if layer >= spec.skip else None
 
+    @property
+    def clusters(self) -> bool:
+        """Whether the pages of a prompt are clusters of its tokens."""
+        return self.recall is not None and RecallSpec.parse(self.recall).order == "clusters"
+
     def _columns_of(self, head_dim: int) -> int:
         """Columns of key codes of one KV head."""
         if self.channels is not None:
@@ -289,7 +294,7 @@ class LogQuantConfig:
         need(self.recall is None, "recall", "None with residual, which is weighed against all that is held")
 
     def budget(self, head_dim: int | None) -> Budget | None:
-        """How much stays of a prompt; None if all does.
+        """What becomes of a prompt's tokens; None if all are packed as they came.
 
         Args:
             head_dim: channels of a key and of a value; None if they are not known.
@@ -298,7 +303,8 @@ class LogQuantConfig:
             ValueError: bytes that stay are given, and ``head_dim`` is not; or a dimension that no page can hold.
         """
         spec = self.prune_spec()
-        if spec is None:
+        if spec is None and not self.clusters:
             return None
-        page_nbytes = None if head_dim is None or spec.nbytes is None else self.page_format(head_dim).nbytes
-        return Budget(spec, self.page_size, page_nbytes)
+        by_bytes = spec is not None and spec.nbytes is not None
+        page_nbytes = self.page_format(head_dim).nbytes if by_bytes and head_dim is not None else None
+        return Budget(spec, self.page_size, page_nbytes, self.clusters)

@@ -9,6 +9,7 @@ from .nested import parse_nested, read_settings
 
 # Their code is in logquant/recall.
 CHOOSERS = ("both", "means", "bounds")
+ORDERS = ("time", "clusters")
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class RecallSpec:
         pages: the share of a sequence's pages that a query reads, above 0, up to 1.
         tokens: given, so many tokens of pages, rounded up to whole pages, instead of a share.
         skip: layers of the model, from the first on, that read all pages.
+        order: how the tokens of a prompt share pages: as they came (``"time"``), or ``"clusters"``, each KV head those
+            whose keys are alike (:mod:`logquant.recall.clusters`).
 
     Raises:
         ValueError: naming the setting, what it was and what it must be.
@@ -29,6 +32,7 @@ class RecallSpec:
     pages: float = 0.25
     tokens: int | None = None
     skip: int = 2
+    order: str = "time"
 
     def __post_init__(self) -> None:
         def need(ok: bool, name: str, what: str) -> None:
@@ -39,6 +43,7 @@ class RecallSpec:
         need(0 < self.pages <= 1, "pages", "a share above 0, up to 1")
         need(self.tokens is None or self.tokens > 0, "tokens", "a positive whole number")
         need(self.skip >= 0, "skip", "a whole number of layers, 0 or more")
+        need(self.order in ORDERS, "order", " or ".join(ORDERS))
 
     @staticmethod
     def parse(text: str) -> RecallSpec:
@@ -48,7 +53,7 @@ class RecallSpec:
             ValueError: an unknown chooser or setting, a bad one, or both ``pages`` and ``tokens``.
         """
         chooser, given = parse_nested(text)
-        options = read_settings("recall", given, {"pages": float, "tokens": int, "skip": int})
+        options = read_settings("recall", given, {"pages": float, "tokens": int, "skip": int, "order": str})
         if {"pages", "tokens"} <= given.keys():
             raise ValueError("recall must have either pages or tokens, got both")
         return RecallSpec(chooser, **options)

@@ -206,7 +206,7 @@ class KVView(View):
 
     @property
     def complete(self) -> bool:
-        """Whether all tokens that have come are still there."""
+        """Whether all tokens that have come are still there, in the same places of all KV heads."""
         return self.rows.complete and (self.ragged is None or not max(self.rows.packed_counts))
 
     def check_current(self) -> None:
@@ -218,14 +218,14 @@ class KVView(View):
 
         Raises:
             RuntimeError: the layer was updated since.
-            ValueError: the mask asks for padding, which is not kept; or hides tokens of which some were dropped.
+            ValueError: the mask asks for padding, which is not kept; or hides tokens of which KV heads have others.
         """
         self.check_current()
         self.rows.real_positions(mask, self.new, self.keys.shape[0])
         if mask is not None and not self.complete and not self.rows.all_seen(mask).all():
             raise ValueError(
-                "attention_mask must show all tokens that came before, and add nothing to their scores: prune or evict "
-                "has dropped some, and each KV head has kept others"
+                "attention_mask must show all tokens that came before, and add nothing to their scores: with prune, "
+                "evict or order=clusters each KV head has chosen among them"
             )
 
     def attend(self, call: AttentionCall) -> Tensor:
@@ -381,15 +381,15 @@ class KVView(View):
         """All keys ``[B, H, T, D]`` and values ``[B, H, T, Dv]``, dequantised, by position; 0 where padding was.
 
         Raises:
-            RuntimeError: some tokens have been dropped.
+            RuntimeError: some tokens have been dropped, or KV heads have them in other places.
         """
         if self.plain:
             return self.keys, self.values
         if not self.complete:
             raise RuntimeError(
-                "prune or evict has dropped tokens of this LogQuant cache, so there are no keys and values of all "
-                'positions: attention must be model.set_attn_implementation("logquant") (or "sdpa"), which goes by '
-                "what is there"
+                "with prune, evict or order=clusters each KV head of this LogQuant cache has chosen among tokens, so "
+                "there are no keys and values of all positions: attention must be "
+                'model.set_attn_implementation("logquant") (or "sdpa"), which goes by what is there'
             )
         if self._dense is None:
             slot_of = self._slot_of_position()

@@ -169,7 +169,8 @@ class Chosen(NamedTuple):
                 leaving, staying = self._least(own, count, decided)
                 leaving, staying = (source[0].index_select(0, x.flatten()).view_as(x) for x in (leaving, staying))
             kept = left.packed - held.packed
-            made.append(Move(of, held.packed, source.shape[1], leaving, staying, is_step=False, packs=kept))
+            by_head = left.pruned != held.pruned
+            made.append(Move(of, held.packed, source.shape[1], leaving, staying, False, kept, by_head))
         return made
 
     def _least(self, weight: Tensor, count: int, decided: int) -> tuple[Tensor, Tensor]:
@@ -201,7 +202,7 @@ class Chosen(NamedTuple):
             staying = torch.arange(m.tokens, device=at.device)[None] if m.staying is None else m.staying.long()
             staying = staying.expand(len(at), -1)
             leave, stay = at.gather(1, m.leaving.long().expand(len(at), -1)), at.gather(1, staying)
-            if m.packs < count:  # which of them are packed differs from head to head
+            if m.by_head:
                 leave = torch.cat([leave, stay], 1).amin(1, keepdim=True)
             packed[m.rows, m.packed : m.packed + m.packs] = leave
             exact[m.rows, : staying.shape[1]] = stay

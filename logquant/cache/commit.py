@@ -7,10 +7,12 @@ from torch import Tensor
 
 from .. import ops
 from ..attention.view import Layout
+from ..config import LogQuantConfig
 from ..pruning.prompt import Prompt, choose
 from ..quantizer.advice import Advice, Leaving
 from ..quantizer.feedback import Attention, select
 from ..quantizer.queries import MAP_QUERIES, RecentQueries
+from ..recall.clusters import clusters
 from ..recall.index import PageIndex
 from ..rule import evicted_slots
 from .layout import Move, Rows
@@ -48,7 +50,7 @@ class Commit:
         ragged: the same afterwards.
 
     Raises:
-        RuntimeError: a prompt is to be pruned, and its queries are not known.
+        RuntimeError: KV heads are to choose tokens of a prompt for themselves, and its queries are not known.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class Commit:
         self._storage, self._given, self.ragged = storage, given, ragged
         self._residual = storage.residual
         keys, values, in_window = exact.keys.detach(), exact.values.detach(), exact.in_window
-        moves = [m if m.packs == m.leaving.shape[1] else self._pruned(keys, m, padded, asked) for m in moves]
+        moves = [self._by_head(keys, m, padded, asked) if m.by_head else m for m in moves]
         # One step of the rule on the window is done in place.
         self._steps = [m for m in moves if in_window and m.is_step and ragged is None]
         others = [m for m in moves if not (in_window and m.is_step and ragged is None)]
@@ -172,21 +174,27 @@ class Commit:
         found = torch.searchsorted(slots[0], move.packing).int()  # a row with padding moves by itself
         return Leaving(move.rows, select(keys[move.rows], slots), found, given)
 
-    def _pruned(self, keys: Tensor, move: Move, padded: bool, asked: RecentQueries | None) -> Move:
-        """The move of a prompt with those tokens chosen that become packed."""
-        spec = self._storage.config.prune_spec()
-        assert spec is not None
+    def _by_head(self, keys: Tensor, move: Move, padded: bool, asked: RecentQueries | None) -> Move:
+        """The move of a prompt with what each KV head has chosen: which tokens become packed, and in which order."""
+        config = self._storage.config
         if asked is None:
             raise RuntimeError(
-                "prune drops tokens, so attention must go by what the cache holds, and tell its queries, and has not: "
+                "prune and order=clusters have each KV head choose among the tokens of a prompt, so attention must go "
+                "by what the cache holds, and tell its queries, and has not: "
                 'model.set_attn_implementation("logquant") (or "sdpa") does both'
             )
-        leaving = self._leaving(keys, move, padded)
-        newest = asked.map(lambda t: t[move.rows]).keep(min(max(1, spec.pruner.queries), leaving.keys.shape[2]))
-        prompt = Prompt(newest.query, leaving.keys, asked.scale, asked.softcap)
-        chosen = choose(spec.pruner, prompt, leaving.tokens, move.packs)
-        every = move.leaving.long()[:, None].expand(*chosen.shape[:2], -1)
-        return move._replace(kept=every.gather(2, chosen))
+        kept = move.leaving.long()[:, None].expand(keys[move.rows].shape[0], keys.shape[1], -1)
+        if move.packs < kept.shape[2]:
+            spec, leaving = config.prune_spec(), self._leaving(keys, move, padded)
+            assert spec is not None
+            newest = asked.map(lambda t: t[move.rows]).keep(min(max(1, spec.pruner.queries), leaving.keys.shape[2]))
+            prompt = Prompt(newest.query, leaving.keys, asked.scale, asked.softcap)
+            kept = kept.gather(2, choose(spec.pruner, prompt, leaving.tokens, move.packs))
+        if config.clusters:
+            kept = kept.gather(2, clusters(select(keys[move.rows], kept), config.page_size))
+            if self._given is not None:
+                kept = _by_attention(kept, self._given[move.rows].gather(2, kept), config)
+        return move._replace(kept=kept)
 
     def _options(self, move: Move, attention: Attention | None, tokens: slice) -> dict[str, Tensor]:
         return self.advice.options(move.rows, attention, tokens)
@@ -257,6 +265,13 @@ class Commit:
             count=config.window,
             **options,
         )
+
+
+def _by_attention(tokens: Tensor, given: Tensor, config: LogQuantConfig) -> Tensor:
+    """Tokens of pages ``[B, H, n]``, within a page by falling attention, as the rule ``attention`` has them."""
+    pages, given = (x.unflatten(2, (-1, config.page_size)) for x in (tokens, given))
+    by_rank: Tensor = pages.gather(3, given.argsort(dim=3, descending=True, stable=True))
+    return (by_rank[..., config.ranks] if config.fine_values else by_rank).flatten(2)
 
 
 def _staying(tokens: Tensor, move: Move) -> Tensor:

@@ -25,7 +25,8 @@ class Move(NamedTuple):
             already.
         is_step: whether this is one eviction of the rule from a window without gaps.
         packs: how many of those that leave become packed; fewer where a prompt is pruned.
-        kept: which, of each KV head, ``[rows, H, packs]``; None: all, or it is not known yet.
+        by_head: whether each KV head chooses which, or in which order.
+        kept: which, of each KV head, ``[rows, H, packs]``; None: all as they leave, or it is not known yet.
     """
 
     rows: slice
@@ -35,6 +36,7 @@ class Move(NamedTuple):
     staying: Tensor | None
     is_step: bool
     packs: int
+    by_head: bool = False
     kept: Tensor | None = None
 
     @property
@@ -105,7 +107,7 @@ class Rows(Memo):
 
     @property
     def complete(self) -> bool:
-        """Whether all tokens that have come are still there."""
+        """Whether all tokens that have come are still there, in the same places of all KV heads."""
         return all(s.pruned == ALL_KEPT for s in self.slots)
 
     @property
@@ -161,6 +163,7 @@ class Rows(Memo):
             came = torch.arange(new, dtype=torch.int32) if real is None else real[row].nonzero().squeeze(1).int()
             source = torch.cat([torch.arange(held.exact, dtype=torch.int32), held.exact + came])
             leaving, staying = (source[ranks.long()] for ranks in held.moves(len(came), self.reserved))
+            after = held.append(len(came), self.reserved)
             in_place = torch.equal(staying, torch.arange(len(staying), dtype=torch.int32))
             made.append(
                 Move(
@@ -170,7 +173,8 @@ class Rows(Memo):
                     leaving.to(device)[None],
                     None if in_place else staying.to(device)[None],
                     len(leaving) == held.window and torch.equal(source, torch.arange(len(source), dtype=torch.int32)),
-                    held.append(len(came), self.reserved).packed - held.packed,
+                    after.packed - held.packed,
+                    by_head=after.pruned != held.pruned,
                 )
             )
         return made

@@ -17,18 +17,18 @@ T = TypeVar("T")
 
 
 class Pruned(NamedTuple):
-    """What became of the tokens that left the window when a prompt ended.
+    """What became of the tokens that left the window when a prompt ended: each KV head chose for itself.
 
     Attributes:
         left: how many did.
-        kept: how many of them were packed; the others were dropped.
+        kept: how many of them were packed; the others, if there are, were dropped.
     """
 
     left: int
     kept: int
 
 
-ALL_KEPT = Pruned(0, 0)
+ALL_KEPT = Pruned(0, 0)  # in the order in which they came, too
 
 
 class Memo:
@@ -66,7 +66,7 @@ class Slots(Memo):
         window, rule, sinks: the rule.
         tokens: tokens that have come, dropped ones among them.
         decided: how many of them the rule has been applied to; those after, which may be taken back, are exact.
-        budget: how much stays of a prompt; None: all.
+        budget: how much stays of a prompt; None: all, as it came.
         pruned: what has become of it.
 
     Attributes:
@@ -105,13 +105,15 @@ class Slots(Memo):
         pruned = self.pruned if tokens else ALL_KEPT
         left = self.window * evictions(decided, self.window, self.sinks)
         if left < pruned.left:
+            dropped = pruned.left - pruned.kept
+            became = f"prune has dropped {dropped}" if dropped else "clusters were made"
             raise ValueError(
-                f"crop must not bring back tokens of a prompt of which prune has dropped {pruned.left - pruned.kept}: "
-                f"{pruned.left} had left the window, and of the {tokens} tokens that crop leaves only {left} would have"
+                f"crop must not bring back tokens of a prompt of which {became}: {pruned.left} had left the window, "
+                f"and of the {tokens} tokens that crop leaves only {left} would have"
             )
         if self.budget is not None and self.tokens == 0 and left:
             kept = self.budget.kept(decided, left)
-            pruned = ALL_KEPT if kept == left else Pruned(left, kept)
+            pruned = Pruned(left, kept) if kept < left or self.budget.reorders else ALL_KEPT
         after = Slots(self.window, self.rule, self.sinks, tokens, decided, self.budget, pruned)
         if after.evicted == self.evicted and "split" in self._memo:
             after._memo["split"] = self._memo["split"]
@@ -178,7 +180,7 @@ class Slots(Memo):
         return slot_of[after.positions()[after.packed :].long()]
 
     def positions(self) -> Tensor:
-        """The position of each slot's token, int32; of what is left of a pruned prompt, the first one.
+        """The position of each slot's token, int32; where each head has its own tokens of a prompt, the first one.
 
         Which of its tokens that is differs from head to head; every later query sees all of them, as it does the first.
         """

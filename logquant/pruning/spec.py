@@ -63,28 +63,30 @@ class PruneSpec:
 
 @dataclass(frozen=True)
 class Budget:
-    """How many packed tokens stay of a prompt.
+    """How many packed tokens stay of a prompt, and whether in the order in which they came.
 
     Args:
-        spec: what the cache says.
+        spec: what the cache says; None if all stay.
         page_tokens: tokens of a page.
         page_nbytes: bytes of a page; None if they are not known.
+        reorders: whether each KV head has them in an order of its own.
 
     Raises:
         ValueError: bytes that stay are given, those of a page are not known.
     """
 
-    spec: PruneSpec
+    spec: PruneSpec | None
     page_tokens: int
     page_nbytes: int | None
+    reorders: bool = False
 
     def __post_init__(self) -> None:
-        if self.spec.nbytes is not None and self.page_nbytes is None:
+        if self.spec is not None and self.spec.nbytes is not None and self.page_nbytes is None:
             raise ValueError("prune must be given keep or tokens where the size of a page is not known, got bytes")
 
     def check(self, page_nbytes: int) -> None:
         """Refuse (ValueError) pages of another size, where bytes say how many stay."""
-        if self.spec.nbytes is not None and page_nbytes != self.page_nbytes:
+        if self.spec is not None and self.spec.nbytes is not None and page_nbytes != self.page_nbytes:
             raise ValueError(
                 f"prune must be given keep or tokens where a layer's pages have {page_nbytes} bytes, not the "
                 f"{self.page_nbytes} that follow from the model's configuration; got bytes"
@@ -97,6 +99,8 @@ class Budget:
             tokens: of the prompt.
             left: those that leave the window, a multiple of ``page_tokens``; the others stay exact.
         """
+        if self.spec is None:
+            return left
         if self.spec.nbytes is not None:
             assert self.page_nbytes is not None
             pages = self.spec.nbytes // self.page_nbytes

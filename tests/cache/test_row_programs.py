@@ -41,6 +41,8 @@ FEATURES: list[dict[str, Any]] = [
     {"prune": "keydiff(keep=0.5)"} | THINK,
     THINK | RECALL,
     RECALL,
+    {"recall": "both(pages=0.4;skip=0;order=clusters)"},
+    {"prune": "keydiff(keep=0.6)", "recall": "means(pages=0.4;skip=0;order=clusters)"} | THINK,
     *({"evict": f"corm(window={queries})", "rule": "recent"} for queries in (3, 20, 64)),
     {"prune": "keydiff(keep=0.4)"} | LESS,
     {"evict": "corm(window=3)", "rule": "recent"} | LESS,

@@ -1,0 +1,299 @@
+"""``order=clusters``: the pages of a prompt are clusters of its tokens, of each KV head its own."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from logquant import LogQuantCache, LogQuantConfig
+from logquant.attention.call import AttentionCall
+from logquant.attention.view import KVView
+from logquant.cache import commit
+from logquant.cache.layer import LogQuantLayer
+from logquant.format import fine_tokens
+from logquant.methods.registry import parse_cache
+from logquant.ops import reference
+from logquant.plan import sequence_nbytes
+from logquant.recall.clusters import clusters
+from logquant.rule import split_positions
+from tests.helpers.layers import PLAIN
+from tests.helpers.masks import causal_mask, pad_mask
+from tests.helpers.models import generate, logits_of, tiny_model
+from tests.helpers.recall import attention
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TOKENS, LEFT = 700, 512
+ORDER = "both(pages=0.4;skip=0;order=clusters)"
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    return torch.randint(3, 255, (2, TOKENS + 100), generator=torch.Generator().manual_seed(0))
+
+
+def spread(keys: Tensor, order: Tensor, page_tokens: int) -> Tensor:
+    """How far keys are from the mean of their page, ``[B, H]``."""
+    pages = keys.gather(2, order[..., None].expand_as(keys)).unflatten(2, (-1, page_tokens))
+    return (pages - pages.mean(3, keepdim=True)).square().mean((2, 3, 4))
+
+
+# ------------------------------------------------------------------------------------------------------ which clusters
+@given(
+    pages=st.integers(0, 13),
+    page_tokens=st.sampled_from([32, 64]),
+    batch=st.integers(1, 3),
+    seed=st.integers(0, 99),
+    special=st.sampled_from([None, 0.0, torch.inf, torch.nan]),
+)
+def test_each_token_is_in_one_page_and_a_row_in_those_it_is_in_alone(pages, page_tokens, batch, seed, special):
+    random = torch.Generator().manual_seed(seed)
+    keys = torch.randn(batch, 2, pages * page_tokens, 16, generator=random).bfloat16()
+    if special is not None:
+        keys[:, :, :: 1 + seed % 40, seed % 16] = special
+    order = clusters(keys, page_tokens)
+    assert torch.equal(order.sort(-1).values, torch.arange(pages * page_tokens).expand_as(order))
+    by_page = order.unflatten(2, (pages, page_tokens))
+    assert torch.equal(by_page, by_page.sort(-1).values)
+    assert torch.equal(torch.cat([clusters(row[None], page_tokens) for row in keys]), order)
+
+
+@pytest.mark.parametrize("pages", [2, 3, 5, 8, 11])
+def test_groups_that_are_there_are_found(pages):
+    """Tokens of as many groups as pages, mixed, each head otherwise."""
+    random = torch.Generator().manual_seed(pages)
+    middles = 10 * torch.randn(1, 3, pages, 1, 32, generator=random)
+    keys = (middles + torch.randn(1, 3, pages, 64, 32, generator=random)).flatten(2, 3)
+    mixed = torch.rand(1, 3, pages * 64, generator=random).argsort(-1)
+    order = clusters(keys.gather(2, mixed[..., None].expand_as(keys)), 64)
+    group = mixed.gather(2, order).unflatten(2, (pages, 64)) // 64
+    assert (group == group[..., :1]).all()
+
+
+def test_pages_of_clusters_are_narrower_than_pages_of_neighbours():
+    random = torch.Generator().manual_seed(0)
+    steps = torch.randn(1, 2, 64 * 12, 24, generator=random)
+    for keys in (steps, steps / 4 + steps[:, :, :128].repeat(1, 1, 6, 1)):  # of any kind, and what comes again
+        neighbours = torch.arange(64 * 12).expand(1, 2, -1)
+        assert (spread(keys, clusters(keys, 64), 64) < 0.95 * spread(keys, neighbours, 64)).all()
+
+
+def test_a_long_prompt_is_worked_on_head_by_head(monkeypatch):
+    keys = torch.randn(2, 4, 64 * 7, 16, generator=torch.Generator().manual_seed(0))
+    want = clusters(keys, 64)
+    monkeypatch.setattr("logquant.recall.clusters._AT_ONCE", 1)
+    assert torch.equal(clusters(keys, 64), want)
+
+
+# ---------------------------------------------------------------------------------------------------- what caches hold
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple[Tensor, Tensor]]:
+    """Of every layer the keys among which clusters were made, and their order."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def made(keys: Tensor, page_tokens: int) -> Tensor:
+        seen.append((keys, clusters(keys, page_tokens)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(commit, "clusters", made)
+    return seen
+
+
+@pytest.mark.parametrize("rule", ["recent", "log"])
+@pytest.mark.parametrize("bits", [2, 8])
+def test_pages_are_those_of_the_clusters(asked, bits, rule):
+    """And what leaves later comes after them, in the order of time."""
+    layer = LogQuantLayer(LogQuantConfig(**PLAIN | {"rule": rule, "bits": bits, "recall": ORDER}))
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, TOKENS + 80, 32, generator=random) for heads in (4, 2, 2))
+    for first, end in ((0, TOKENS), *((t, t + 1) for t in range(TOKENS, TOKENS + 80))):
+        handle, _ = layer.update(k[:, :, first:end], v[:, :, first:end])
+        handle.kv_view.attend(AttentionCall(q[:, :, first:end], None, 0.2, causal=True))
+    layer.commit()
+    (keys, order), prompt = asked[0], split_positions(TOKENS, 64, rule)[0].long()
+    assert len(asked) == 1 and torch.equal(keys, k[:, :, prompt])
+    want = reference.quantize(
+        *(x[:, :, prompt].gather(2, order[..., None].expand_as(keys)) for x in (k, v)), layer.format
+    )
+    later = split_positions(TOKENS + 80, 64, rule)[0].long()[len(prompt) :]
+    want = torch.cat([want, reference.quantize(k[:, :, later], v[:, :, later], layer.format)], 2)
+    assert len(later) == 128 and torch.equal(layer.held.storage.used_pages(layer.rows), want)
+    positions = layer.rows.positions(torch.device("cpu"))[0]
+    assert positions[: len(prompt)].unique().tolist() == [0] and torch.equal(
+        positions[len(prompt) :][:128].long(), later
+    )
+
+
+@pytest.mark.parametrize("fine_values", [0, 8])
+def test_within_a_page_the_most_attended_come_first(monkeypatch, ids, fine_values):
+    """As under the rule ``attention`` in the order of time; those with fine values, where their format has them."""
+    model, seen, by_attention = tiny_model(), [], commit._by_attention
+
+    def in_order(tokens: Tensor, weights: Tensor, config: LogQuantConfig) -> Tensor:
+        seen.append((tokens, weights, by_attention(tokens, weights, config)))
+        return seen[-1][2]
+
+    monkeypatch.setattr(commit, "_by_attention", in_order)
+    cache = LogQuantCache(model.config, recall=ORDER, fine_values=fine_values)
+    logits_of(model, cache, ids, [TOKENS], "logquant")
+    fine = fine_tokens(fine_values)
+    places = [*fine, *(t for t in range(64) if t not in fine)]
+    assert len(seen) == 2 and len(fine) == fine_values
+    for tokens, weights, got in seen:
+        assert torch.equal(*(x.unflatten(2, (-1, 64)).sort(-1).values for x in (tokens, got)))
+        of = torch.full((2, 2, TOKENS), -1.0).scatter_(2, tokens, weights)
+        by_rank = of.gather(2, got).unflatten(2, (-1, 64))[..., places]
+        assert (by_rank[..., 1:] <= by_rank[..., :-1]).all() and by_rank.min() >= 0
+
+
+@pytest.mark.parametrize("rule", ["recent", "log", "attention"])
+@pytest.mark.parametrize("prune", [None, "keydiff(keep=0.5)"])
+def test_attention_is_that_over_what_is_there(monkeypatch, ids, rule, prune):
+    """Where all pages are read."""
+    model, compared, compute = tiny_model(), [], KVView.compute
+
+    def computed(view: KVView, call: AttentionCall) -> Tensor:
+        out, queries = compute(view, call), call.query.shape[2]
+        if not view.plain:
+            want = attention(view, call, torch.ones(2, 2, queries, view.pages.shape[2], dtype=torch.bool))
+            assert torch.allclose(out.double(), want, rtol=1e-3, atol=3e-3)
+            compared.append(queries)
+        return out
+
+    monkeypatch.setattr(KVView, "compute", computed)
+    cache = LogQuantCache(model.config, rule=rule, prune=prune, recall="means(pages=1;order=clusters)")
+    logits_of(model, cache, ids, [TOKENS, 1, 3, 20, 30], "logquant")
+    assert compared == [1, 1, 3, 3, 20, 20, 30, 30]
+
+
+def test_at_8_bits_all_pages_give_what_they_give_in_the_order_of_time(ids):
+    model, outputs = tiny_model(), []
+    for order in ("time", "clusters"):
+        cache = LogQuantCache(model.config, bits=8, rule="recent", recall=f"both(pages=1;order={order})")
+        outputs.append(logits_of(model, cache, ids[:, :720], [TOKENS, *[1] * 20], "logquant")[:, -20:])
+    error = (outputs[0] - outputs[1]).abs().max()
+    assert 0 < error < 0.05 * outputs[0].abs().max()
+
+
+@pytest.mark.parametrize("name", ["recent", "logquant:fine_values=8", "log:window=32,bits=4"])
+def test_bytes_are_those_of_the_plan_and_of_the_order_of_time(ids, name):
+    model = tiny_model()
+    held = []
+    for order in ("time", "clusters"):
+        spec = parse_cache(name).replace(recall=f"both(pages=0.5;order={order})")
+        cache = spec.make(model.config)
+        logits_of(model, cache, ids[:1], [TOKENS], "logquant")
+        assert cache.nbytes == sequence_nbytes(spec, model.config, TOKENS, 4)
+        held.append(cache.nbytes)
+    assert held[0] == held[1]
+
+
+# ----------------------------------------------------------------------------------------------- rows, masks and moves
+@pytest.mark.parametrize("rule", ["recent", "attention"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_row_holds_and_reads_what_it_does_alone(side, rule):
+    lengths, heads, group, dim = [600, 331, 70], 2, 2, 32
+    random, new = torch.Generator().manual_seed(0), [600, 1, 1, 3, 20, *[1] * 60]
+    total = sum(new)
+    q, k, v = (torch.randn(3, n, total, dim, generator=random) for n in (heads * group, heads, heads))
+    padding = torch.cat([pad_mask(lengths, side), torch.ones(3, total - 600, dtype=torch.long)], 1)
+
+    def feed(rows: slice, real: Tensor) -> Tensor:
+        layer = LogQuantLayer(LogQuantConfig(rule=rule, recall=ORDER))
+        outs, first = [], 0
+        for n in new:
+            part = real.clone()
+            part[:first], part[first + n :] = False, False
+            mask = causal_mask(padding[rows, : first + n][:, real[: first + n]], int(part.sum()))
+            handle, _ = layer.update(k[rows][:, :, part], v[rows][:, :, part])
+            outs.append(handle.kv_view.attend(AttentionCall(q[rows][:, :, part], mask, dim**-0.5)))
+            first += n
+        return torch.cat(outs, 2)
+
+    together = feed(slice(0, 3), torch.ones(total, dtype=torch.bool))
+    for row in range(3):
+        real = padding[row].bool()
+        assert torch.allclose(together[row, :, real], feed(slice(row, row + 1), real)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["recent", "attention"])
+def test_beams_copies_and_files(ids, tmp_path, rule):
+    model = tiny_model()
+    cache = LogQuantCache(model.config, rule=rule, recall=ORDER)
+    logits_of(model, cache, ids, [TOKENS], "logquant")
+    cache.save(tmp_path / "cache")
+    twin, loaded = copy.deepcopy(cache), LogQuantCache.load(tmp_path / "cache", model)
+    assert loaded.quantization == cache.quantization and loaded.layers[0].rows.slots[0].pruned == (LEFT, LEFT)
+    swapped = copy.deepcopy(cache)
+    swapped.reorder_cache(torch.tensor([1, 0]))
+    later = ids[:, TOKENS : TOKENS + 80]
+    want, *others = (logits_of(model, c, later, [1] * 80, "logquant") for c in (cache, twin, loaded))
+    assert all(torch.equal(want, other) for other in others)
+    got = logits_of(model, swapped, later.flip(0), [1] * 80, "logquant")
+    assert torch.allclose(want, got.flip(0), atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["recent", "attention"])
+def test_drafts_give_what_greedy_decoding_gives(ids, rule):
+    model = tiny_model(num_hidden_layers=3)
+    model.set_attn_implementation("logquant")
+    prompt = ids[:1, :30].repeat(1, 20)
+    outputs = [
+        generate(model, prompt, LogQuantCache(model.config, rule=rule, recall=ORDER), **options)
+        for options in ({}, {"prompt_lookup_num_tokens": 4})
+    ]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("rule", ["recent", "log", "attention"])
+def test_crop_takes_back_what_came_after_the_prompt_alone(ids, rule):
+    model = tiny_model()
+    cache = LogQuantCache(model.config, rule=rule, recall=ORDER)
+    logits_of(model, cache, ids, [TOKENS], "logquant")
+    want = [layer.held.storage.used_pages(layer.rows).clone() for layer in cache.layers]
+    logits_of(model, cache, ids[:, TOKENS:], [1, 30, *[1] * 40], "logquant")
+    with pytest.raises(ValueError, match="tokens of a prompt of which clusters were made: 512 had left the window"):
+        cache.crop(-71 - 70)
+    assert cache.get_seq_length() == TOKENS + 71
+    cache.crop(-71)
+    for layer, pages in zip(cache.layers, want, strict=True):
+        assert torch.equal(layer.held.storage.used_pages(layer.rows), pages)
+    cache.crop(-TOKENS)
+    assert cache.get_seq_length() == 0 and cache.layers[0].rows.complete
+
+
+def test_what_needs_tokens_in_their_places_is_refused(ids):
+    model = tiny_model()
+    cache = LogQuantCache(model.config, recall=ORDER)
+    with pytest.raises(RuntimeError, match="order=clusters have each KV head choose among the tokens of a prompt"):
+        logits_of(model, cache, ids, [TOKENS], "eager")
+    cache.reset()
+    logits_of(model, cache, ids, [TOKENS], "logquant")
+    with pytest.raises(RuntimeError, match="there are no keys and values of all positions"):
+        logits_of(model, cache, ids, [1], "eager")
+    cache.rewind()
+    mask = torch.ones(2, 1, 1, TOKENS + 1, dtype=torch.bool)
+    mask[0, :, :, 100] = False
+    q, k = torch.randn(2, 4, 1, 32), torch.randn(2, 2, 1, 32)
+    handle, _ = cache.layers[0].update(k, k)
+    with pytest.raises(ValueError, match="attention_mask must show all tokens that came before"):
+        handle.kv_view.attend(AttentionCall(q, mask, 0.2))
+
+
+def test_a_prompt_that_stays_exact_and_what_comes_later_keep_their_order(ids):
+    model, outputs = tiny_model(), []
+    for order in ("time", "clusters"):
+        cache = LogQuantCache(model.config, recall=f"both(pages=0.5;skip=0;order={order})")
+        outputs.append(logits_of(model, cache, ids[:, :400], [190, 150, *[1] * 60], "logquant"))
+    assert torch.equal(*outputs) and cache.layers[0].rows.complete
+
+
+def test_another_order_is_refused():
+    message = "cache 'logquant:recall=both(order=size)': order of recall must be time or clusters, got 'size'"
+    with pytest.raises(ValueError, match=re.escape(message) + "$"):
+        parse_cache("logquant:recall=both(order=size)")
