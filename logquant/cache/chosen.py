@@ -326,19 +326,24 @@ def _newest(query: Tensor, keys: Tensor, rows: Rows, real: Tensor | None) -> tup
 
 
 def importance(given: Tensor, values: Tensor) -> Tensor:
-    """What exact tokens add to attention's outputs: the mean over heads of ``sqrt(given) * |v|``.
+    """The mean over heads of :func:`importance_by_head`, float32 ``[B, N]``."""
+    weight: Tensor = importance_by_head(given, values).mean(1)
+    return weight
+
+
+def importance_by_head(given: Tensor, values: Tensor) -> Tensor:
+    """What exact tokens add to attention's outputs: ``sqrt(given) * |v|``.
 
     Args:
         given: ``[B, H, N]``, the sum of squared attention weights.
         values: ``[B, H, N, Dv]``.
 
     Returns:
-        float32 ``[B, N]``.
+        float32 ``[B, H, N]``.
     """
     cost = torch.empty_like(given)
     parts = (t.split(_AT_ONCE, 2) for t in (cost, values, given))
     for into, part, of in zip(*parts, strict=True):
         into.copy_(torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32))
         into.mul_(of.sqrt())
-    weight: Tensor = cost.mean(1)
-    return weight
+    return cost

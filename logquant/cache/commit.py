@@ -15,6 +15,7 @@ from ..quantizer.queries import MAP_QUERIES, RecentQueries
 from ..recall.clusters import clusters
 from ..recall.index import PageIndex
 from ..rule import evicted_slots
+from .chosen import importance_by_head
 from .layout import Move, Rows
 from .ragged import Ragged
 from .sizes import window_capacity, window_slots
@@ -71,7 +72,7 @@ class Commit:
         self._storage, self._given, self.ragged = storage, given, ragged
         self._residual = storage.residual
         keys, values, in_window = exact.keys.detach(), exact.values.detach(), exact.in_window
-        moves = [self._by_head(keys, m, padded, asked) if m.by_head else m for m in moves]
+        moves = [self._by_head(keys, values, m, padded, asked) if m.by_head else m for m in moves]
         # One step of the rule on the window is done in place.
         self._steps = [m for m in moves if in_window and m.is_step and ragged is None]
         others = [m for m in moves if not (in_window and m.is_step and ragged is None)]
@@ -174,14 +175,15 @@ class Commit:
         found = torch.searchsorted(slots[0], move.packing).int()  # a row with padding moves by itself
         return Leaving(move.rows, select(keys[move.rows], slots), found, given)
 
-    def _by_head(self, keys: Tensor, move: Move, padded: bool, asked: RecentQueries | None) -> Move:
+    def _by_head(self, keys: Tensor, values: Tensor, move: Move, padded: bool, asked: RecentQueries | None) -> Move:
         """The move of a prompt with what each KV head has chosen: which tokens become packed, and in which order."""
         config = self._storage.config
         if asked is None:
             raise RuntimeError(
                 "prune and order=clusters have each KV head choose among the tokens of a prompt, so attention must go "
                 "by what the cache holds, and tell its queries, and has not: "
-                'model.set_attn_implementation("logquant") (or "sdpa") does both'
+                'model.set_attn_implementation("logquant") (or "sdpa") does both, in a model that computes nothing '
+                "itself with what the cache returns"
             )
         kept = move.leaving.long()[:, None].expand(keys[move.rows].shape[0], keys.shape[1], -1)
         if move.packs < kept.shape[2]:
@@ -191,9 +193,10 @@ class Commit:
             prompt = Prompt(newest.query, leaving.keys, asked.scale, asked.softcap)
             kept = kept.gather(2, choose(spec.pruner, prompt, leaving.tokens, move.packs))
         if config.clusters:
-            kept = kept.gather(2, clusters(select(keys[move.rows], kept), config.page_size))
+            kept = clusters(keys[move.rows], kept, config.page_size)
             if self._given is not None:
-                kept = _by_attention(kept, self._given[move.rows].gather(2, kept), config)
+                weight = importance_by_head(self._given[move.rows], values[move.rows])
+                kept = _by_rank(kept, weight.gather(2, kept), config)
         return move._replace(kept=kept)
 
     def _options(self, move: Move, attention: Attention | None, tokens: slice) -> dict[str, Tensor]:
@@ -267,10 +270,10 @@ class Commit:
         )
 
 
-def _by_attention(tokens: Tensor, given: Tensor, config: LogQuantConfig) -> Tensor:
-    """Tokens of pages ``[B, H, n]``, within a page by falling attention, as the rule ``attention`` has them."""
-    pages, given = (x.unflatten(2, (-1, config.page_size)) for x in (tokens, given))
-    by_rank: Tensor = pages.gather(3, given.argsort(dim=3, descending=True, stable=True))
+def _by_rank(tokens: Tensor, weight: Tensor, config: LogQuantConfig) -> Tensor:
+    """Tokens of pages ``[B, H, n]``, within a page by falling weight, as the rule ``attention`` has them."""
+    pages, weight = (x.unflatten(2, (-1, config.page_size)) for x in (tokens, weight))
+    by_rank: Tensor = pages.gather(3, weight.argsort(dim=3, descending=True, stable=True))
     return (by_rank[..., config.ranks] if config.fine_values else by_rank).flatten(2)
 
 

@@ -267,7 +267,8 @@ class LogQuantLayer(LayerContents):
             tokens_to_remove: 0 or negative, as for transformers' own layers.
 
         Raises:
-            ValueError: a positive number, or tokens that ``prune`` or ``evict`` has dropped would have to come back.
+            ValueError: a positive number, or tokens would have to come back that KV heads have
+                dropped, or put into clusters.
                 The layer is unchanged then.
         """
         if tokens_to_remove > 0:

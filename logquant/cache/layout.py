@@ -26,7 +26,8 @@ class Move(NamedTuple):
         is_step: whether this is one eviction of the rule from a window without gaps.
         packs: how many of those that leave become packed; fewer where a prompt is pruned.
         by_head: whether each KV head chooses which, or in which order.
-        kept: which, of each KV head, ``[rows, H, packs]``; None: all as they leave, or it is not known yet.
+        kept: of each KV head those that become packed, in order, ``[rows, H, packs]``; None: all as they leave, or
+            not chosen yet.
     """
 
     rows: slice

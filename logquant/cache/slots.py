@@ -28,7 +28,8 @@ class Pruned(NamedTuple):
     kept: int
 
 
-ALL_KEPT = Pruned(0, 0)  # in the order in which they came, too
+# And as they came: the same in all KV heads.
+ALL_KEPT = Pruned(0, 0)
 
 
 class Memo:

@@ -277,7 +277,7 @@ def test_settings_are_read(text, spec):
         ("both(skip=-1)", "skip of recall must be a whole number of layers, 0 or more, got -1"),
         ("both(skip=1.5)", "skip of recall must be a whole number, got '1.5'"),
         ("both(pages=0.5;tokens=64)", "recall must have either pages or tokens, got both"),
-        ("both(share=0.5)", "a setting of recall must be one of pages, tokens, skip, got share"),
+        ("both(share=0.5)", "a setting of recall must be one of pages, tokens, skip, order, got share"),
         ("both(skip=1;skip=2)", "skip of both must be given once"),
         ("both(0.5)", "both needs key=value, got '0.5'"),
         ("both(pages=0.5", "name or name(key=value;key=value) is needed, got 'both(pages=0.5'"),
