@@ -21,8 +21,9 @@ from logquant.methods.registry import parse_cache
 from logquant.plan import sequence_nbytes
 from tests.helpers.corm import attention, named, softmax
 from tests.helpers.layers import PLAIN
-from tests.helpers.masks import causal_mask, pad_mask
+from tests.helpers.masks import pad_mask
 from tests.helpers.models import generate, logits_of, tiny_model
+from tests.helpers.padded import PaddedBatch
 from tests.helpers.prompts import Prompt, record_prompts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -199,33 +200,13 @@ def test_modes_of_torch_and_autocast_change_nothing(ids):
 # -------------------------------------------------------------------------------------------------- rows and masks
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_row_keeps_what_it_keeps_alone(side):
-    lengths, heads, group, dim = [600, 331, 70], 4, 2, 32
-    random, new = torch.Generator().manual_seed(0), [600, 1, 1, 3, 20, *[1] * 90]
-    total = sum(new)
-    q, k, v = (torch.randn(3, n, total, dim, generator=random) for n in (heads * group, heads, heads))
-    q = q * torch.arange(1, 9)[:, None, None]  # some heads look at more tokens than others
-    padding = torch.cat([pad_mask(lengths, side), torch.ones(3, total - 600, dtype=torch.long)], 1)
+    def compare(batch: LogQuantLayer, row: int, alone: LogQuantLayer) -> None:
+        assert torch.equal(batch.held.ragged.counts[row], alone.held.ragged.counts[0])
 
-    def feed(rows: slice, real: Tensor) -> tuple[Tensor, Tensor]:
-        layer = LogQuantLayer(LogQuantConfig(**SETTINGS))
-        outs, first = [], 0
-        for n in new:
-            part = real.clone()
-            part[:first], part[first + n :] = False, False
-            mask = causal_mask(padding[rows, : first + n][:, real[: first + n]], int(part.sum()))
-            handle, _ = layer.update(k[rows][:, :, part], v[rows][:, :, part])
-            outs.append(handle.kv_view.attend(AttentionCall(q[rows][:, :, part], mask, dim**-0.5)))
-            first += n
-        layer.commit()
-        return torch.cat(outs, 2), layer.held.ragged.counts
-
-    together, counts = feed(slice(0, 3), torch.ones(total, dtype=torch.bool))
-    assert counts[0].unique().numel() > 2
-    for row in range(3):
-        real = padding[row].bool()
-        alone, own = feed(slice(row, row + 1), real)
-        assert torch.equal(counts[row : row + 1], own)
-        assert torch.allclose(together[row, :, real], alone[0], atol=1e-5)
+    factors = torch.arange(1, 9)  # some heads look at more tokens than others
+    padded = PaddedBatch(side, [1, 1, 3, 20, *[1] * 90], heads=4, factors=factors)
+    batch = padded.check(lambda: LogQuantLayer(LogQuantConfig(**SETTINGS)), compare)
+    assert batch.held.ragged.counts[0].unique().numel() > 2
 
 
 def test_a_mask_that_hides_tokens_is_refused(ids):

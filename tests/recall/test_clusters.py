@@ -24,8 +24,8 @@ from logquant.plan import sequence_nbytes
 from logquant.recall.clusters import clusters
 from logquant.rule import split_positions
 from tests.helpers.layers import PLAIN
-from tests.helpers.masks import causal_mask, pad_mask
 from tests.helpers.models import family_config, generate, logits_of, tiny_model
+from tests.helpers.padded import PaddedBatch
 from tests.helpers.recall import attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -220,28 +220,8 @@ def test_bytes_are_those_of_the_plan_and_of_the_order_of_time(ids, name):
 @pytest.mark.parametrize("rule", ["recent", "attention"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_row_holds_and_reads_what_it_does_alone(side, rule):
-    lengths, heads, group, dim = [600, 331, 70], 2, 2, 32
-    random, new = torch.Generator().manual_seed(0), [600, 1, 1, 3, 20, *[1] * 60]
-    total = sum(new)
-    q, k, v = (torch.randn(3, n, total, dim, generator=random) for n in (heads * group, heads, heads))
-    padding = torch.cat([pad_mask(lengths, side), torch.ones(3, total - 600, dtype=torch.long)], 1)
-
-    def feed(rows: slice, real: Tensor) -> Tensor:
-        layer = LogQuantLayer(LogQuantConfig(rule=rule, recall=ORDER))
-        outs, first = [], 0
-        for n in new:
-            part = real.clone()
-            part[:first], part[first + n :] = False, False
-            mask = causal_mask(padding[rows, : first + n][:, real[: first + n]], int(part.sum()))
-            handle, _ = layer.update(k[rows][:, :, part], v[rows][:, :, part])
-            outs.append(handle.kv_view.attend(AttentionCall(q[rows][:, :, part], mask, dim**-0.5)))
-            first += n
-        return torch.cat(outs, 2)
-
-    together = feed(slice(0, 3), torch.ones(total, dtype=torch.bool))
-    for row in range(3):
-        real = padding[row].bool()
-        assert torch.allclose(together[row, :, real], feed(slice(row, row + 1), real)[0], atol=1e-5)
+    config = LogQuantConfig(rule=rule, recall=ORDER)
+    PaddedBatch(side, [1, 1, 3, 20, *[1] * 60]).check(lambda: LogQuantLayer(config))
 
 
 @pytest.mark.parametrize("rule", ["recent", "attention"])

@@ -21,8 +21,9 @@ from logquant.recall.reading import Recall
 from logquant.recall_spec import CHOOSERS as NAMES
 from logquant.recall_spec import RecallSpec
 from tests.helpers.backends import on
-from tests.helpers.masks import causal_mask, pad_mask
+from tests.helpers.masks import pad_mask
 from tests.helpers.models import family_config, generate, logits_of, tiny_model
+from tests.helpers.padded import PaddedBatch
 from tests.helpers.recall import attention, chosen_pages, means_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -126,31 +127,8 @@ def test_many_queries_read_all(ids):
 @pytest.mark.parametrize("rule", ["log", "attention"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_row_reads_what_it_reads_alone(side, rule):
-    lengths, heads, group, dim = [600, 331, 70], 2, 2, 32
-    random, new = torch.Generator().manual_seed(0), [600, 1, 1, 3, *[1] * 60]
-    total = sum(new)
-    q, k, v = (torch.randn(3, n, total, dim, generator=random) for n in (heads * group, heads, heads))
-    padding = torch.cat([pad_mask(lengths, side), torch.ones(3, total - 600, dtype=torch.long)], 1)
-
-    def make() -> LogQuantLayer:
-        return LogQuantLayer(LogQuantConfig(rule=rule, recall="both(pages=0.4;skip=0)"))
-
-    def feed(layer: LogQuantLayer, rows: slice, real: Tensor) -> Tensor:
-        outs, first = [], 0
-        for n in new:
-            part = real.clone()
-            part[:first], part[first + n :] = False, False
-            mask = causal_mask(padding[rows, : first + n][:, real[: first + n]], int(part.sum()))
-            handle, _ = layer.update(k[rows][:, :, part], v[rows][:, :, part])
-            outs.append(handle.kv_view.attend(AttentionCall(q[rows][:, :, part], mask, dim**-0.5)))
-            first += n
-        return torch.cat(outs, 2)
-
-    together = feed(make(), slice(0, 3), torch.ones(total, dtype=torch.bool))
-    for row in range(3):
-        real = padding[row].bool()
-        alone = feed(make(), slice(row, row + 1), real)
-        assert torch.allclose(together[row, :, real], alone[0], atol=1e-5)
+    config = LogQuantConfig(rule=rule, recall="both(pages=0.4;skip=0)")
+    PaddedBatch(side, [1, 1, 3, *[1] * 60]).check(lambda: LogQuantLayer(config))
 
 
 def test_a_mask_that_hides_tokens_has_its_row_read_all_pages(calls, ids):

@@ -23,8 +23,8 @@ from logquant.pruning.prompt import choose
 from logquant.residual import KINDS
 from logquant.residual.trained import Trained
 from logquant.residual_spec import RESIDUALS
-from tests.helpers.masks import causal_mask, pad_mask
 from tests.helpers.models import generate, logits_of, tiny_config, tiny_model
+from tests.helpers.padded import PaddedBatch
 from tests.helpers.prompts import Prompt, record_prompts
 from tests.helpers.residual import attention, features, write_features
 
@@ -193,32 +193,14 @@ def test_modes_of_torch_and_autocast_change_nothing(less):
 @pytest.mark.parametrize("settings", [{"prune": PRUNE}, {"rule": "recent", "evict": "corm(window=1)"}])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_row_is_as_if_alone(less, side, settings):
-    lengths, new = [600, 331, 70], [600, 1, 3, 20, *[1] * 50]
-    random, total = torch.Generator().manual_seed(0), sum(new)
-    q, k, v = (torch.randn(3, n, total, 32, generator=random) for n in (4, 2, 2))
-    padding = torch.cat([pad_mask(lengths, side), torch.ones(3, total - 600, dtype=torch.long)], 1)
-
-    def feed(rows: slice, real: Tensor) -> tuple[Tensor, Tensor]:
-        layer = LogQuantLayer(LogQuantConfig(**settings, residual=less))
-        outs, first = [], 0
-        for n in new:
-            part = real.clone()
-            part[:first], part[first + n :] = False, False
-            mask = causal_mask(padding[rows, : first + n][:, real[: first + n]], int(part.sum()))
-            with torch.no_grad():
-                handle, _ = layer.update(k[rows][:, :, part], v[rows][:, :, part])
-                outs.append(handle.kv_view.attend(AttentionCall(q[rows][:, :, part], mask, 0.2)))
-            first += n
-        layer.commit()
-        return torch.cat(outs, 2), layer.held.storage.residual.sums
-
-    together, sums = feed(slice(0, 3), torch.ones(total, dtype=torch.bool))
-    assert sums[0].any() and not sums[2].any()
-    for row in range(3):
-        real = padding[row].bool()
-        alone, own = feed(slice(row, row + 1), real)
+    def compare(batch: LogQuantLayer, row: int, alone: LogQuantLayer) -> None:
+        sums, own = (layer.held.storage.residual.sums for layer in (batch, alone))
         assert torch.allclose(sums[row], own[0], rtol=1e-4, atol=1e-4)
-        assert torch.allclose(together[row, :, real], alone[0], atol=1e-4)
+
+    config = LogQuantConfig(**settings, residual=less)
+    batch = PaddedBatch(side, [1, 3, 20, *[1] * 50]).check(lambda: LogQuantLayer(config), compare, atol=1e-4)
+    sums = batch.held.storage.residual.sums
+    assert sums[0].any() and not sums[2].any()
 
 
 @pytest.mark.parametrize("settings", [{"prune": PRUNE}, {"rule": "recent", "evict": "corm(window=1)"}])
