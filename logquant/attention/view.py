@@ -218,7 +218,8 @@ class KVView(View):
 
         Raises:
             RuntimeError: the layer was updated since.
-            ValueError: the mask asks for padding, which is not kept; or hides tokens of which KV heads have others.
+            ValueError: the mask asks for padding, which is not kept; or hides tokens where each KV head has
+                chosen among them.
         """
         self.check_current()
         self.rows.real_positions(mask, self.new, self.keys.shape[0])

@@ -258,8 +258,8 @@ class LogQuantCache(DynamicCache):
         """Remove the newest ``-tokens_to_remove`` positions of all layers (:meth:`LogQuantLayer.crop`), or of none.
 
         Raises:
-            ValueError: a positive number, or tokens of a prompt would have to come back that KV heads
-                have dropped, or put into clusters.
+            ValueError: a positive number, or tokens would have to come back that KV heads have dropped, or put into
+                clusters.
         """
         for layer in self.layers:
             if isinstance(layer, LogQuantLayer):

@@ -169,8 +169,10 @@ class Chosen(NamedTuple):
                 leaving, staying = self._least(own, count, decided)
                 leaving, staying = (source[0].index_select(0, x.flatten()).view_as(x) for x in (leaving, staying))
             kept = left.packed - held.packed
-            by_head = left.pruned != held.pruned
-            made.append(Move(of, held.packed, source.shape[1], leaving, staying, False, kept, by_head))
+            by_head = left.by_head != held.by_head
+            made.append(
+                Move(of, held.packed, source.shape[1], leaving, staying, is_step=False, packs=kept, by_head=by_head)
+            )
         return made
 
     def _least(self, weight: Tensor, count: int, decided: int) -> tuple[Tensor, Tensor]:
@@ -182,10 +184,7 @@ class Chosen(NamedTuple):
         sinks, newest, tokens = self.config.sinks, decided - self.config.window, weight.shape[1]
         order = weight[:, sinks:newest].argsort(dim=1, stable=True) + sinks
         leaving, middle = order[:, :count].sort(1).values, order[:, count:].sort(1).values
-        pages = leaving.unflatten(1, (-1, self.config.page_size))
-        own = weight.gather(1, leaving).view_as(pages)
-        by_rank = pages.gather(2, own.argsort(dim=2, descending=True, stable=True))
-        leaving = (by_rank[..., self.config.ranks] if self.config.fine_values else by_rank).flatten(1)
+        leaving = by_rank(leaving, weight.gather(1, leaving), self.config)
         slots = torch.arange(tokens, device=weight.device).expand(len(weight), -1)
         return leaving, torch.cat([slots[:, :sinks], middle, slots[:, newest:]], 1)
 
@@ -323,6 +322,16 @@ def _newest(query: Tensor, keys: Tensor, rows: Rows, real: Tensor | None) -> tup
     at = torch.arange(slots, device=device) - rows.exact_counts(device).expand(batch)[:, None]
     holds = (at < 0) | (at < new) & came.gather(1, at.clamp(0, new - 1))
     return query, holds[:, None] & (at[:, None] <= asks[..., None]) & came.gather(1, asks)[..., None]
+
+
+def by_rank(tokens: Tensor, weight: Tensor, config: LogQuantConfig) -> Tensor:
+    """Tokens of pages ``[..., n]``, within each page by falling weight, of equal ones in the order they have.
+
+    Those with fine values, which are the first, get the places that their format has for them.
+    """
+    pages, weight = (x.unflatten(-1, (-1, config.page_size)) for x in (tokens, weight))
+    ranked: Tensor = pages.gather(-1, weight.argsort(dim=-1, descending=True, stable=True))
+    return (ranked[..., config.ranks] if config.fine_values else ranked).flatten(-2)
 
 
 def importance(given: Tensor, values: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from .. import ops
 from ..attention.view import Layout
-from ..config import LogQuantConfig
 from ..pruning.prompt import Prompt, choose
 from ..quantizer.advice import Advice, Leaving
 from ..quantizer.feedback import Attention, select
@@ -15,7 +14,7 @@ from ..quantizer.queries import MAP_QUERIES, RecentQueries
 from ..recall.clusters import clusters
 from ..recall.index import PageIndex
 from ..rule import evicted_slots
-from .chosen import importance_by_head
+from .chosen import by_rank, importance_by_head
 from .layout import Move, Rows
 from .ragged import Ragged
 from .sizes import window_capacity, window_slots
@@ -196,7 +195,7 @@ class Commit:
             kept = clusters(keys[move.rows], kept, config.page_size)
             if self._given is not None:
                 weight = importance_by_head(self._given[move.rows], values[move.rows])
-                kept = _by_rank(kept, weight.gather(2, kept), config)
+                kept = by_rank(kept, weight.gather(2, kept), config)
         return move._replace(kept=kept)
 
     def _options(self, move: Move, attention: Attention | None, tokens: slice) -> dict[str, Tensor]:
@@ -268,13 +267,6 @@ class Commit:
             count=config.window,
             **options,
         )
-
-
-def _by_rank(tokens: Tensor, weight: Tensor, config: LogQuantConfig) -> Tensor:
-    """Tokens of pages ``[B, H, n]``, within a page by falling weight, as the rule ``attention`` has them."""
-    pages, weight = (x.unflatten(2, (-1, config.page_size)) for x in (tokens, weight))
-    by_rank: Tensor = pages.gather(3, weight.argsort(dim=3, descending=True, stable=True))
-    return (by_rank[..., config.ranks] if config.fine_values else by_rank).flatten(2)
 
 
 def _staying(tokens: Tensor, move: Move) -> Tensor:

@@ -267,9 +267,8 @@ class LogQuantLayer(LayerContents):
             tokens_to_remove: 0 or negative, as for transformers' own layers.
 
         Raises:
-            ValueError: a positive number, or tokens would have to come back that KV heads have
-                dropped, or put into clusters.
-                The layer is unchanged then.
+            ValueError: a positive number, or tokens would have to come back that KV heads have dropped, or put into
+                clusters. The layer is unchanged then.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove must be 0 or negative, got {tokens_to_remove}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attention.masks import seen_by_some
-from .slots import ALL_KEPT, Memo, Slots
+from .slots import NOTHING_BY_HEAD, Memo, Slots
 
 
 class Move(NamedTuple):
@@ -109,7 +109,7 @@ class Rows(Memo):
     @property
     def complete(self) -> bool:
         """Whether all tokens that have come are still there, in the same places of all KV heads."""
-        return all(s.pruned == ALL_KEPT for s in self.slots)
+        return all(s.by_head == NOTHING_BY_HEAD for s in self.slots)
 
     @property
     def undecided(self) -> bool:
@@ -175,7 +175,7 @@ class Rows(Memo):
                     None if in_place else staying.to(device)[None],
                     len(leaving) == held.window and torch.equal(source, torch.arange(len(source), dtype=torch.int32)),
                     after.packed - held.packed,
-                    by_head=after.pruned != held.pruned,
+                    by_head=after.by_head != held.by_head,
                 )
             )
         return made

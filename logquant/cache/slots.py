@@ -16,20 +16,19 @@ from ..rule import Rule, evictions, split_positions
 T = TypeVar("T")
 
 
-class Pruned(NamedTuple):
-    """What became of the tokens that left the window when a prompt ended: each KV head chose for itself.
+class ByHead(NamedTuple):
+    """What each KV head chose for itself among the tokens that left the window when a prompt ended.
 
     Attributes:
         left: how many did.
-        kept: how many of them were packed; the others, if there are, were dropped.
+        kept: how many of them were packed, each head's in its own order; the others, if there are, were dropped.
     """
 
     left: int
     kept: int
 
 
-# And as they came: the same in all KV heads.
-ALL_KEPT = Pruned(0, 0)
+NOTHING_BY_HEAD = ByHead(0, 0)
 
 
 class Memo:
@@ -68,7 +67,7 @@ class Slots(Memo):
         tokens: tokens that have come, dropped ones among them.
         decided: how many of them the rule has been applied to; those after, which may be taken back, are exact.
         budget: how much stays of a prompt; None: all, as it came.
-        pruned: what has become of it.
+        by_head: what KV heads chose among its tokens.
 
     Attributes:
         evicted: tokens that have left the window.
@@ -84,14 +83,14 @@ class Slots(Memo):
         tokens: int = 0,
         decided: int | None = None,
         budget: Budget | None = None,
-        pruned: Pruned = ALL_KEPT,
+        by_head: ByHead = NOTHING_BY_HEAD,
     ) -> None:
         super().__init__()
         self.window, self.rule, self.sinks = window, rule, sinks
-        self.tokens, self.budget, self.pruned = tokens, budget, pruned
+        self.tokens, self.budget, self.by_head = tokens, budget, by_head
         self.decided = tokens if decided is None else decided
         self.evicted = window * evictions(self.decided, window, sinks)
-        self.packed = self.evicted - (pruned.left - pruned.kept)
+        self.packed = self.evicted - (by_head.left - by_head.kept)
         self.exact = tokens - self.evicted
 
     @staticmethod
@@ -103,19 +102,19 @@ class Slots(Memo):
         return self
 
     def _next(self, tokens: int, decided: int) -> Slots:
-        pruned = self.pruned if tokens else ALL_KEPT
+        by_head = self.by_head if tokens else NOTHING_BY_HEAD
         left = self.window * evictions(decided, self.window, self.sinks)
-        if left < pruned.left:
-            dropped = pruned.left - pruned.kept
+        if left < by_head.left:
+            dropped = by_head.left - by_head.kept
             became = f"prune has dropped {dropped}" if dropped else "clusters were made"
             raise ValueError(
-                f"crop must not bring back tokens of a prompt of which {became}: {pruned.left} had left the window, "
+                f"crop must not bring back tokens of a prompt of which {became}: {by_head.left} had left the window, "
                 f"and of the {tokens} tokens that crop leaves only {left} would have"
             )
         if self.budget is not None and self.tokens == 0 and left:
             kept = self.budget.kept(decided, left)
-            pruned = Pruned(left, kept) if kept < left or self.budget.reorders else ALL_KEPT
-        after = Slots(self.window, self.rule, self.sinks, tokens, decided, self.budget, pruned)
+            by_head = ByHead(left, kept) if kept < left or self.budget.reorders else NOTHING_BY_HEAD
+        after = Slots(self.window, self.rule, self.sinks, tokens, decided, self.budget, by_head)
         if after.evicted == self.evicted and "split" in self._memo:
             after._memo["split"] = self._memo["split"]
         return after
@@ -175,8 +174,8 @@ class Slots(Memo):
         """
         positions = self.positions()
         slot_of = torch.empty(self.tokens, dtype=torch.int32)
-        slot_of[positions[self.pruned.kept :].long()] = torch.arange(
-            self.pruned.kept, len(positions), dtype=torch.int32
+        slot_of[positions[self.by_head.kept :].long()] = torch.arange(
+            self.by_head.kept, len(positions), dtype=torch.int32
         )
         return slot_of[after.positions()[after.packed :].long()]
 
@@ -193,19 +192,19 @@ class Slots(Memo):
         def make() -> Tensor:
             evicted, exact = self.once("split", self.evicted, at_last_eviction)
             later = torch.arange(len(evicted) + len(exact), self.tokens, dtype=torch.int32)
-            if self.pruned == ALL_KEPT:
+            if self.by_head == NOTHING_BY_HEAD:
                 return torch.cat([evicted, exact, later])
-            return torch.cat([evicted.new_zeros(self.pruned.kept), evicted[self.pruned.left :], exact, later])
+            return torch.cat([evicted.new_zeros(self.by_head.kept), evicted[self.by_head.left :], exact, later])
 
         return self.once("positions", None, make)
 
     def state(self) -> list[int]:
         """What a file needs: whole numbers."""
-        return [self.tokens, self.decided, *(() if self.pruned == ALL_KEPT else self.pruned)]
+        return [self.tokens, self.decided, *(() if self.by_head == NOTHING_BY_HEAD else self.by_head)]
 
-    def restored(self, tokens: int, decided: int, *pruned: int) -> Slots:
+    def restored(self, tokens: int, decided: int, *by_head: int) -> Slots:
         """What :meth:`state` gave, under the same rule."""
-        of_prompt = Pruned(*pruned) if pruned else ALL_KEPT
+        of_prompt = ByHead(*by_head) if by_head else NOTHING_BY_HEAD
         return Slots(self.window, self.rule, self.sinks, tokens, decided, self.budget, of_prompt)
 
     @property

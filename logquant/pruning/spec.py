@@ -81,12 +81,17 @@ class Budget:
     reorders: bool = False
 
     def __post_init__(self) -> None:
-        if self.spec is not None and self.spec.nbytes is not None and self.page_nbytes is None:
+        if self.nbytes is not None and self.page_nbytes is None:
             raise ValueError("prune must be given keep or tokens where the size of a page is not known, got bytes")
+
+    @property
+    def nbytes(self) -> int | None:
+        """Bytes of pages that stay for each KV head; None if another budget says how many stay."""
+        return None if self.spec is None else self.spec.nbytes
 
     def check(self, page_nbytes: int) -> None:
         """Refuse (ValueError) pages of another size, where bytes say how many stay."""
-        if self.spec is not None and self.spec.nbytes is not None and page_nbytes != self.page_nbytes:
+        if self.nbytes is not None and page_nbytes != self.page_nbytes:
             raise ValueError(
                 f"prune must be given keep or tokens where a layer's pages have {page_nbytes} bytes, not the "
                 f"{self.page_nbytes} that follow from the model's configuration; got bytes"
@@ -101,9 +106,9 @@ class Budget:
         """
         if self.spec is None:
             return left
-        if self.spec.nbytes is not None:
+        if self.nbytes is not None:
             assert self.page_nbytes is not None
-            pages = self.spec.nbytes // self.page_nbytes
+            pages = self.nbytes // self.page_nbytes
         else:
             wanted = self.spec.keep * tokens if self.spec.tokens is None else self.spec.tokens
             pages = math.ceil((wanted - (tokens - left)) / self.page_tokens)

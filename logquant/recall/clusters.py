@@ -12,8 +12,9 @@ from torch import Tensor
 
 # Elements that are worked on at once, in float32: copies of all keys of a long prompt would raise the peak.
 _AT_ONCE = 1 << 22
+# How often halves are made anew along the line between their means.
 _ROUNDS = 4
-# Times the usual length.
+# The longest key, in usual lengths.
 _LONGEST = 16.0
 
 
@@ -59,10 +60,11 @@ def _halved(keys: Tensor, page_tokens: int) -> Tensor:
         after: dict[int, int] = {}
         for pages in sorted(set(parts.values())):
             begins = [begin for begin, own in parts.items() if own == pages]
-            half = pages // 2
-            after |= dict.fromkeys(begins, max(1, half))
-            if not half:
+            if pages == 1:
+                after |= dict.fromkeys(begins, 1)
                 continue
+            half = pages // 2
+            after |= dict.fromkeys(begins, half)
             after |= dict.fromkeys([begin + half * page_tokens for begin in begins], pages - half)
             within = torch.arange(pages * page_tokens, device=keys.device)
             places = torch.tensor(begins, device=keys.device)[:, None] + within

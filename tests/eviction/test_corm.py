@@ -25,6 +25,7 @@ from tests.helpers.masks import pad_mask
 from tests.helpers.models import generate, logits_of, tiny_model
 from tests.helpers.padded import PaddedBatch
 from tests.helpers.prompts import Prompt, record_prompts
+from tests.helpers.refused import check_masks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = 700
@@ -213,12 +214,7 @@ def test_a_mask_that_hides_tokens_is_refused(ids):
     model = tiny_model()
     cache = LogQuantCache(model.config, **SETTINGS)
     logits_of(model, cache, ids, [TOKENS], "logquant")
-    layer, q, k = cache.layers[0], torch.randn(2, 4, 1, 32), torch.randn(2, 2, 1, 32)
-    mask = torch.ones(2, 1, 1, TOKENS + 1, dtype=torch.bool)
-    mask[0, :, :, 100] = False
-    handle, _ = layer.update(k, k)
-    with pytest.raises(ValueError, match="attention_mask must show all tokens that came before"):
-        handle.kv_view.attend(AttentionCall(q, mask, 0.2))
+    check_masks(cache.layers[0])
 
 
 def test_sinks_and_softcaps():

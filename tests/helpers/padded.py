@@ -26,13 +26,11 @@ class PaddedBatch:
     """
 
     def __init__(self, side: str, steps: list[int], heads: int = 2, factors: Tensor | None = None) -> None:
-        random, later = torch.Generator().manual_seed(0), torch.ones(len(LENGTHS), sum(steps), dtype=torch.long)
         self.steps = [max(LENGTHS), *steps]
+        rows, total, random = len(LENGTHS), sum(self.steps), torch.Generator().manual_seed(0)
+        later = torch.ones(rows, sum(steps), dtype=torch.long)
         self.padding = torch.cat([pad_mask(LENGTHS, side), later], 1).bool()
-        shape = len(LENGTHS), sum(self.steps), DIM
-        self.q, self.k, self.v = (
-            torch.randn(shape[0], n, *shape[1:], generator=random) for n in (2 * heads, heads, heads)
-        )
+        self.q, self.k, self.v = (torch.randn(rows, n, total, DIM, generator=random) for n in (2 * heads, heads, heads))
         if factors is not None:
             self.q = self.q * factors[:, None, None]
 

@@ -223,7 +223,7 @@ def test_recall_and_pruning_go_along_where_keys_are_as_ever(ids):
     small = compress(tiny_model(), 0.5)
     cache = LogQuantCache(small.config, **settings)
     out = logits_of(small, cache, ids, [380, *[1] * 20], "logquant")
-    assert out.isfinite().all() and cache.layers[0].rows.slots[0].pruned.kept < 256
+    assert out.isfinite().all() and cache.layers[0].rows.slots[0].by_head.kept < 256
     small = compress(tiny_model(), 0.5, 0.5)
     with pytest.raises(RuntimeError, match="tell its queries, and has not"):
         logits_of(small, LogQuantCache(small.config, **settings), ids, [380], "logquant")

@@ -28,6 +28,7 @@ from tests.helpers.padded import PaddedBatch
 from tests.helpers.prompts import Prompt, record_prompts
 from tests.helpers.pruning import SCORES, are_best, with_budget
 from tests.helpers.recall import attention
+from tests.helpers.refused import check_dense_attention, check_masks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = 700
@@ -196,32 +197,14 @@ def test_a_mask_that_hides_tokens_is_refused(ids):
     model = tiny_model()
     cache = LogQuantCache(model.config, prune="keydiff")
     logits_of(model, cache, ids, [TOKENS], "logquant")
-    layer, q, k = cache.layers[0], torch.randn(2, 4, 1, 32), torch.randn(2, 2, 1, 32)
-    mask = torch.ones(2, 1, 1, TOKENS + 1, dtype=torch.bool)
-    mask[0, :, :, 100] = False
-    biased = torch.zeros(2, 1, 1, TOKENS + 1)
-    biased[1, :, :, 5] = -1.0
-    for given in (mask, biased):
-        handle, _ = copy.deepcopy(layer).update(k, k)
-        with pytest.raises(ValueError, match="attention_mask must show all tokens that came before"):
-            handle.kv_view.attend(AttentionCall(q, given, 0.2))
-    handle, _ = layer.update(k, k)
-    handle.kv_view.attend(AttentionCall(q, torch.ones_like(mask), 0.2))
+    check_masks(cache.layers[0])
 
 
 @pytest.mark.parametrize("pruner", ["snapkv", "keydiff"])
 def test_what_needs_all_tokens_is_refused(ids, pruner):
     model = tiny_model()
     cache = LogQuantCache(model.config, rule="recent", prune=pruner)
-    with pytest.raises(RuntimeError, match="tell its queries, and has not"):
-        logits_of(model, cache, ids, [TOKENS], "eager")
-    cache.reset()
-    logits_of(model, cache, ids, [TOKENS], "logquant")
-    with pytest.raises(RuntimeError, match="there are no keys and values of all positions"):
-        logits_of(model, cache, ids, [1], "eager")
-    cache.rewind()
-    with pytest.raises(RuntimeError, match="there are no keys and values of all positions"):
-        cache.layers[0].keys  # noqa: B018
+    check_dense_attention(model, cache, ids[:, :TOKENS], "tell its queries, and has not")
     assert logits_of(model, cache, ids[:, TOKENS:], [1, 20], "sdpa").isfinite().all()
 
 
@@ -243,7 +226,7 @@ def test_beams_copies_and_files(ids, tmp_path, rule):
     logits_of(model, cache, ids, [TOKENS], "logquant", mask)
     cache.save(tmp_path / "cache")
     twin, loaded = copy.deepcopy(cache), LogQuantCache.load(tmp_path / "cache", model)
-    assert loaded.quantization == cache.quantization and loaded.layers[0].rows.slots[1].pruned == (320, 128)
+    assert loaded.quantization == cache.quantization and loaded.layers[0].rows.slots[1].by_head == (320, 128)
     swapped = copy.deepcopy(cache)
     swapped.reorder_cache(torch.tensor([1, 0]))
     model.set_attn_implementation("logquant")

@@ -27,6 +27,7 @@ from tests.helpers.layers import PLAIN
 from tests.helpers.models import family_config, generate, logits_of, tiny_model
 from tests.helpers.padded import PaddedBatch
 from tests.helpers.recall import attention
+from tests.helpers.refused import check_dense_attention, check_masks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS, LEFT = 700, 512
@@ -150,7 +151,7 @@ def test_pages_are_those_of_the_clusters(asked, bits, rule):
 
 
 @pytest.mark.parametrize("fine_values", [0, 4, 8])
-def test_within_a_page_come_first_those_that_count_most(asked, fine_values):
+def test_within_a_page_come_first_those_that_count_most(asked, monkeypatch, fine_values):
     """As under the rule ``attention`` in the order of time; those with fine values, where their format has them."""
     counted: list[Tensor] = []
     by_head = commit.importance_by_head
@@ -159,9 +160,8 @@ def test_within_a_page_come_first_those_that_count_most(asked, fine_values):
         counted.append(given.sqrt() * values.norm(dim=-1))
         return by_head(given, values)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commit, "importance_by_head", weighed)
-        layer, k, _ = fed(LogQuantConfig(recall=ORDER, key_bits=8, fine_values=fine_values), TOKENS)
+    monkeypatch.setattr(commit, "importance_by_head", weighed)
+    layer, k, _ = fed(LogQuantConfig(recall=ORDER, key_bits=8, fine_values=fine_values), TOKENS)
     ((_, order),), (weight,) = asked, counted
     fine = fine_tokens(fine_values)
     places = torch.tensor([*fine, *(t for t in range(64) if t not in fine)])
@@ -231,7 +231,7 @@ def test_beams_copies_and_files(ids, tmp_path, rule):
     logits_of(model, cache, ids, [TOKENS], "logquant")
     cache.save(tmp_path / "cache")
     twin, loaded = copy.deepcopy(cache), LogQuantCache.load(tmp_path / "cache", model)
-    assert loaded.quantization == cache.quantization and loaded.layers[0].rows.slots[0].pruned == (LEFT, LEFT)
+    assert loaded.quantization == cache.quantization and loaded.layers[0].rows.slots[0].by_head == (LEFT, LEFT)
     swapped = copy.deepcopy(cache)
     swapped.reorder_cache(torch.tensor([1, 0]))
     later = ids[:, TOKENS : TOKENS + 80]
@@ -273,19 +273,9 @@ def test_crop_takes_back_what_came_after_the_prompt_alone(ids, rule):
 def test_what_needs_tokens_in_their_places_is_refused(ids):
     model = tiny_model()
     cache = LogQuantCache(model.config, recall=ORDER)
-    with pytest.raises(RuntimeError, match="order=clusters have each KV head choose among the tokens of a prompt"):
-        logits_of(model, cache, ids, [TOKENS], "eager")
-    cache.reset()
-    logits_of(model, cache, ids, [TOKENS], "logquant")
-    with pytest.raises(RuntimeError, match="there are no keys and values of all positions"):
-        logits_of(model, cache, ids, [1], "eager")
-    cache.rewind()
-    mask = torch.ones(2, 1, 1, TOKENS + 1, dtype=torch.bool)
-    mask[0, :, :, 100] = False
-    q, k = torch.randn(2, 4, 1, 32), torch.randn(2, 2, 1, 32)
-    handle, _ = cache.layers[0].update(k, k)
-    with pytest.raises(ValueError, match="attention_mask must show all tokens that came before"):
-        handle.kv_view.attend(AttentionCall(q, mask, 0.2))
+    message = "order=clusters have each KV head choose among the tokens of a prompt"
+    check_dense_attention(model, cache, ids[:, :TOKENS], message)
+    check_masks(cache.layers[0])
 
 
 def test_a_model_that_computes_with_what_the_cache_returns_is_refused(ids):

@@ -13,8 +13,9 @@ pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own: .c
 
 
 def test_kl_to_vllms_own_cache(data_dir, smollm2, smollm2_tokenizer, tmp_path):
-    """In float32: in bfloat16, which takes twice as long here, two ways to compute the same attention are 0.0007 apart.
-    And in small chunks: however a text is cut, pages and what queries see are the same (test_pool.py)."""
+    """In float32: bfloat16 takes twice as long where processors lack its instructions, and two ways to compute the same
+    attention are then 0.0007 apart. In small chunks: however a text is cut, pages and what queries see are the same
+    (test_pool.py)."""
     import torch
 
     from logquant.quantizer.calibrate import calibrate
