@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from .channels_spec import ChannelsSpec
 from .eviction.spec import EvictSpec
 from .format import BITS, FINE_VALUES, PAGE_TOKENS, PARAM_BITS, PageFormat, fine_tokens
+from .layers_spec import LayersSpec
 from .pruning.spec import Budget, PruneSpec
 from .recall_spec import RecallSpec
 from .residual_spec import ResidualSpec
@@ -79,6 +80,9 @@ class LogQuantConfig:
         residual: given, a small state stands for the tokens that ``prune`` or ``evict`` has dropped:
             ``"less(file=less.safetensors)"`` says how, and where what was trained for the model is, which the cache
             reads; or that itself, a :class:`logquant.residual.trained.Trained`.
+        layers: given, some layers of a model have other ``key_bits``, ``value_bits``, ``key_columns`` or
+            ``fine_values``: ``"middle(key_columns=1.5;fine_values=8)"`` or ``"10-24(value_bits=4)"`` says which, and
+            what (:mod:`logquant.layers_spec`).
 
     Raises:
         ValueError: naming the field, what it was and what it must be.
@@ -102,6 +106,7 @@ class LogQuantConfig:
     prune: str | None = None
     evict: str | None = None
     residual: ResidualNets | str | None = None
+    layers: str | None = None
 
     @classmethod
     def paper(cls, **changes: Any) -> LogQuantConfig:
@@ -115,12 +120,12 @@ class LogQuantConfig:
 
     @classmethod
     def fine(cls, **changes: Any) -> LogQuantConfig:
-        """More bytes, more accurate: the eight most attended tokens of a page have values of 4 bits.
+        """More bytes, more accurate: more key columns and fine values in the layers where rounding costs most.
 
         Args:
             **changes: other fields.
         """
-        return cls(**{"fine_values": 8} | changes)
+        return cls(**{"layers": "middle(key_columns=1.5;fine_values=8)"} | changes)
 
     @classmethod
     def small(cls, **changes: Any) -> LogQuantConfig:
@@ -200,6 +205,7 @@ class LogQuantConfig:
             )
         self._check_evict(need)
         self._check_residual(need)
+        self._check_layers(need)
 
     @property
     def page_size(self) -> int:
@@ -241,6 +247,19 @@ class LogQuantConfig:
     def allocates_bits(self, fmt: PageFormat) -> bool:
         """Whether each sequence finds the bit allocation of its keys by itself, for pages of this format."""
         return self.has_map(fmt) and self.calibration is None
+
+    def of_layer(self, layer: int, count: int) -> LogQuantConfig:
+        """The settings of layer ``layer`` of a model's ``count``, which has ``layers`` no more."""
+        if self.layers is None:
+            return self
+        spec = LayersSpec.parse(self.layers)
+        return self._with(spec.changes if spec.has(layer, count) else {})
+
+    def _with(self, changes: dict[str, Any]) -> LogQuantConfig:
+        """The same with other fields in all layers."""
+        if changes.get("key_bits", self.key_bits) != self.key_bits and self.channels is None:
+            changes = {"key_columns": None} | changes
+        return replace(self, **{"layers": None} | changes)
 
     def recall_spec(self, layer: int) -> RecallSpec | None:
         """What layer ``layer`` of a model reads of its pages; None if that is all of them."""
@@ -292,6 +311,19 @@ class LogQuantConfig:
         drops = self.prune is not None or self.evict is not None
         need(drops, "residual", "None without prune or evict, for whose dropped tokens it stands")
         need(self.recall is None, "recall", "None with residual, which is weighed against all that is held")
+
+    def _check_layers(self, need: Callable[[bool, str, str], None]) -> None:
+        """The same of ``layers``."""
+        need(self.layers is None or isinstance(self.layers, str), "layers", "a text or None")
+        if self.layers is None:
+            return
+        spec, prune = LayersSpec.parse(self.layers), self.prune_spec()
+        by_bytes = prune is not None and prune.nbytes is not None
+        need(not by_bytes, "prune", "given as a share or in tokens with layers, whose pages differ in bytes")
+        try:
+            self._with(spec.changes)
+        except ValueError as error:
+            raise ValueError(f"{error}, in layers={self.layers!r}") from None
 
     def budget(self, head_dim: int | None) -> Budget | None:
         """What becomes of a prompt's tokens; None if all are packed as they came.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_CALL = re.compile(r"(\w+)(?:\((.*)\))?")
+_CALL = re.compile(r"([\w-]+)(?:\((.*)\))?")
 
 
 def parse_nested(text: str) -> tuple[str, dict[str, str]]:

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .cache.sizes import choice_nbytes, head_nbytes, index_nbytes, residual_nbytes, window_capacity
 from .config import LogQuantConfig
-from .methods.registry import CacheSpec
+from .methods.registry import CacheSpec, parse_cache
 
 _MOST_TOKENS = 1 << 40
 
@@ -96,15 +96,16 @@ def sequence_nbytes(
         raise ValueError(f"cache must be full, logquant or one with its settings, got {spec.name!r}")
     if spec.quantization is not None and spec.quantization.evict is not None:
         raise ValueError(f"cache must be one without evict, of which the text says how much stays, got {spec.name!r}")
-    nbytes = 0
-    for i, layer in enumerate(DynamicCache(config=config).layers):
+    nbytes, layers = 0, DynamicCache(config=config).layers
+    for i, layer in enumerate(layers):
         kept, shape = tokens, head_shape(config, i)
         if type(layer) is DynamicSlidingWindowLayer:
             kept = min(tokens, layer.sliding_window - 1)
         elif type(layer) is not DynamicLayer:
             raise ValueError(f"layer {i} must be full or sliding-window attention, got {type(layer).__name__}")
         if type(layer) is DynamicLayer and spec.quantization is not None:
-            nbytes += _layer_nbytes(spec.quantization, shape, tokens, i, itemsize, decoding=decoding)
+            own = spec.quantization.of_layer(i, len(layers))
+            nbytes += _layer_nbytes(own, shape, tokens, i, itemsize, decoding=decoding)
         else:
             nbytes += shape.count * kept * (shape.dim + shape.value_dim) * itemsize
     return nbytes
@@ -129,17 +130,15 @@ def pays_from(spec: CacheSpec, config: PreTrainedConfig, itemsize: int) -> int:
         itemsize: bytes of an exact element.
 
     Raises:
-        ValueError: another cache, or as :func:`head_shape`.
+        ValueError: another cache, or as :func:`sequence_nbytes`.
     """
     if spec.quantization is None:
         raise ValueError(f"cache must be logquant or one with its settings, got {spec.name!r}")
-    # The first layers read all pages, and keep no index of them.
-    last = config.get_text_config(decoder=True).num_hidden_layers - 1
-    quantization, shape = spec.quantization, head_shape(config, last)
-    full = shape.count * (shape.dim + shape.value_dim) * itemsize
+    quantization, full = spec.quantization, parse_cache("full")
 
     def smaller(tokens: int) -> bool:
-        return _layer_nbytes(quantization, shape, tokens, last, itemsize, decoding=True) < tokens * full
+        held, plain = (sequence_nbytes(each, config, tokens, itemsize, decoding=True) for each in (spec, full))
+        return held < plain
 
     # Before the first eviction there are as many exact tokens and room for more. From one to the next, what is held
     # grows by less than the full cache; a store that grows by a page to spare may be the larger one again, but not for

@@ -13,6 +13,8 @@ from logquant.methods.registry import parse_cache
 from logquant.plan import pays_from, plan, sequence_nbytes
 from tests.helpers.models import FAMILIES, family_config
 
+RECALL = "logquant:recall=both(pages=0.5;skip=1)"
+MIXED = "logquant:layers=middle(key_bits=4;value_bits=8)"
 REFUSED = {
     "lfm2": "layer 0 must be full or sliding-window attention, got LinearAttention",
     "qwen3_next": "layer 0 must be full or sliding-window attention, got LinearAttention",
@@ -28,7 +30,7 @@ def noted(cache) -> int:
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(REFUSED)))
-@pytest.mark.parametrize("name", ["full", "logquant:window=32", "paper", "logquant:recall=both(pages=0.5;skip=1)"])
+@pytest.mark.parametrize("name", ["full", "logquant:window=32", "paper", RECALL, MIXED])
 def test_bytes_predicted_are_those_held(family, name):
     config = family_config(family)
     if family == "gpt_neox":
@@ -70,7 +72,7 @@ def test_plans_are_the_largest_that_fit():
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
-@pytest.mark.parametrize("name", ["logquant", "logquant:bits=8,window=32", "paper:window=128", "recent:param_bits=16"])
+@pytest.mark.parametrize("name", ["logquant", MIXED, "logquant:bits=8,window=32", "paper:window=128"])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_a_cache_pays_from_the_first_token_on_that_no_later_one_undoes(family, name, itemsize):
     config, spec, full = family_config(family), parse_cache(name), parse_cache("full")

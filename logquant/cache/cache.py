@@ -78,11 +78,9 @@ class LogQuantCache(DynamicCache):
         if not isinstance(config, PreTrainedConfig):
             raise TypeError(f"config must be the model's configuration (model.config), got {type(config).__name__}")
         self.quantization = with_residual(with_calibration(quantization or LogQuantConfig(**options)))
-        head_dim = getattr(config.get_text_config(decoder=True), "head_dim", None)
-        if head_dim:
-            self.quantization.page_format(head_dim)
-        rows = Rows((self._empty_slots(config),))
         layers = DynamicCache(config=config).layers
+        of_layers = _of_layers(self.quantization, config, len(layers))
+        rows = Rows((self._empty_slots(config),))
         for learnt in calibration_of(self.quantization), residual_of(self.quantization):
             if learnt is not None:
                 learnt.check(config, [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer])
@@ -114,7 +112,7 @@ class LogQuantCache(DynamicCache):
             layers=self._fixed.layers
             if self._fixed is not None
             else [
-                LogQuantLayer(self.quantization, self._shared, rows, i) if type(layer) is DynamicLayer else layer
+                LogQuantLayer(of_layers[i], self._shared, rows, i) if type(layer) is DynamicLayer else layer
                 for i, layer in enumerate(layers)
             ],
         )
@@ -431,6 +429,15 @@ class LogQuantCache(DynamicCache):
             if more:
                 layer.crop(more)
         return min(lengths)
+
+
+def _of_layers(quantization: LogQuantConfig, config: PreTrainedConfig, count: int) -> list[LogQuantConfig]:
+    """The settings of each layer (ValueError: a head dimension that its pages cannot hold)."""
+    found = [quantization.of_layer(i, count) for i in range(count)]
+    if head_dim := getattr(config.get_text_config(decoder=True), "head_dim", None):
+        for each in found:
+            each.page_format(head_dim)
+    return found
 
 
 def _kind(layer: object) -> str:

@@ -40,9 +40,12 @@ class FixedSize:
                     f"{name} does not go with max_length: got {name}={option!r} and max_length={max_length}"
                 )
         self.max_length, self._shared, self._announced = max_length, shared, False
+        layers = StaticCache(config=config, max_cache_len=max_length).layers
         self.layers: list[Any] = [
-            StaticLayer(quantization, shared, rows, i, max_length) if type(layer) is FullStaticLayer else layer
-            for i, layer in enumerate(StaticCache(config=config, max_cache_len=max_length).layers)
+            StaticLayer(quantization.of_layer(i, len(layers)), shared, rows, i, max_length)
+            if type(layer) is FullStaticLayer
+            else layer
+            for i, layer in enumerate(layers)
         ]
         self._own = [layer for layer in self.layers if isinstance(layer, StaticLayer)]
         # Of those that keys and values come to, which linear attention has none of.

@@ -35,6 +35,7 @@ class Allocator:
 
     def __init__(self, layers: int = 1) -> None:
         self.layers = layers
+        self._taken = 0
         self._key: tuple[torch.device, list[Shape]] | None = None
         self._stores: list[list[Tensor]] = []
 
@@ -42,12 +43,12 @@ class Allocator:
     def take(self, like: Tensor, shapes: list[Shape]) -> list[Tensor]:
         """New tensors of these shapes and dtypes on the device of ``like``: a page store, and then others."""
         key = like.device, shapes
-        if self._key is None:
-            self._key, self._stores = key, [self._new(like, shapes) for _ in range(self.layers)]
-        if self._key == key and self._stores:
-            return self._stores.pop()
-        self._stores = []
-        return self._new(like, shapes)
+        if self._key != key:  # the first layer, or one whose pages are of another size
+            self._stores = []
+            self._key, left = key, self.layers - self._taken
+            self._stores = [self._new(like, shapes) for _ in range(left)]
+        self._taken += 1
+        return self._stores.pop() if self._stores else self._new(like, shapes)
 
     def _new(self, like: Tensor, shapes: list[Shape]) -> list[Tensor]:
         (pages, _), *windows = shapes
@@ -59,7 +60,7 @@ class Allocator:
 
     def forget(self) -> None:
         """The next layer that asks is the first one."""
-        self._key, self._stores = None, []
+        self._key, self._stores, self._taken = None, [], 0
 
 
 class Storage:

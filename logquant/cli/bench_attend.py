@@ -77,6 +77,8 @@ def command(
     if quantization.prune is not None or quantization.evict is not None:
         needed = "a cache without prune and evict is needed (give --context of what they leave)"
         raise bad("--cache", f"{needed}, got {cache!r}")
+    if quantization.layers is not None:
+        raise bad("--cache", f"a cache without layers is needed (give what one layer has), got {cache!r}")
     with errors_of("--dim"):
         quantization.page_format(dim)
     results = []

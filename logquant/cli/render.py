@@ -224,6 +224,18 @@ def _divergence(section: Section, rows: Rows) -> None:
             _label_beside(axes, [(row["cache"], row[key] / unit, row["kl"]) for row in lossy], colours)
 
         section.plots.append(_svg(draw, height=max(4.0, 1.0 + 0.25 * len(lossy))))
+    if lossy and all(len(row.get("kl_along", {}).get("kl", ())) > 1 for row in lossy):
+        section.plots.append(_svg(lambda axes: draw_along(axes, lossy), height=max(4.0, 1.0 + 0.25 * len(lossy))))
+
+
+def draw_along(axes: Axes, rows: Rows) -> None:
+    """The KL of several caches along their texts, as ``kl_along`` of :meth:`CacheScores.as_dict` has it."""
+    for row, colour in zip(rows, _colours(len(rows)), strict=True):
+        along = row["kl_along"]
+        x = [along["tokens"] * (i + 1) for i in range(len(along["kl"]))]
+        axes.plot(x, along["kl"], label=row["cache"], color=colour)
+    axes.set(xlabel="tokens after the prompt", ylabel="KL to the full cache, nats a token", yscale="log")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 
 def _attend(section: Section, rows: Rows) -> None:

@@ -23,6 +23,9 @@ from ..methods.layers.quantized import QuantizingLayer
 from ..methods.registry import CacheSpec, parse_cache
 from .stats import bootstrap_interval, mean
 
+SPAN = 256
+"""Tokens over which KL along a text is averaged."""
+
 
 @dataclass
 class CacheScores:
@@ -65,11 +68,16 @@ class CacheScores:
         differences = [own - others for own, others in zip(self.kl, other.kl, strict=True)]
         return {"cache": other.cache, "kl": mean(differences), "interval": bootstrap_interval(differences)}
 
+    def _along(self) -> list[float]:
+        spans = zip(*(kl.split(SPAN) for kl in self.token_kl), strict=False)  # if stopped, texts differ in length
+        return [torch.cat(span).mean().item() for span in spans]
+
     def as_dict(self) -> dict[str, Any]:
         """Means over texts, 95 % bootstrap intervals over texts where there are several, and the scores of each.
 
         Of the tokens of all texts together, besides: the 99th and 99.9th percentile of KL, interpolated linearly, and
-        the share of tokens whose KL is above 1. A mean hides the few tokens at which a cache goes wrong.
+        the share of tokens whose KL is above 1. A mean hides the few tokens at which a cache goes wrong. And along the
+        texts: the mean KL of each :data:`SPAN` tokens, the first after the prompt first.
         """
         nll, tokens = bootstrap_interval(self.nll), torch.cat(self.token_kl)
         p99, p999 = np.quantile(tokens.numpy(), [0.99, 0.999]).tolist()
@@ -82,6 +90,7 @@ class CacheScores:
             "kl_p99": p99,
             "kl_p999": p999,
             "kl_above_1": (tokens > 1).double().mean().item(),
+            "kl_along": {"tokens": SPAN, "kl": self._along()},
             "ppl_interval": nll and [math.exp(bound) for bound in nll],
             "top1_interval": bootstrap_interval(self.top1),
             "bits_per_element": self.bits_per_element,

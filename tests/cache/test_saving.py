@@ -47,6 +47,7 @@ def filled(model, ids, **options) -> LogQuantCache:
         {"key_bits": 8},
         {"rule": "log"},
         {"recall": "both(skip=1)"},
+        {"layers": "middle(key_bits=4;fine_values=8)"},
     ],
     ids=str,
 )

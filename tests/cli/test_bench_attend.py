@@ -49,6 +49,7 @@ def test_bench_attend_times_every_contender(json_file):
         ),
         (("--cache", "recent:prune=keydiff"), "a cache without prune and evict is needed"),
         (("--cache", "recent:window=128,evict=corm"), "a cache without prune and evict is needed"),
+        (("--cache", "fine"), "a cache without layers is needed"),
         (("--cache", "logquant,paper"), "one cache is needed, got 'logquant,paper'"),
         (("--context", "1,,2"), "whole numbers separated by commas are needed, got '1,,2'"),
         (("--kv-heads", "0"), "kv_heads must be at least 1, got 0"),

@@ -124,6 +124,18 @@ def test_sections_have_titles_of_their_own(results, tmp_path):
     assert titles == [f"{kind}: {name}" for kind, name in zip(kinds, names, strict=True)]
 
 
+def test_kl_along_texts_is_drawn_where_there_are_several_spans(results, tmp_path):
+    content, plots = json.loads(results["eval"].read_text()), []
+    for spans in (1, 2, 3):
+        for row in content["results"]:
+            row["kl_along"] = {"tokens": 256, "kl": [0.001 * (i + 1) for i in range(spans)]}
+        file = tmp_path / f"{spans}.json"
+        file.write_text(json.dumps(content))
+        (section,) = sections_of(render([file]))
+        plots.append(len(section.findall(".//figure")))
+    assert plots == [2, 3, 3]
+
+
 @pytest.mark.parametrize("count", [1, 10, 13, 20, 21, 60])
 def test_no_colour_comes_twice(count):
     assert len(set(_colours(count))) == count

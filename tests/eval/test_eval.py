@@ -13,7 +13,7 @@ from logquant import LogQuantConfig
 from logquant.cache.sizes import head_nbytes
 from logquant.compat import as_argument
 from logquant.eval import CacheScores, bootstrap_interval, evaluate, read_tokens
-from logquant.eval.divergence import take_prompt
+from logquant.eval.divergence import SPAN, take_prompt
 from logquant.methods.accounting import cache_nbytes, packed_bits_per_element
 from logquant.methods.layers.quantized import QuantizingLayer
 from logquant.methods.registry import parse_cache, parse_caches
@@ -85,6 +85,13 @@ def test_the_share_of_tokens_above_1_counts_tokens():
     scored = CacheScores("x", [torch.tensor([0.0, 1.0, 1.5]), torch.tensor([3.0] * 2)], [1.0, 2.0], [0.5, 0.5])
     assert scored.as_dict()["kl_above_1"] == 3 / 5
     assert scored.as_dict()["kl"] == pytest.approx((2.5 / 3 + 3) / 2)
+
+
+def test_kl_along_texts_is_the_mean_of_each_span():
+    first, second = torch.rand(2 * SPAN + 10), torch.rand(SPAN + 1)
+    found = CacheScores("x", [first, second], [1.0, 1.0], [0.5, 0.5]).as_dict()["kl_along"]
+    want = [torch.cat([kl[start : start + SPAN] for kl in (first, second)]).mean() for start in (0, SPAN)]
+    assert found["tokens"] == SPAN and found["kl"] == pytest.approx([float(kl) for kl in want])
 
 
 def test_a_stopped_evaluation_scores_what_was_decoded(model, ids):

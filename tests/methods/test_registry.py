@@ -32,7 +32,7 @@ def test_names_have_an_order_and_every_method_is_tested():
 def test_names_of_logquant_stand_for_its_rules_and_sizes():
     assert [parse_cache(name).quantization for name in OURS] == [
         LogQuantConfig(),
-        LogQuantConfig(fine_values=8),
+        LogQuantConfig(layers="middle(key_columns=1.5;fine_values=8)"),
         LogQuantConfig(key_columns=1.0, allocate_bits=True),
         LogQuantConfig(rule="log"),
         LogQuantConfig(rule="recent"),
