@@ -1,6 +1,7 @@
-"""Draws what caches lose against their bytes: ``python -m benchmarks.draw_kl [DIRECTORY]``, from benchmarks/results.
+"""Draws what caches lose: ``python -m benchmarks.draw_kl [DIRECTORY]``, from benchmarks/results.
 
-Two pictures: bytes held, of all methods, and bytes that a decode step reads, of those that read part of what they hold.
+Three pictures: against bytes held, of all methods; against bytes that a decode step reads, of those that read part of
+what they hold; and along texts, of what keeps the same pages and other exact tokens.
 Full caches of 32 bits were measured; exact tokens count as those of 16 bits, as models are served.
 """
 
@@ -51,6 +52,14 @@ READ: Labels = {
     "clusterkv:budget=512": ("ClusterKV, 512", "right", 0),
 }
 
+ALONG: Labels = {
+    "recent": ("recent", "right", 5),
+    "log": ("log", "right", -5),
+    "recent:window=128": ("recent, twice the exact tokens", "right", 0),
+    "logquant": ("logquant", "right", 0),
+    "fine": ("fine", "right", 0),
+}
+
 
 def rows(*names: str) -> dict[str, dict[str, Any]]:
     """The results of some files by cache; of a cache that is in several, those of the last."""
@@ -94,9 +103,7 @@ def picture(
     """KL against something, each point with its name; ours in colour, joined in the order of ``line``."""
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes: Axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    axes.set(xlabel=x_label, ylabel="KL to the full cache, nats a token", yscale="log")
+    _plain(axes, x_label)
     joined = [(x_of(found[name]), found[name]["kl"]) for name in line]
     axes.plot(*zip(*joined, strict=True), color=OURS, linewidth=1, alpha=0.5)
     for cache, (label, side, higher) in labels.items():
@@ -118,6 +125,37 @@ def picture(
     return figure
 
 
+def along(found: dict[str, dict[str, Any]], labels: Labels) -> Figure:
+    """KL along texts, each line with its name at its end; ours in colour."""
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes: Axes = figure.subplots()
+    _plain(axes, "tokens after the prompt")
+    for cache, (label, _, higher) in labels.items():
+        each = found[cache]["kl_along"]
+        x = [each["tokens"] * (i + 1) for i in range(len(each["kl"]))]
+        colour = OURS if cache in ("logquant", "fine") else OTHERS
+        axes.plot(x, each["kl"], color=colour, linewidth=2.5 if cache == "logquant" else 1.3)
+        axes.annotate(
+            label,
+            (x[-1], each["kl"][-1]),
+            xytext=(7, higher),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=colour if colour == OURS else INK,
+            fontweight="bold" if cache == "logquant" else "normal",
+            annotation_clip=False,
+        )
+    return figure
+
+
+def _plain(axes: Axes, x_label: str) -> None:
+    """Axes as all pictures have them."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.set(xlabel=x_label, ylabel="KL to the full cache, nats a token", yscale="log")
+
+
 def main() -> None:
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "docs"
     every = rows("table", "neighbours", "equal_bytes", "presets")
@@ -136,6 +174,7 @@ def main() -> None:
             "MB read by a step after 4,224 tokens (a full cache of 16 bits: 97)",
             ["logquant", *(f"logquant:recall=both(pages={share})" for share in (0.5, 0.25, 0.125))],
         ),
+        "kl_along": along(rows("along"), ALONG),
     }
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "logquant"}):
         for name, figure in pictures.items():

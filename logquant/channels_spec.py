@@ -40,7 +40,7 @@ class ChannelsSpec:
         Raises:
             ValueError: an unknown rule or setting, or a bad one.
         """
-        rule, given = parse_nested(text)
+        rule, given = parse_nested("channels", text)
         return ChannelsSpec(rule, **read_settings("channels", given, {"ratio": float}))
 
     def columns(self, head_dim: int) -> int:

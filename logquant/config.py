@@ -82,7 +82,8 @@ class LogQuantConfig:
             reads; or that itself, a :class:`logquant.residual.trained.Trained`.
         layers: given, some layers of a model have other ``key_bits``, ``value_bits``, ``key_columns`` or
             ``fine_values``: ``"middle(key_columns=1.5;fine_values=8)"`` or ``"10-24(value_bits=4)"`` says which, and
-            what (:mod:`logquant.layers_spec`).
+            what (:mod:`logquant.layers_spec`). With other ``key_bits`` and without ``key_columns`` they have as many
+            columns as is the default with those.
 
     Raises:
         ValueError: naming the field, what it was and what it must be.
@@ -120,12 +121,17 @@ class LogQuantConfig:
 
     @classmethod
     def fine(cls, **changes: Any) -> LogQuantConfig:
-        """More bytes, more accurate: more key columns and fine values in the layers where rounding costs most.
+        """More bytes, more accurate: 1.5 key columns and 8 fine values in the layers where rounding costs most.
 
         Args:
-            **changes: other fields.
+            **changes: other fields. What they say of columns and fine values holds in all layers.
         """
-        return cls(**{"layers": "middle(key_columns=1.5;fine_values=8)"} | changes)
+        more = {"key_columns": 1.5, "fine_values": 8}
+        if {"bits", "key_bits", "channels"} & changes.keys():
+            del more["key_columns"]
+        more = {name: value for name, value in more.items() if name not in changes}
+        settings = ";".join(f"{name}={value}" for name, value in more.items())
+        return cls(**{"layers": f"middle({settings})" if more else None} | changes)
 
     @classmethod
     def small(cls, **changes: Any) -> LogQuantConfig:
@@ -249,7 +255,11 @@ class LogQuantConfig:
         return self.has_map(fmt) and self.calibration is None
 
     def of_layer(self, layer: int, count: int) -> LogQuantConfig:
-        """The settings of layer ``layer`` of a model's ``count``, which has ``layers`` no more."""
+        """The settings of layer ``layer`` of a model's ``count``, which has ``layers`` no more.
+
+        Raises:
+            ValueError: ``layers`` says something of layers that the model does not have.
+        """
         if self.layers is None:
             return self
         spec = LayersSpec.parse(self.layers)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from .nested import parse_nested, read_settings
 
 MIDDLE = "middle"
+_KINDS: dict[str, type] = {"key_bits": int, "value_bits": int, "key_columns": float, "fine_values": int}
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class LayersSpec:
         Raises:
             ValueError: unknown layers, an unknown setting or a bad one, or none.
         """
-        which, given = parse_nested(text)
+        which, given = parse_nested("layers", text)
         return LayersSpec(which, **read_settings("layers", given, _KINDS))
 
     @property
@@ -52,10 +53,16 @@ class LayersSpec:
         return {name: value for name in _KINDS if (value := getattr(self, name)) is not None}
 
     def has(self, layer: int, count: int) -> bool:
-        """Whether layer ``layer`` of a model's ``count`` is one of these."""
+        """Whether layer ``layer`` of a model's ``count`` is one of these.
+
+        Raises:
+            ValueError: some of these are not the model's.
+        """
         numbers = self._numbers()
         if numbers is None:
             return count <= 4 * layer and 6 * layer < 5 * count
+        if numbers[1] >= count:
+            raise ValueError(f"layers must be of a model's {count}, from 0 to {count - 1}, got {self.which!r}")
         return numbers[0] <= layer <= numbers[1]
 
     def _numbers(self) -> tuple[int, int] | None:
@@ -64,6 +71,3 @@ class LayersSpec:
             return None
         first, last = int(found[1]), int(found[2] or found[1])
         return (first, last) if first <= last else None
-
-
-_KINDS: dict[str, type] = {f.name: float if "float" in str(f.type) else int for f in fields(LayersSpec)[1:]}

@@ -9,15 +9,19 @@ from typing import Any
 _CALL = re.compile(r"([\w-]+)(?:\((.*)\))?")
 
 
-def parse_nested(text: str) -> tuple[str, dict[str, str]]:
+def parse_nested(what: str, text: str) -> tuple[str, dict[str, str]]:
     """The name and what stands in the brackets after it.
+
+    Args:
+        what: whose settings they are, for messages.
+        text: the setting.
 
     Raises:
         ValueError: another form, or a key that is given twice.
     """
     call = _CALL.fullmatch(text)
     if call is None:
-        raise ValueError(f"name or name(key=value;key=value) is needed, got {text!r}")
+        raise ValueError(f"{what} must be name or name(key=value;key=value), got {text!r}")
     given: dict[str, str] = {}
     for setting in filter(None, (call[2] or "").split(";")):
         key, equals, value = (part.strip() for part in setting.partition("="))

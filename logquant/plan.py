@@ -130,10 +130,12 @@ def pays_from(spec: CacheSpec, config: PreTrainedConfig, itemsize: int) -> int:
         itemsize: bytes of an exact element.
 
     Raises:
-        ValueError: another cache, or as :func:`sequence_nbytes`.
+        ValueError: another cache, a model without full attention, or as :func:`sequence_nbytes`.
     """
     if spec.quantization is None:
         raise ValueError(f"cache must be logquant or one with its settings, got {spec.name!r}")
+    if all(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers):
+        raise ValueError(f"config must be of a model with full attention in some layer, got {config.model_type}")
     quantization, full = spec.quantization, parse_cache("full")
 
     def smaller(tokens: int) -> bool:

@@ -52,7 +52,7 @@ class RecallSpec:
         Raises:
             ValueError: an unknown chooser or setting, a bad one, or both ``pages`` and ``tokens``.
         """
-        chooser, given = parse_nested(text)
+        chooser, given = parse_nested("recall", text)
         options = read_settings("recall", given, {"pages": float, "tokens": int, "skip": int, "order": str})
         if {"pages", "tokens"} <= given.keys():
             raise ValueError("recall must have either pages or tokens, got both")

@@ -38,5 +38,5 @@ class ResidualSpec:
         Raises:
             ValueError: an unknown kind or setting, or no file.
         """
-        kind, given = parse_nested(text)
+        kind, given = parse_nested("residual", text)
         return ResidualSpec(kind, read_settings("residual", given, {"file": str}).get("file", ""))

@@ -72,7 +72,9 @@ def test_plans_are_the_largest_that_fit():
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
-@pytest.mark.parametrize("name", ["logquant", MIXED, "logquant:bits=8,window=32", "paper:window=128"])
+@pytest.mark.parametrize(
+    "name", ["logquant", MIXED, "logquant:bits=8,window=32", "paper:window=128", "recent:param_bits=16"]
+)
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_a_cache_pays_from_the_first_token_on_that_no_later_one_undoes(family, name, itemsize):
     config, spec, full = family_config(family), parse_cache(name), parse_cache("full")
@@ -90,3 +92,5 @@ def test_what_pays_from_is_known_of_logquant_caches_alone():
     for name in ("full", "kivi"):
         with pytest.raises(ValueError, match=f"cache must be logquant or one with its settings, got '{name}'"):
             pays_from(parse_cache(name), family_config("llama"), 2)
+    with pytest.raises(ValueError, match="config must be of a model with full attention in some layer, got mistral"):
+        pays_from(parse_cache("logquant"), family_config("mistral"), 2)

@@ -79,7 +79,7 @@ class LogQuantCache(DynamicCache):
             raise TypeError(f"config must be the model's configuration (model.config), got {type(config).__name__}")
         self.quantization = with_residual(with_calibration(quantization or LogQuantConfig(**options)))
         layers = DynamicCache(config=config).layers
-        of_layers = _of_layers(self.quantization, config, len(layers))
+        of_layers = _of_layers(self.quantization, config, layers)
         rows = Rows((self._empty_slots(config),))
         for learnt in calibration_of(self.quantization), residual_of(self.quantization):
             if learnt is not None:
@@ -87,7 +87,7 @@ class LogQuantCache(DynamicCache):
         self.config, self._text_config = config, config.get_text_config(decoder=True)
         self.left_behind = LeftBehind(config)
         self._given = False
-        own = sum(type(layer) is DynamicLayer for layer in layers)
+        own = [each for each, layer in zip(of_layers, layers, strict=True) if type(layer) is DynamicLayer]
         if layers and not own:
             warnings.warn(
                 "no layer of this model has full attention, which is all that a LogQuant cache quantises: it saves "
@@ -102,9 +102,7 @@ class LogQuantCache(DynamicCache):
                     raise ValueError(f"{name} does not go with page_directory: got {name}={option!r}")
             allocator = MappedAllocator(own, page_directory)
         self._shared = Shared(allocator)
-        self._fixed = (
-            None if max_length is None else FixedSize(config, self.quantization, self._shared, rows, max_length)
-        )
+        self._fixed = None if max_length is None else FixedSize(config, of_layers, self._shared, rows, max_length)
         # Not DynamicCache's own __init__, which would make other layers. It is the base because transformers asks for
         # it where a cache must be able to crop and select rows (EncoderDecoderCache).
         Cache.__init__(
@@ -431,11 +429,18 @@ class LogQuantCache(DynamicCache):
         return min(lengths)
 
 
-def _of_layers(quantization: LogQuantConfig, config: PreTrainedConfig, count: int) -> list[LogQuantConfig]:
-    """The settings of each layer (ValueError: a head dimension that its pages cannot hold)."""
-    found = [quantization.of_layer(i, count) for i in range(count)]
-    if head_dim := getattr(config.get_text_config(decoder=True), "head_dim", None):
-        for each in found:
+def _of_layers(quantization: LogQuantConfig, config: PreTrainedConfig, layers: list[Any]) -> list[LogQuantConfig]:
+    """The settings of each layer (ValueError: a head dimension that its pages cannot hold, or there is no such layer).
+
+    Args:
+        quantization: of the cache.
+        config: the model's configuration.
+        layers: as a ``DynamicCache`` has them.
+    """
+    found = [quantization.of_layer(i, len(layers)) for i in range(len(layers))]
+    head_dim = getattr(config.get_text_config(decoder=True), "head_dim", None)
+    for each, layer in zip(found, layers, strict=True):
+        if head_dim and type(layer) is DynamicLayer:
             each.page_format(head_dim)
     return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 from transformers import PreTrainedConfig, StaticCache
@@ -19,7 +21,8 @@ class FixedSize:
 
     Args:
         config: the model's configuration.
-        quantization, shared, rows: as for :class:`StaticLayer`.
+        settings: those of each layer.
+        shared, rows: as for :class:`StaticLayer`.
         max_length: N, positions there is room for.
 
     Attributes:
@@ -30,22 +33,19 @@ class FixedSize:
     """
 
     def __init__(
-        self, config: PreTrainedConfig, quantization: LogQuantConfig, shared: Shared, rows: Rows, max_length: int
+        self, config: PreTrainedConfig, settings: Sequence[LogQuantConfig], shared: Shared, rows: Rows, max_length: int
     ) -> None:
         if max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {max_length}")
-        for name in ("recall", "prune", "evict"):
+        for name, quantization in product(("recall", "prune", "evict"), settings):
             if (option := getattr(quantization, name)) is not None:
                 raise ValueError(
                     f"{name} does not go with max_length: got {name}={option!r} and max_length={max_length}"
                 )
         self.max_length, self._shared, self._announced = max_length, shared, False
-        layers = StaticCache(config=config, max_cache_len=max_length).layers
         self.layers: list[Any] = [
-            StaticLayer(quantization.of_layer(i, len(layers)), shared, rows, i, max_length)
-            if type(layer) is FullStaticLayer
-            else layer
-            for i, layer in enumerate(layers)
+            StaticLayer(settings[i], shared, rows, i, max_length) if type(layer) is FullStaticLayer else layer
+            for i, layer in enumerate(StaticCache(config=config, max_cache_len=max_length).layers)
         ]
         self._own = [layer for layer in self.layers if isinstance(layer, StaticLayer)]
         # Of those that keys and values come to, which linear attention has none of.

@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -22,15 +23,15 @@ class MappedAllocator(Allocator):
     """Allocates page stores in files of their own without a name, which go with their tensors.
 
     Args:
-        layers: how many there are.
+        settings: as for :class:`Allocator`.
         directory: where the files are; not one that is itself in memory, as ``/tmp`` may be.
 
     Raises:
         NotADirectoryError: there is no such directory.
     """
 
-    def __init__(self, layers: int, directory: str | os.PathLike[str]) -> None:
-        super().__init__(layers)
+    def __init__(self, settings: Iterable[object], directory: str | os.PathLike[str]) -> None:
+        super().__init__(settings)
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise NotADirectoryError(f"page_directory must be a directory, got {str(self.directory)!r}")

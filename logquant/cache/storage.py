@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -30,11 +31,13 @@ class Allocator:
     allocator from giving those back.
 
     Args:
-        layers: how many there are.
+        settings: those of each layer; layers that follow each other with equal ones are expected to need equal stores.
     """
 
-    def __init__(self, layers: int = 1) -> None:
-        self.layers = layers
+    def __init__(self, settings: Iterable[object] = ()) -> None:
+        runs = [len(list(run)) for _, run in groupby(settings)]
+        # Of each layer how many follow with its settings, itself among them, if it is the first of them.
+        self._runs = [count if i == 0 else 0 for count in runs for i in range(count)]
         self._taken = 0
         self._key: tuple[torch.device, list[Shape]] | None = None
         self._stores: list[list[Tensor]] = []
@@ -43,11 +46,11 @@ class Allocator:
     def take(self, like: Tensor, shapes: list[Shape]) -> list[Tensor]:
         """New tensors of these shapes and dtypes on the device of ``like``: a page store, and then others."""
         key = like.device, shapes
-        if self._key != key:  # the first layer, or one whose pages are of another size
-            self._stores = []
-            self._key, left = key, self.layers - self._taken
-            self._stores = [self._new(like, shapes) for _ in range(left)]
+        run = self._runs[self._taken] if self._taken < len(self._runs) else 0
         self._taken += 1
+        if run or self._key != key:
+            self._stores = []
+            self._key, self._stores = key, [self._new(like, shapes) for _ in range(run)]
         return self._stores.pop() if self._stores else self._new(like, shapes)
 
     def _new(self, like: Tensor, shapes: list[Shape]) -> list[Tensor]:

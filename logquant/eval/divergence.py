@@ -69,7 +69,11 @@ class CacheScores:
         return {"cache": other.cache, "kl": mean(differences), "interval": bootstrap_interval(differences)}
 
     def _along(self) -> list[float]:
-        spans = zip(*(kl.split(SPAN) for kl in self.token_kl), strict=False)  # if stopped, texts differ in length
+        longest = max(map(len, self.token_kl))  # if stopped, texts differ in length
+        spans = (
+            [kl[first : first + SPAN] for kl in self.token_kl if len(kl) >= first + SPAN]
+            for first in range(0, longest - SPAN + 1, SPAN)
+        )
         return [torch.cat(span).mean().item() for span in spans]
 
     def as_dict(self) -> dict[str, Any]:
@@ -77,7 +81,7 @@ class CacheScores:
 
         Of the tokens of all texts together, besides: the 99th and 99.9th percentile of KL, interpolated linearly, and
         the share of tokens whose KL is above 1. A mean hides the few tokens at which a cache goes wrong. And along the
-        texts: the mean KL of each :data:`SPAN` tokens, the first after the prompt first.
+        texts: the mean KL of each :data:`SPAN` tokens that are whole, the first after the prompt first.
         """
         nll, tokens = bootstrap_interval(self.nll), torch.cat(self.token_kl)
         p99, p999 = np.quantile(tokens.numpy(), [0.99, 0.999]).tolist()

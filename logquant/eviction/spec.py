@@ -38,5 +38,5 @@ class EvictSpec:
         Raises:
             ValueError: an unknown rule or setting, or a bad one.
         """
-        rule, given = parse_nested(text)
+        rule, given = parse_nested("evict", text)
         return EvictSpec(rule, **read_settings("evict", given, {"window": int}))

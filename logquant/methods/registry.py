@@ -107,6 +107,14 @@ class CacheSpec:
         return parse_cache(base + ":" + ",".join(f"{key}={value}" for key, value in given.items()))
 
 
+# By the type of an option: how it is read, and what it must be.
+_KINDS: dict[str, tuple[Callable[[str], float], str]] = {
+    "bool": ({"True": True, "False": False}.__getitem__, "True or False"),
+    "float": (float, "a number"),
+    "int": (int, "a whole number"),
+}
+
+
 def settings_given(text: str) -> dict[str, float | str]:
     """The settings written after the colon."""
     name, _, settings = text.partition(":")
@@ -123,11 +131,11 @@ def settings_given(text: str) -> dict[str, float | str]:
         if "str" in options[key]:
             given[key] = value
             continue
-        number, what = (float, "number") if "float" in options[key] else (int, "whole number")
+        read, what = _KINDS[next((kind for kind in _KINDS if kind in options[key]), "int")]
         try:
-            given[key] = number(value)
-        except ValueError:
-            raise ValueError(f"cache {text!r}: {key} must be a {what}, got {value!r}") from None
+            given[key] = read(value)
+        except (ValueError, KeyError):
+            raise ValueError(f"cache {text!r}: {key} must be {what}, got {value!r}") from None
     return given
 
 

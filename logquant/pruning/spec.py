@@ -48,7 +48,7 @@ class PruneSpec:
         Raises:
             ValueError: an unknown pruner or setting, a bad one, or more than one of ``keep``, ``tokens``, ``bytes``.
         """
-        name, given = parse_nested(text)
+        name, given = parse_nested("prune", text)
         if name not in PRUNERS:
             raise ValueError(f"pruner of prune must be one of {', '.join(PRUNERS)}, got {name!r}")
         own = {f.name: _KINDS[str(f.type)] for f in dataclasses.fields(PRUNERS[name])}  # type: ignore[arg-type]

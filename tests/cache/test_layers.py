@@ -17,7 +17,7 @@ from logquant.layers_spec import LayersSpec
 from logquant.methods.registry import parse_cache
 from tests.helpers.layers import contents, random_tokens
 from tests.helpers.masks import pad_mask
-from tests.helpers.models import generate, logits_of, tiny_model
+from tests.helpers.models import family_config, generate, logits_of, tiny_model
 
 SETTING = "1-2(key_columns=1.5;fine_values=8)"
 CHANGED = {"key_columns": 1.5, "fine_values": 8}
@@ -103,7 +103,8 @@ def test_the_middle_is_from_a_quarter_to_five_sixths(count):
 def test_layers_by_number():
     config = LogQuantConfig(layers="10-24(value_bits=4)")
     assert [i for i in range(30) if config.of_layer(i, 30).value_bits == 4] == list(range(10, 25))
-    assert config.of_layer(7, 8) == LogQuantConfig()
+    with pytest.raises(ValueError, match="layers must be of a model's 24, from 0 to 23, got '10-24'"):
+        config.of_layer(7, 24)
     assert LogQuantConfig(layers="3(value_bits=4)").of_layer(3, 8) == LogQuantConfig(value_bits=4)
 
 
@@ -116,6 +117,24 @@ def test_keys_of_other_bits_have_the_columns_of_those():
     assert columns("0(key_bits=4;key_columns=1.5)") == 1.5
     assert columns("0(key_bits=2)", key_columns=2) == 2, "they are of as many bits as the others"
     assert columns("0(key_bits=4)", channels="think(ratio=0.5)") == 0.5
+
+
+def test_what_is_said_to_fine_holds_in_all_layers():
+    middle = "middle(key_columns=1.5;fine_values=8)"
+    assert LogQuantConfig.fine(window=128) == LogQuantConfig(window=128, layers=middle)
+    assert LogQuantConfig.fine(key_columns=2) == LogQuantConfig(key_columns=2, layers="middle(fine_values=8)")
+    assert LogQuantConfig.fine(key_bits=8) == LogQuantConfig(key_bits=8, layers="middle(fine_values=8)")
+    assert LogQuantConfig.fine(fine_values=4) == LogQuantConfig(fine_values=4, layers="middle(key_columns=1.5)")
+    assert LogQuantConfig.fine(fine_values=0, bits=4) == LogQuantConfig(bits=4)
+    assert LogQuantConfig.fine(layers=None) == LogQuantConfig()
+    assert LogQuantConfig.fine(channels="think").of_layer(1, 2).key_columns == 0.6
+
+
+def test_layers_without_full_attention_may_be_of_any_dimension():
+    config = family_config("gemma3_text")  # heads of 16 channels, which hold no fine values; layer 2 alone is full
+    LogQuantCache(config, layers="0-1(fine_values=8)")
+    with pytest.raises(ValueError, match="fine_values must be 0 but"):
+        LogQuantCache(config, layers="2(fine_values=8)")
 
 
 @pytest.mark.parametrize("options", [{}, {"max_length": 640}, {"recall": "both(pages=0.5;skip=0)"}], ids=str)
@@ -153,11 +172,14 @@ def test_a_model_of_fixed_size_decodes_as_one_that_grows(model, ids):
     steps = [250, *[1] * 100]
     got, want = (logits_of(model, cache, ids[:1, :350], steps, "logquant") for cache in (fixed, grows))
     assert torch.allclose(got, want, atol=1e-3 * float(want.abs().max()))
+    check_layers_differ(fixed)
 
 
 def test_rows_of_a_padded_batch_are_as_if_alone(model, ids):
     mask = pad_mask([300, 211], "left")
-    batch = generate(model, ids[:, :300], LogQuantCache(model.config, layers=SETTING), attention_mask=mask)
+    cache = LogQuantCache(model.config, layers=SETTING)
+    batch = generate(model, ids[:, :300], cache, attention_mask=mask)
+    check_layers_differ(cache)
     for row, real in enumerate(mask.bool()):
         alone = generate(model, ids[row : row + 1, :300][:, real], LogQuantCache(model.config, layers=SETTING))
         assert torch.equal(batch[row, 300:], alone[0, int(real.sum()) :])
@@ -169,6 +191,7 @@ def test_beams_follow_their_rows(model, ids):
     logits_of(model, taken, ids, [300, *[1] * 20], "logquant")
     taken.reorder_cache(order)
     logits_of(model, fed, ids[order], [300, *[1] * 20], "logquant")
+    check_layers_differ(taken)
     got, want = (logits_of(model, cache, ids[order, 320:], [1] * 70, "logquant") for cache in (taken, fed))
     assert torch.allclose(got, want, atol=1e-4 * float(want.abs().max()))
 
@@ -176,7 +199,7 @@ def test_beams_follow_their_rows(model, ids):
 def test_cropped_and_copied_it_goes_on_as_before(model, ids):
     cache = LogQuantCache(model.config, layers=SETTING)
     logits_of(model, cache, ids[:1], [300, *[1] * 40], "logquant")
-    twin = copy.deepcopy(cache)
+    check_layers_differ(twin := copy.deepcopy(cache))
     wants = logits_of(model, cache, ids[:1, 340:], [1] * 40, "logquant")
     logits_of(model, twin, ids[1:, 340:], [3], "logquant")
     twin.crop(-3)
@@ -184,16 +207,24 @@ def test_cropped_and_copied_it_goes_on_as_before(model, ids):
     assert torch.allclose(got, wants, atol=1e-4 * float(wants.abs().max()))
 
 
-def test_stores_are_made_together_for_layers_that_follow_each_other(model):
-    cache, left = LogQuantCache(model.config, layers=SETTING), []
-    for i in range(LAYERS):
-        k, v = random_tokens(500, dim=32, value_dim=32, seed=i)
-        keys, _ = cache.update(k, v, i)
-        keys.kv_view.attend(AttentionCall(torch.cat([k, k], 1), None, 1.0))
-        left.append(len(cache._shared.allocator._stores))
-    assert left == [3, 2, 1, 0]
+def test_stores_are_made_together_for_layers_with_the_same_settings(model):
+    cache = LogQuantCache(model.config, layers=SETTING)
+    for _ in range(2):
+        left = []
+        for i in range(LAYERS):
+            k, v = random_tokens(500, dim=32, value_dim=32, seed=i)
+            keys, _ = cache.update(k, v, i)
+            keys.kv_view.attend(AttentionCall(torch.cat([k, k], 1), None, 1.0))
+            left.append(len(cache._shared.allocator._stores))
+        assert left == [0, 1, 0, 0]
+        check_layers_differ(cache)
+        cache.reset()
+
+
+def check_layers_differ(cache: LogQuantCache) -> None:
+    """The layers that :data:`SETTING` names have larger pages than the others, and hold some."""
     words = [layer.held.storage.pages.shape[3] for layer in cache.layers]
-    assert words[0] == words[3] < words[1] == words[2]
+    assert words[0] == words[3] < words[1] == words[2] and all(layer.rows.packed for layer in cache.layers)
 
 
 def test_the_report_tells_the_bytes_of_each_layer(model, ids):

@@ -129,7 +129,7 @@ def test_what_does_not_go_with_it_is_named(model, tmp_path):
     with pytest.raises(NotADirectoryError, match=r"page_directory must be a directory, got .*nowhere"):
         LogQuantCache(model.config, page_directory=tmp_path / "nowhere")
     with pytest.raises(ValueError, match="page_directory is for caches on the CPU, got tokens on meta"):
-        mapped.MappedAllocator(1, tmp_path).pages(torch.empty(0, device="meta"), (1,))
+        mapped.MappedAllocator([], tmp_path).pages(torch.empty(0, device="meta"), (1,))
 
 
 def test_a_full_disk_is_an_error_that_leaves_the_cache_as_it_was(model, ids, tmp_path, monkeypatch):

@@ -56,6 +56,7 @@ def test_a_loaded_cache_is_the_saved_one(model, ids, tmp_path, options):
     cache.save(tmp_path / "cache", model)
     loaded = LogQuantCache.load(tmp_path / "cache", model)
     assert loaded.quantization == cache.quantization
+    assert ("layers" in options) == (cache.layers[0].format != cache.layers[1].format)
     mask = torch.cat([pad_mask([300, 211], "left"), torch.ones(2, 100, dtype=torch.long)], 1)
     for layer, want in zip(loaded.layers, cache.layers, strict=True):
         assert torch.equal(layer.held.layout.positions(ids.device), want.held.layout.positions(ids.device))

@@ -88,9 +88,9 @@ def test_the_share_of_tokens_above_1_counts_tokens():
 
 
 def test_kl_along_texts_is_the_mean_of_each_span():
-    first, second = torch.rand(2 * SPAN + 10), torch.rand(SPAN + 1)
-    found = CacheScores("x", [first, second], [1.0, 1.0], [0.5, 0.5]).as_dict()["kl_along"]
-    want = [torch.cat([kl[start : start + SPAN] for kl in (first, second)]).mean() for start in (0, SPAN)]
+    first, second, third = torch.rand(2 * SPAN + 10), torch.rand(2 * SPAN - 1), torch.rand(3)
+    found = CacheScores("x", [first, second, third], [1.0] * 3, [0.5] * 3).as_dict()["kl_along"]
+    want = [torch.cat([first[:SPAN], second[:SPAN]]).mean(), first[SPAN : 2 * SPAN].mean()]
     assert found["tokens"] == SPAN and found["kl"] == pytest.approx([float(kl) for kl in want])
 
 

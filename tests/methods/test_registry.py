@@ -66,6 +66,7 @@ def test_a_method_is_a_dataclass_and_a_name(registered):
         share: float = 0.5
         kind: str = "plain"
         window: int | None = None
+        dense: bool = False
 
         def __post_init__(self):
             self.need(0 < self.share <= 1, "share", "above 0 and at most 1")
@@ -75,15 +76,17 @@ def test_a_method_is_a_dataclass_and_a_name(registered):
 
     assert method_names()[-1] == "new"
     assert parse_cache("new").settings == New()
-    spec = parse_cache("new:share=0.25,kind=other,window=3")
-    assert spec.settings == New(0.25, "other", 3) and spec.is_baseline
-    assert spec.replace(window=7).name == "new:share=0.25,kind=other,window=7"
+    spec = parse_cache("new:share=0.25,kind=other,window=3,dense=True")
+    assert spec.settings == New(0.25, "other", 3, True) and spec.is_baseline
+    assert parse_cache("new:dense=False").settings == New()
+    assert spec.replace(window=7).name == "new:share=0.25,kind=other,window=7,dense=True"
     assert isinstance(spec.make(tiny_config()), DynamicCache)
     for text, message in {
         "new:share=2": "cache 'new:share=2': share must be above 0 and at most 1, got 2.0",
         "new:share=x": "share must be a number, got 'x'",
         "new:window=1.5": "window must be a whole number, got '1.5'",
-        "new:size=1": "a setting must be one of share, kind, window, got 'size'",
+        "new:dense=1": "dense must be True or False, got '1'",
+        "new:size=1": "a setting must be one of share, kind, window, dense, got 'size'",
     }.items():
         with pytest.raises(ValueError, match=message):
             parse_cache(text)

@@ -258,8 +258,8 @@ def test_settings_are_read(text, spec):
         ("both(share=0.5)", "a setting of recall must be one of pages, tokens, skip, order, got share"),
         ("both(skip=1;skip=2)", "skip of both must be given once"),
         ("both(0.5)", "both needs key=value, got '0.5'"),
-        ("both(pages=0.5", "name or name(key=value;key=value) is needed, got 'both(pages=0.5'"),
-        ("", "name or name(key=value;key=value) is needed, got ''"),
+        ("both(pages=0.5", "recall must be name or name(key=value;key=value), got 'both(pages=0.5'"),
+        ("", "recall must be name or name(key=value;key=value), got ''"),
     ],
 )
 def test_bad_settings_are_refused(text, message):
