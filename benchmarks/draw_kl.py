@@ -53,8 +53,8 @@ READ: Labels = {
 }
 
 ALONG: Labels = {
-    "recent": ("recent", "right", 5),
-    "log": ("log", "right", -5),
+    "recent": ("recent", "right", 0),
+    "log": ("log", "right", 0),
     "recent:window=128": ("recent, twice the exact tokens", "right", 0),
     "logquant": ("logquant", "right", 0),
     "fine": ("fine", "right", 0),

@@ -210,7 +210,7 @@ int main(int argc, char** argv) {
   run(format(128, 128, 64, 2, 2, 128), 9, 40, 4, 1, "tensor");
   run(fitted(format(64, 64, 64, 2, 2, 80)), 9, 1, 4, 3, "tensor");
   run(fitted(format(256, 256, 64, 2, 2, 320)), 5, 20, 4, 3, "tensor");  // two warps share a page
-  run(fine(format(64, 64, 64, 2, 2, 80)), 9, 1, 4, 3, "tensor");
+  run(fine(format(64, 64, 64, 2, 2, 96)), 9, 1, 4, 3, "tensor");
   run(format(80, 96, 32, 4, 2, 80), 5, 33, 1, 2, "general");
   run(format(96, 64, 128, 2, 8, 112), 3, 70, 2, 33, "prefill");
   run(fitted(format(80, 96, 32, 4, 8, 96)), 5, 33, 1, 2, "general");
