@@ -51,14 +51,7 @@ READ: Labels = {
     "clusterkv:budget=1024": ("ClusterKV, 1,024 exact tokens", "left", 0),
     "clusterkv:budget=512": ("ClusterKV, 512", "right", 0),
 }
-
-ALONG: Labels = {
-    "recent": ("recent", "right", 0),
-    "log": ("log", "right", 0),
-    "recent:window=128": ("recent, twice the exact tokens", "right", 0),
-    "logquant": ("logquant", "right", 0),
-    "fine": ("fine", "right", 0),
-}
+ALONG = {"recent:window=128": "recent, twice the exact tokens"} | {n: n for n in ("recent", "log", "logquant", "fine")}
 
 
 def rows(*names: str) -> dict[str, dict[str, Any]]:
@@ -125,12 +118,12 @@ def picture(
     return figure
 
 
-def along(found: dict[str, dict[str, Any]], labels: Labels) -> Figure:
+def along(found: dict[str, dict[str, Any]], labels: dict[str, str]) -> Figure:
     """KL along texts, each line with its name at its end; ours in colour."""
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes: Axes = figure.subplots()
     _plain(axes, "tokens after the prompt")
-    for cache, (label, _, higher) in labels.items():
+    for cache, label in labels.items():
         each = found[cache]["kl_along"]
         x = [each["tokens"] * (i + 1) for i in range(len(each["kl"]))]
         colour = OURS if cache in ("logquant", "fine") else OTHERS
@@ -138,7 +131,7 @@ def along(found: dict[str, dict[str, Any]], labels: Labels) -> Figure:
         axes.annotate(
             label,
             (x[-1], each["kl"][-1]),
-            xytext=(7, higher),
+            xytext=(7, 0),
             textcoords="offset points",
             va="center",
             fontsize=9,
