@@ -179,7 +179,8 @@ def cpu_kernels() -> dict[str, tuple[Path, list[str]]]:
             if kernel == "attend" or isa not in ATTEND_ONLY:
                 objects[f"{kernel}.{isa}.o"] = (CSRC / "cpu" / f"{kernel}.cpp", [f"-DLOGQUANT_ISA={isa}", *flags])
     return objects | {
-        f"{name}.o": (CSRC / "cpu" / f"{name}.cpp", []) for name in ("append", "choose_pages", "dispatch")
+        f"{name}.o": (CSRC / "cpu" / f"{name}.cpp", [])
+        for name in ("append", "choose_leaving", "choose_pages", "dispatch")
     }
 
 

@@ -5,6 +5,7 @@
 
 #include <bitset>
 #include <cmath>
+#include <limits>
 #include <utility>
 
 #include "checks.h"
@@ -327,6 +328,45 @@ ChoosePagesCall choose_pages_call(const Tensor& scores, const Tensor& counts, in
   }
   args.most = most;
   args.pages = static_cast<int32_t*>(call.pages.data_ptr());
+  return call;
+}
+
+// ------------------------------------------------------------------------------------------------- choose_leaving
+ChooseLeavingCall choose_leaving_call(const Tensor& weight, int64_t first, int64_t last, int64_t count,
+                                      const std::vector<int64_t>& ranks) {
+  LOGQUANT_CHECK(weight.dim() == 2, "weight must have shape [rows, slots], got ", shape_of(weight));
+  check_dtype(weight, "weight", ScalarType::Float);
+  const int64_t rows = weight.size(0), slots = weight.size(1), page_tokens = static_cast<int64_t>(ranks.size());
+  LOGQUANT_CHECK(slots <= std::numeric_limits<int32_t>::max(), "weight must be of at most ",
+                 std::numeric_limits<int32_t>::max(), " slots, got ", slots);
+  LOGQUANT_CHECK(first >= 0 && first <= last && last <= slots, "first and last must be in order and between 0 and ",
+                 slots, ", got ", first, " and ", last);
+  LOGQUANT_CHECK(page_tokens >= 1 && page_tokens <= kMostPageTokens, "ranks must be of 1 to ", kMostPageTokens,
+                 " tokens of a page, got ", page_tokens);
+  LOGQUANT_CHECK(count >= 0 && count <= last - first && count % page_tokens == 0, "count must be a multiple of ",
+                 page_tokens, " of at most ", last - first, " slots, got ", count);
+  ChooseLeavingCall call;
+  ChooseLeavingArgs& args = call.args;
+  std::bitset<kMostPageTokens> taken;
+  for (int64_t place = 0; place < page_tokens; ++place) {
+    const int64_t rank = ranks[place];
+    LOGQUANT_CHECK(rank >= 0 && rank < page_tokens && !taken[rank], "ranks must hold each number below ", page_tokens,
+                   " once, got ", rank, " in place ", place);
+    taken[rank] = true;
+    args.places[rank] = static_cast<uint8_t>(place);
+  }
+  call.weight = torch::stable::contiguous(weight);
+  call.leaving = torch::stable::new_empty(call.weight, {rows, count}, ScalarType::Int);
+  call.staying = torch::stable::new_empty(call.weight, {rows, slots - count}, ScalarType::Int);
+  args.weight = static_cast<const float*>(call.weight.const_data_ptr());
+  args.rows = rows;
+  args.slots = slots;
+  args.first = first;
+  args.last = last;
+  args.count = count;
+  args.page_tokens = static_cast<int>(page_tokens);
+  args.leaving = static_cast<int32_t*>(call.leaving.data_ptr());
+  args.staying = static_cast<int32_t*>(call.staying.data_ptr());
   return call;
 }
 

@@ -11,6 +11,7 @@
 #include <optional>
 #include <vector>
 
+#include "choose_leaving.h"
 #include "cpu/choose_pages.h"
 #include "kernel_args.h"
 
@@ -73,6 +74,12 @@ struct ChoosePagesCall {
 };
 ChoosePagesCall choose_pages_call(const Tensor& scores, const Tensor& counts, int64_t heads, int64_t most,
                                   const OptionalTensor& others, const OptionalTensor& used);
+struct ChooseLeavingCall {
+  ChooseLeavingArgs args;
+  Tensor weight, leaving, staying;
+};
+ChooseLeavingCall choose_leaving_call(const Tensor& weight, int64_t first, int64_t last, int64_t count,
+                                      const std::vector<int64_t>& ranks);
 AttendCall attend_call(const Tensor& q, const Tensor& pages, const Tensor& window_k, const Tensor& window_v,
                        const Fields& format, double scale, double softcap, const OptionalTensor& key_map,
                        const OptionalTensor& positions, const OptionalTensor& mask,

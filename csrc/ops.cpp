@@ -9,6 +9,7 @@
 
 #include "arguments.h"
 #include "cpu/append.h"
+#include "cpu/choose_leaving.h"
 #include "cpu/kernels.h"
 
 namespace logquant {
@@ -57,6 +58,13 @@ Tensor choose_pages(const Tensor& scores, const Tensor& counts, int64_t heads, i
   const ChoosePagesCall call = choose_pages_call(scores, counts, heads, most, others, used);
   if (call.pages.numel() > 0) cpu::choose_pages(call.args, parallel_for);
   return call.pages;
+}
+
+std::tuple<Tensor, Tensor> choose_leaving(const Tensor& weight, int64_t first, int64_t last, int64_t count,
+                                          const std::vector<int64_t>& ranks) {
+  const ChooseLeavingCall call = choose_leaving_call(weight, first, last, count, ranks);
+  if (weight.size(0) > 0) cpu::choose_leaving(call.args, parallel_for);
+  return {call.leaving, call.staying};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attend(const Tensor& q, const Tensor& pages, const Tensor& window_k,
@@ -110,6 +118,7 @@ STABLE_TORCH_LIBRARY(logquant, m) {
   m.def(
       "choose_pages(Tensor scores, Tensor counts, int heads, int most, Tensor? others=None, Tensor? used=None) -> "
       "Tensor");
+  m.def("choose_leaving(Tensor weight, int first, int last, int count, int[] ranks) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(logquant, CPU, m) {
@@ -120,6 +129,7 @@ STABLE_TORCH_LIBRARY_IMPL(logquant, CPU, m) {
   m.impl("decode_step_", TORCH_BOX(&decode_step));
   m.impl("page_scores", TORCH_BOX(&page_scores));
   m.impl("choose_pages", TORCH_BOX(&choose_pages));
+  m.impl("choose_leaving", TORCH_BOX(&choose_leaving));
 }
 
 }  // namespace logquant

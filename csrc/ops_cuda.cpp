@@ -9,9 +9,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <tuple>
+#include <vector>
 
 #include "arguments.h"
 #include "checks.h"
+#include "cuda/choose_leaving.h"
 #include "cuda/kernels.h"
 
 // In torch's C shim where torch was built with CUDA, and declared there if USE_CUDA is. The stable C++ API tells a
@@ -85,6 +87,14 @@ Tensor page_scores(const Tensor& q, const Tensor& pages, const Fields& format, d
   return call.scores;
 }
 
+std::tuple<Tensor, Tensor> choose_leaving(const Tensor& weight, int64_t first, int64_t last, int64_t count,
+                                          const std::vector<int64_t>& ranks) {
+  const Launch launch(weight);
+  const ChooseLeavingCall call = choose_leaving_call(weight, first, last, count, ranks);
+  if (weight.size(0) > 0) check_launch(cuda::choose_leaving(call.args, launch.stream()), "choose_leaving");
+  return {call.leaving, call.staying};
+}
+
 void run(const AttendCall& call, const Launch& launch) {
   cuda::AttendArgs args{call.args};
   const int64_t floats = cuda::plan(args, multiprocessors(call.q.get_device_index()));
@@ -128,6 +138,7 @@ STABLE_TORCH_LIBRARY_IMPL(logquant, CUDA, m) {
   m.impl("attend", TORCH_BOX(&attend));
   m.impl("decode_step_", TORCH_BOX(&decode_step));
   m.impl("page_scores", TORCH_BOX(&page_scores));
+  m.impl("choose_leaving", TORCH_BOX(&choose_leaving));
 }
 
 }  // namespace logquant

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -220,11 +221,9 @@ class LogQuantConfig:
         return self.page_tokens
 
     @property
-    def ranks(self) -> list[int]:
+    def ranks(self) -> tuple[int, ...]:
         """Of each token of a page, which it is by attention, 0 being the most attended: fine values go to the first."""
-        fine = fine_tokens(self.fine_values)
-        order = fine + [t for t in range(self.page_size) if t not in fine]
-        return sorted(range(self.page_size), key=order.__getitem__)
+        return _ranks(self.page_size, self.fine_values)
 
     def page_format(self, head_dim: int, value_dim: int | None = None) -> PageFormat:
         """The format of the pages of one KV head.
@@ -350,3 +349,10 @@ class LogQuantConfig:
         by_bytes = spec is not None and spec.nbytes is not None
         page_nbytes = self.page_format(head_dim).nbytes if by_bytes and head_dim is not None else None
         return Budget(spec, self.page_size, page_nbytes, self.clusters)
+
+
+@functools.cache
+def _ranks(page_tokens: int, fine_values: int) -> tuple[int, ...]:
+    fine = fine_tokens(fine_values)
+    order = fine + [t for t in range(page_tokens) if t not in fine]
+    return tuple(sorted(range(page_tokens), key=order.__getitem__))

@@ -70,6 +70,7 @@ inline int __any_sync(unsigned mask, int predicate, EMULATOR_HERE) {
   return __ballot_sync(mask, predicate, here_) != 0;
 }
 
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __float_as_uint(float x) {
   unsigned u;
   std::memcpy(&u, &x, 4);

@@ -8,6 +8,7 @@
 #include <iterator>
 #include <string>
 
+#include "../cuda/choose_leaving.h"
 #include "../cuda/kernels.h"
 #include "../emulator/emulator.h"
 
@@ -106,6 +107,18 @@ const char* emulated_dequantize(const int64_t* numbers) {
   in.per_head(a.key_map);
   in.strides(a.batch, a.heads, a.page_count);
   return guarded([&] { return cuda::dequantize(a, nullptr); });
+}
+
+const char* emulated_choose_leaving(const int64_t* numbers) {
+  Reader in(numbers);
+  logquant::ChooseLeavingArgs a;
+  a.weight = in.pointer<const float>();
+  in.strides(a.rows, a.slots, a.first, a.last, a.count);
+  a.leaving = in.pointer<int32_t>();
+  a.staying = in.pointer<int32_t>();
+  a.page_tokens = static_cast<int>(in.number());
+  for (int place = 0; place < a.page_tokens; ++place) a.places[in.number()] = static_cast<uint8_t>(place);
+  return guarded([&] { return cuda::choose_leaving(a, nullptr); });
 }
 
 const char* emulated_evict(const int64_t* numbers) {

@@ -12,7 +12,9 @@
 #include <string>
 #include <vector>
 
+#include "cpu/choose_leaving.h"
 #include "cpu/kernels.h"
+#include "cuda/choose_leaving.h"
 #include "cuda/kernels.h"
 #include "emulator/emulator.h"
 
@@ -182,6 +184,31 @@ void run(const PageFormat& f, int64_t page_count, int64_t window, int64_t group,
   }
 }
 
+// Few different weights, so that many are equal.
+void choose_leaving(int64_t slots, int page_tokens) {
+  std::mt19937 random(static_cast<unsigned>(slots));
+  ChooseLeavingArgs args;
+  args.rows = 2;
+  args.slots = slots;
+  args.first = 3;
+  args.last = slots - 7;
+  args.page_tokens = page_tokens;
+  args.count = (args.last - args.first) / page_tokens * page_tokens;
+  std::vector<float> weight(args.rows * slots);
+  for (float& x : weight) x = static_cast<float>(std::uniform_int_distribution<int>(0, 9)(random));
+  for (int rank = 0; rank < page_tokens; ++rank) args.places[rank] = static_cast<uint8_t>(page_tokens - 1 - rank);
+  std::vector<int32_t> leaving(args.rows * args.count), staying(weight.size() - leaving.size());
+  std::vector<int32_t> cpu_leaving = leaving, cpu_staying = staying;
+  args.weight = weight.data();
+  args.leaving = cpu_leaving.data();
+  args.staying = cpu_staying.data();
+  cpu::choose_leaving(args, one_by_one);
+  args.leaving = leaving.data();
+  args.staying = staying.data();
+  check(cuda::choose_leaving(args, nullptr) == cudaSuccess, "choose_leaving failed", PageFormat{});
+  check(leaving == cpu_leaving && staying == cpu_staying, "other tokens leave", PageFormat{});
+}
+
 PageFormat format(int head_dim, int value_dim, int page_tokens, int key_bits, int value_bits, int key_columns) {
   return {head_dim, value_dim, page_tokens, key_bits, value_bits, key_columns, value_dim % 64 ? value_dim : 64};
 }
@@ -207,6 +234,8 @@ int main(int argc, char** argv) {
   }
   emulator::config().order = random ? Order::kRandom : Order::kForward;
   emulator::config().copies = random ? Copies::kRandom : Copies::kLazy;
+  choose_leaving(210, 64);
+  choose_leaving(1200, 128);
   run(format(128, 128, 64, 2, 2, 128), 9, 40, 4, 1, "tensor");
   run(fitted(format(64, 64, 64, 2, 2, 80)), 9, 1, 4, 3, "tensor");
   run(fitted(format(256, 256, 64, 2, 2, 320)), 5, 20, 4, 3, "tensor");  // two warps share a page

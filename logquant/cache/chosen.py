@@ -21,6 +21,7 @@ from ..attention.units import Units
 from ..attention.weights import HEARD, given
 from ..config import LogQuantConfig
 from ..modes import own_arithmetic
+from ..ops import choose_leaving
 from .layout import Move, Rows
 from .sizes import position_dtype
 from .uncommitted import Uncommitted
@@ -164,10 +165,11 @@ class Chosen(NamedTuple):
             leaving, staying = source[:, :0], None if in_order else source
             if count:
                 assert weight is not None
-                own = weight[of].gather(1, source.long().expand(weight[of].shape[0], -1))
+                own = weight[of] if in_order else weight[of].index_select(1, source[0])
                 decided = held.exact + len(at) - (left.tokens - left.decided)
                 leaving, staying = self._least(own, count, decided)
-                leaving, staying = (source[0].index_select(0, x.flatten()).view_as(x) for x in (leaving, staying))
+                if not in_order:
+                    leaving, staying = (source[0].index_select(0, x.flatten()).view_as(x) for x in (leaving, staying))
             kept = left.packed - held.packed
             by_head = left.by_head != held.by_head
             made.append(
@@ -176,17 +178,12 @@ class Chosen(NamedTuple):
         return made
 
     def _least(self, weight: Tensor, count: int, decided: int) -> tuple[Tensor, Tensor]:
-        """Which of the tokens leave and stay, where the first ``decided`` may: int64 ``[R, count]`` and the others.
+        """Which of the tokens leave and stay, where the first ``decided`` may: int32 ``[R, count]`` and the others.
 
-        The sinks and the newest W of those stay. The ``count`` of least weight leave, of equal ones the oldest; cut
-        into pages by position, and within a page by falling weight, for the first to be quantised errs least.
+        The sinks and the newest W of those stay. The ``count`` of least weight leave, of equal ones the oldest, and
+        those with fine values get the places that their format has for them.
         """
-        sinks, newest, tokens = self.config.sinks, decided - self.config.window, weight.shape[1]
-        order = weight[:, sinks:newest].argsort(dim=1, stable=True) + sinks
-        leaving, middle = order[:, :count].sort(1).values, order[:, count:].sort(1).values
-        leaving = by_rank(leaving, weight.gather(1, leaving), self.config)
-        slots = torch.arange(tokens, device=weight.device).expand(len(weight), -1)
-        return leaving, torch.cat([slots[:, :sinks], middle, slots[:, newest:]], 1)
+        return choose_leaving(weight, self.config.sinks, decided - self.config.window, count, self.config.ranks)
 
     def moved(self, moves: list[Move], before: Rows, after: Rows, new: int) -> Chosen:
         """After these moves, which :meth:`moves` made from the same."""
@@ -322,16 +319,6 @@ def _newest(query: Tensor, keys: Tensor, rows: Rows, real: Tensor | None) -> tup
     at = torch.arange(slots, device=device) - rows.exact_counts(device).expand(batch)[:, None]
     holds = (at < 0) | (at < new) & came.gather(1, at.clamp(0, new - 1))
     return query, holds[:, None] & (at[:, None] <= asks[..., None]) & came.gather(1, asks)[..., None]
-
-
-def by_rank(tokens: Tensor, weight: Tensor, config: LogQuantConfig) -> Tensor:
-    """Tokens of pages ``[..., n]``, within each page by falling weight, of equal ones in the order they have.
-
-    Those with fine values, which are the first, get the places that their format has for them.
-    """
-    pages, weight = (x.unflatten(-1, (-1, config.page_size)) for x in (tokens, weight))
-    ranked: Tensor = pages.gather(-1, weight.argsort(dim=-1, descending=True, stable=True))
-    return (ranked[..., config.ranks] if config.fine_values else ranked).flatten(-2)
 
 
 def importance(given: Tensor, values: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import ops
 from ..attention.view import Layout
+from ..ops.reference import by_rank
 from ..pruning.prompt import Prompt, choose
 from ..quantizer.advice import Advice, Leaving
 from ..quantizer.feedback import Attention, select
@@ -14,7 +15,7 @@ from ..quantizer.queries import MAP_QUERIES, RecentQueries
 from ..recall.clusters import clusters
 from ..recall.index import PageIndex
 from ..rule import evicted_slots
-from .chosen import by_rank, importance_by_head
+from .chosen import importance_by_head
 from .layout import Move, Rows
 from .ragged import Ragged
 from .sizes import window_capacity, window_slots
@@ -195,7 +196,7 @@ class Commit:
             kept = clusters(keys[move.rows], kept, config.page_size)
             if self._given is not None:
                 weight = importance_by_head(self._given[move.rows], values[move.rows])
-                kept = by_rank(kept, weight.gather(2, kept), config)
+                kept = by_rank(kept, weight.gather(2, kept), config.ranks)
         return move._replace(kept=kept)
 
     def _options(self, move: Move, attention: Attention | None, tokens: slice) -> dict[str, Tensor]:

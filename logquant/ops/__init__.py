@@ -7,6 +7,8 @@ chooses by hand.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from .registry import dispatch, register, use_backend
 __all__ = [
     "PageFormat",
     "attend",
+    "choose_leaving",
     "choose_pages",
     "decode_step_",
     "dequantize",
@@ -319,3 +322,22 @@ def choose_pages(
         RuntimeError: a wrong shape or dtype.
     """
     return dispatch(reference.choose_pages, (scores, counts), (heads, most), (others, used))
+
+
+def choose_leaving(weight: Tensor, first: int, last: int, count: int, ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The tokens of least weight, which leave the window, in pages, and those that stay; see
+    :func:`logquant.ops.reference.choose_leaving`.
+
+    Args:
+        weight: float32 ``[R, N]``, what the token in each slot is worth (:func:`logquant.cache.chosen.importance`).
+        first, last: only slots from ``first`` to below ``last`` may leave.
+        count: how many do, a multiple of ``len(ranks)``.
+        ranks: for each place of a page, which token of it goes there: 0 is the one of most weight, then 1. Up to 128.
+
+    Returns:
+        int32 ``[R, count]``, the slots that leave, and int32 ``[R, N - count]``, the others in their order.
+
+    Raises:
+        RuntimeError: a wrong shape or dtype, slots that are not there, or ranks that are no permutation.
+    """
+    return dispatch(reference.choose_leaving, (weight,), (first, last, count, ranks), ())

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -158,8 +158,18 @@ def _fake_choose_pages(scores: Tensor, _: Tensor, heads: int, most: int, *__: An
     return scores.new_empty((scores.shape[0], heads, scores.shape[2], most), dtype=torch.int32)
 
 
-# Elsewhere than on a CPU, a few kernels of torch do as well.
-_PLAIN = ("choose_pages",)
+def choose_leaving(weight: Tensor, first: int, last: int, count: int, ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
+    both: tuple[Tensor, Tensor] = torch.ops.logquant.choose_leaving.default(weight, first, last, count, ranks)
+    return both
+
+
+def _fake_choose_leaving(weight: Tensor, first: int, last: int, count: int, *_: Any) -> tuple[Tensor, Tensor]:
+    rows, slots = weight.shape
+    return tuple(weight.new_empty((rows, n), dtype=torch.int32) for n in (count, slots - count))  # type: ignore[return-value]
+
+
+# Elsewhere than on a CPU (or a GPU of CUDA), a few kernels of torch do as well.
+_PLAIN = ("choose_pages", "choose_leaving")
 _FAKES: dict[str, Callable[..., Any]] = {
     "quantize": _fake_quantize,
     "dequantize": _fake_dequantize,
@@ -168,6 +178,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "decode_step_": _fake_decode_step_,
     "page_scores": _fake_page_scores,
     "choose_pages": _fake_choose_pages,
+    "choose_leaving": _fake_choose_leaving,
 }
 
 

@@ -1,8 +1,8 @@
-"""Backends, each with the operators' seven functions, and which of them runs.
+"""Backends, each with the operators' eight functions, and which of them runs.
 
-A backend is whatever has ``quantize``, ``dequantize``, ``evict_``, ``attend``, ``decode_step_``, ``page_scores`` and
-``choose_pages`` with the arguments of :mod:`logquant.ops.reference`: that package itself, :mod:`logquant.ops.compiled`,
-and what others :func:`register`.
+A backend is whatever has ``quantize``, ``dequantize``, ``evict_``, ``attend``, ``decode_step_``, ``page_scores``,
+``choose_pages`` and ``choose_leaving`` with the arguments of :mod:`logquant.ops.reference`: that package itself,
+:mod:`logquant.ops.compiled`, and what others :func:`register`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 class Backend(Protocol):
-    """The seven functions, each with the arguments of the one of that name in :mod:`logquant.ops.reference`."""
+    """The eight functions, each with the arguments of the one of that name in :mod:`logquant.ops.reference`."""
 
     def quantize(self, *args: Any, **kwargs: Any) -> Tensor: ...
 
@@ -35,6 +35,8 @@ class Backend(Protocol):
     def page_scores(self, *args: Any, **kwargs: Any) -> Tensor: ...
 
     def choose_pages(self, *args: Any, **kwargs: Any) -> Tensor: ...
+
+    def choose_leaving(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]: ...
 
 
 _backends: dict[str, Backend] = {"reference": reference, "compiled": compiled}

@@ -15,7 +15,7 @@ import struct
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,7 +87,7 @@ def build(name: str, objects: Objects, flags: list[str], *, shared: bool) -> Pat
 def library() -> ctypes.CDLL:
     glue = plain("emulator/emulator.cpp", "tests/emulated_module.cpp")
     lib = ctypes.CDLL(str(build("kernels.so", sources() | glue, FLAGS, shared=True)))
-    for name in ("append", "quantize", "dequantize", "evict", "page_scores", "attend", "attend_path"):
+    for name in ("append", "choose_leaving", "quantize", "dequantize", "evict", "page_scores", "attend", "attend_path"):
         getattr(lib, f"emulated_{name}").restype = ctypes.c_char_p
     lib.emulated_attend_workspace.restype = ctypes.c_int64
     return lib
@@ -250,6 +250,16 @@ def page_scores(
 
 
 choose_pages = reference.choose_pages  # has no kernel for CUDA
+
+
+def choose_leaving(weight: Tensor, first: int, last: int, count: int, ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
+    weight = weight.contiguous()
+    rows, slots = weight.shape
+    leaving, staying = (torch.full((rows, n), -1, dtype=torch.int32) for n in (count, slots - count))
+    numbers = [weight.data_ptr(), rows, slots, first, last, count, leaving.data_ptr(), staying.data_ptr()]
+    if rows:
+        _call("choose_leaving", [*numbers, len(ranks), *ranks])
+    return leaving, staying
 
 
 MASK_KINDS = (None, torch.bool, *DTYPES)

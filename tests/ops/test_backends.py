@@ -15,7 +15,16 @@ from logquant.ops import compiled, reference, registry
 from tests.helpers.backends import OnDevice
 from tests.helpers.problems import Problem
 
-OPERATORS = ["quantize", "dequantize", "evict_", "attend", "decode_step_", "page_scores", "choose_pages"]
+OPERATORS = [
+    "quantize",
+    "dequantize",
+    "evict_",
+    "attend",
+    "decode_step_",
+    "page_scores",
+    "choose_pages",
+    "choose_leaving",
+]
 
 
 # ------------------------------------------------------------------------------------------------- torch's own checks
@@ -32,6 +41,7 @@ def opcheck_arguments() -> dict[str, tuple[Any, ...]]:
         "decode_step_": step_arguments(problem),
         "page_scores": (problem.q, problem.pages, fields, 0.125),
         "choose_pages": (torch.randn(2, 4, 1, 9), torch.tensor([[3]], dtype=torch.int32), 2, 3),
+        "choose_leaving": (torch.randn(2, 200), 4, 136, 64, list(range(64))),
     }
 
 

@@ -88,7 +88,7 @@ class BlockLayout:
         cls, config: LogQuantConfig, head_dim: int, group: int, dtype: torch.dtype, drafts: bool = False
     ) -> BlockLayout:
         """The layout for a model's heads."""
-        ranks = tuple(config.ranks) if config.fine_values else None
+        ranks = config.ranks if config.fine_values else None
         return cls(config.page_format(head_dim), config.sinks, group, dtype, ranks, drafts)
 
     @property
