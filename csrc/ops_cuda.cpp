@@ -97,6 +97,9 @@ std::tuple<Tensor, Tensor> choose_leaving(const Tensor& weight, int64_t first, i
 
 void run(const AttendCall& call, const Launch& launch) {
   cuda::AttendArgs args{call.args};
+  constexpr int64_t kMostHeads = 65535;  // of a grid's second dimension
+  LOGQUANT_CHECK(args.batch * args.kv_heads <= kMostHeads, "q must be of at most ", kMostHeads / args.kv_heads,
+                 " sequences of ", args.kv_heads, " KV heads at once on a GPU, got ", args.batch);
   const int64_t floats = cuda::plan(args, multiprocessors(call.q.get_device_index()));
   const Tensor workspace = torch::stable::new_empty(call.q, {floats}, ScalarType::Float);
   cuda::use_workspace(args, static_cast<float*>(workspace.data_ptr()));

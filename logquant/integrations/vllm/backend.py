@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -24,7 +25,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout, KVCacheSpec, SlidingWindowSpec
 
 from .impl import LogQuantImpl
-from .layout import PAGE, WINDOW, BlockLayout
+from .layout import PAGE, WINDOW, BlockLayout, Pool
 from .metadata import Builder
 
 
@@ -56,6 +57,10 @@ class _Backend(AttentionBackend):  # type: ignore[misc]
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
         return head_size % 16 == 0
+
+    @classmethod
+    def supports_compute_capability(cls, capability: DeviceCapability | None) -> bool:
+        return capability is None or capability.major >= 8  # None: not a GPU
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
@@ -105,13 +110,28 @@ class ExactCache(nn.Module, AttentionLayerBase):  # type: ignore[misc]
     Args:
         attention: the layer, vLLM's ``Attention``.
         dtype: of its keys and values.
+
+    Attributes:
+        pool: views on the blocks of the two layers, as long as they have these; None until somebody makes them.
     """
+
+    pool: Pool | None
 
     def __init__(self, attention: Any, dtype: torch.dtype) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = attention.num_heads, attention.num_kv_heads
         self.head_size, self.dtype = attention.head_size, dtype
         self.kv_cache = torch.tensor([])
+
+    @property
+    def kv_cache(self) -> torch.Tensor:
+        """The pool's blocks, which vLLM sets, and sets again: after it has profiled a step, and when it stops."""
+        return self._blocks
+
+    @kv_cache.setter
+    def kv_cache(self, blocks: torch.Tensor) -> None:
+        # Views would keep the memory of those that were there before.
+        self._blocks, self.pool = blocks, None
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return ExactBackend

@@ -71,6 +71,10 @@ def check(vllm_config: Any) -> None:
             "decode_context_parallel_size or prefill_context_parallel_size above 1",
         ),
         (
+            parallel.use_ubatching,
+            "enable_dbo or ubatch_size: nobody has tried a batch in two halves",
+        ),
+        (
             vllm_config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16"),
             f"kv_cache_dtype {vllm_config.cache_config.cache_dtype}: exact tokens have the model's dtype, and "
             "additional_config['logquant'] says how many bits the others have",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,13 +10,18 @@ from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
+from ...ops import has_cuda_kernels
 from . import attention, guards
-from .layout import BlockLayout, Pool
+from .layout import PAGE, BlockLayout, Pool
 from .maps import key_map
 from .metadata import Metadata
 from .packing import Quantizer
+
+if TYPE_CHECKING:
+    from .backend import ExactCache
 
 
 class LogQuantImpl(AttentionImpl[Metadata]):  # type: ignore[misc]
@@ -59,10 +64,19 @@ class LogQuantImpl(AttentionImpl[Metadata]):  # type: ignore[misc]
         self.vllm_config = get_current_vllm_config()
         guards.check(self.vllm_config)
         self.config = guards.config_of(self.vllm_config)
-        self._bound: Tensor | None = None
+        if current_platform.is_cuda() and not has_cuda_kernels():
+            raise ValueError(
+                "LogQuant's KV cache needs its CUDA kernels on a GPU, and this logquant was installed without: "
+                "LOGQUANT_CUDA=1 pip install ... builds them (docs/cuda.md)"
+            )
+        scheduler = self.vllm_config.scheduler_config
+        self._most_rows = max(scheduler.max_num_seqs, -(-scheduler.max_num_batched_tokens // PAGE))
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """All layers are known now, and have not been asked for their caches: the time to add a companion."""
+        """All layers are known now, and have not been asked for their caches: the time to add a companion.
+
+        Weights may be loaded again later, when there are caches.
+        """
         layers = self.vllm_config.compilation_config.static_forward_context
         self.name = next(name for name, layer in layers.items() if getattr(layer, "impl", None) is self)
         self.exact_name = f"{self.name}.exact"
@@ -75,8 +89,10 @@ class LogQuantImpl(AttentionImpl[Metadata]):  # type: ignore[misc]
         group = self.num_heads // self.num_kv_heads
         layout = BlockLayout.of(self.config, self.head_size, group, dtype, guards.drafts(self.vllm_config))
         guards.check_drafts(self.vllm_config, layout.most_drafts)
-        layers[self.exact_name] = layer.attn_backend.companion(layer, dtype)
-        layer.attn_backend = layer.attn_backend.of(layout)
+        if self.exact_name not in layers:
+            layers[self.exact_name] = layer.attn_backend.companion(layer, dtype)
+            layer.attn_backend = layer.attn_backend.of(layout)
+        layers[self.exact_name].pool = None  # so that what follows goes to the device of the blocks
         model, parallel = self.vllm_config.model_config, self.vllm_config.parallel_config
         total = model.get_total_num_kv_heads()
         # Ranks beyond the number of KV heads share them.
@@ -89,15 +105,15 @@ class LogQuantImpl(AttentionImpl[Metadata]):  # type: ignore[misc]
 
     def _pool(self, blocks: Tensor) -> Pool:
         """The views on the layer's blocks, made once."""
-        if blocks is not self._bound:
-            exact = self.vllm_config.compilation_config.static_forward_context[self.exact_name].kv_cache
-            if exact.data_ptr() != blocks.data_ptr():
+        exact: ExactCache = self.vllm_config.compilation_config.static_forward_context[self.exact_name]
+        if exact.pool is None:
+            if exact.kv_cache.data_ptr() != blocks.data_ptr():
                 raise RuntimeError("packed and exact blocks of a layer must be one pool, and vLLM has made two")
             layout, key_map = self.quantizer.layout, self.quantizer.key_map
             if key_map is not None:
                 self.quantizer = self.quantizer._replace(key_map=key_map.to(blocks.device))
-            self._bound, self._views = blocks, Pool.of(blocks, layout)
-        return self._views
+            exact.pool = Pool.of(blocks, layout)
+        return exact.pool
 
     def forward(
         self,
@@ -111,7 +127,12 @@ class LogQuantImpl(AttentionImpl[Metadata]):  # type: ignore[misc]
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        if attn_metadata is None:  # a profiling run
+        if attn_metadata is None:  # a profiling run, which is to see what attention takes at once
+            torch.empty(
+                self.quantizer.layout.window_nbytes(self._most_rows, self.num_kv_heads),
+                dtype=torch.uint8,
+                device=query.device,
+            )
             return output.zero_()
         every: Any = get_forward_context().attn_metadata
         exact: Metadata = (every[0] if isinstance(every, list) else every)[self.exact_name]

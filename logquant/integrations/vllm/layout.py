@@ -141,6 +141,10 @@ class BlockLayout:
         """Tokens of a step that may be taken back: with more, queries for two pages would be kept at one place."""
         return PAGE - self.queries - 1
 
+    def window_nbytes(self, rows: int, heads: int) -> int:
+        """Bytes of the exact tokens that so many rows see, gathered (``step.Rows.window``)."""
+        return rows * heads * (self.sinks + EXACT * PAGE) * 2 * self.head_dim * self.dtype.itemsize
+
     @property
     def unit(self) -> int:
         """Words; every page of a pool begins at a multiple of it."""

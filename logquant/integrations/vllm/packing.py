@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -72,7 +73,14 @@ class Quantizer(NamedTuple):
     def _order(self, attention: Tensor, seen: Tensor) -> Tensor:
         """Which token each slot of a page takes, ``[n, H, PAGE]``: those with fine values the most attended."""
         given = attention.mean(2).masked_fill(~seen.any(1)[:, None], -1.0)  # sinks come last, whatever they are given
-        return given.argsort(dim=-1, descending=True, stable=True)[..., list(self.layout.ranks or ())]
+        ranks = _on(given.device, self.layout.ranks or ())
+        return given.argsort(dim=-1, descending=True, stable=True).index_select(-1, ranks)
+
+
+@functools.cache
+def _on(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
+    """Numbers as a tensor, made once: to index by a list would wait for the device each time."""
+    return torch.tensor(numbers, device=device)
 
 
 def keep(pool: Pool, query: Tensor, kept: Kept) -> None:

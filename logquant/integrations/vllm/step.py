@@ -126,7 +126,8 @@ class Step(NamedTuple):
             heads: KV heads.
         """
         count = int(batch.starts[-1])
-        slots = batch.slots[:count].long()
+        # Those of a batch that is there for its shape alone are -1: they go to block 0, which holds nothing.
+        slots = batch.slots[:count].clamp_min(0).long()
         computed = batch.lengths - np.diff(batch.starts)
         rows = _Rows.of(batch, computed)
         single = rows.queries == 1
@@ -148,7 +149,9 @@ def _ranges(counts: Ints) -> tuple[Ints, Ints]:
 
 
 def _to(array: npt.NDArray[np.generic], like: Tensor) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(like.device, non_blocking=True)
+    numbers = torch.from_numpy(np.ascontiguousarray(array))
+    # From pageable memory a GPU would copy only when it has nothing else to do, and the CPU would wait.
+    return (numbers.pin_memory() if like.is_cuda else numbers).to(like.device, non_blocking=True)
 
 
 class _Rows(NamedTuple):

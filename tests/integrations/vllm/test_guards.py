@@ -21,7 +21,9 @@ def vllm_config(**changes):
         kv_transfer_config=None,
         speculative_config=None,
         scheduler_config=types.SimpleNamespace(disable_hybrid_kv_cache_manager=False),
-        parallel_config=types.SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
+        parallel_config=types.SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False
+        ),
         cache_config=types.SimpleNamespace(cache_dtype="auto"),
     )
     for name, value in changes.items():
@@ -42,6 +44,7 @@ def test_the_default_is_served():
         ({"scheduler_config__disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache_manager"),
         ({"parallel_config__decode_context_parallel_size": 2}, "decode_context_parallel_size"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "prefill_context_parallel_size"),
+        ({"parallel_config__use_ubatching": True}, "enable_dbo"),
         ({"cache_config__cache_dtype": "fp8"}, "kv_cache_dtype fp8"),
     ],
 )

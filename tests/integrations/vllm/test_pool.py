@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from logquant import LogQuantConfig, ops
-from logquant.integrations.vllm import guards
+from logquant.integrations.vllm import attention, guards
 from logquant.integrations.vllm.layout import EXACT, PAGE, QUERY_DTYPE, BlockLayout
+from logquant.integrations.vllm.step import Batch, Step
 from logquant.quantizer.feedback import key_weights, value_feedback
 from tests.helpers.strategies import column_map
 from tests.helpers.vllm_pool import Blocks, Request, request
@@ -198,3 +199,27 @@ def test_blocks_of_too_few_pages_are_refused():
 def test_many_query_heads_keep_fewer_queries():
     layout = BlockLayout.of(LogQuantConfig(), 128, 16, torch.bfloat16)
     assert 0 < layout.queries < 16
+
+
+def test_a_batch_that_is_there_for_its_shape_alone_writes_to_block_0(case):
+    """As vLLM has them while other processes work: no block is theirs, and slots are -1."""
+    blocks, asked = case.blocks(), case.request()
+    blocks.step([(asked, TOKENS)])
+    before = blocks.memory.clone()
+    tables = [torch.zeros(2, 16, dtype=torch.int32) for _ in range(2)]
+    batch = Batch(np.array([0, 1, 65]), np.array([700, 255]), *tables, torch.full((65,), -1))
+    step = Step.of(batch, case.layout, HEADS)
+    assert step.due is not None and (step.kept is not None or case.layout.pages == EXACT)
+    new = [x[:65] for x in (asked.query, asked.key, asked.value)]
+    attention.forward(*new, blocks.pool, step, blocks.quantizer, torch.empty_like(new[0]))
+    changed = (before.view(torch.uint8) != blocks.memory.view(torch.uint8)).flatten(1).any(1)
+    assert changed.nonzero().flatten().tolist() == [0]
+
+
+def test_what_a_profiling_run_sees_is_what_rows_take(case):
+    blocks, asked = case.blocks(), case.request()
+    blocks.step([(asked, TOKENS - 1)])
+    table = torch.zeros(3, 16, dtype=torch.int32)
+    batch = Batch(np.arange(4), np.array([700, 800, 900]), table, table, torch.zeros(3, dtype=torch.int64))
+    (rows,) = Step.of(batch, case.layout, HEADS).rows
+    assert blocks.pool.tokens[rows.window].nbytes == case.layout.window_nbytes(3, HEADS)
