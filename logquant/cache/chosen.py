@@ -165,11 +165,10 @@ class Chosen(NamedTuple):
             leaving, staying = source[:, :0], None if in_order else source
             if count:
                 assert weight is not None
-                own = weight[of] if in_order else weight[of].index_select(1, source[0])
+                own = weight[of].index_select(1, source[0])
                 decided = held.exact + len(at) - (left.tokens - left.decided)
                 leaving, staying = self._least(own, count, decided)
-                if not in_order:
-                    leaving, staying = (source[0].index_select(0, x.flatten()).view_as(x) for x in (leaving, staying))
+                leaving, staying = (source[0].index_select(0, x.flatten()).view_as(x) for x in (leaving, staying))
             kept = left.packed - held.packed
             by_head = left.by_head != held.by_head
             made.append(
