@@ -70,7 +70,8 @@ main() {
   if $emulate; then
     try tests "$python" -m pytest -q -p no:cacheprovider tests/ops/test_ops.py -k "$backend and (evict or extreme)"
   else
-    try tests env LOGQUANT_HYPOTHESIS=brief "$python" -m pytest -q -p no:cacheprovider tests/ops/test_ops.py -k "$backend"
+    tests="tests/ops/test_ops.py tests/ops/test_choose_leaving.py"
+    try tests env LOGQUANT_HYPOTHESIS=brief "$python" -m pytest -q -p no:cacheprovider $tests -k "$backend"
   fi
 
   step "attention"

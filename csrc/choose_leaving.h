@@ -18,8 +18,8 @@ struct ChooseLeavingArgs {
   int64_t count = 0;            // of them that do: whole pages, at most last - first
   int page_tokens = 0;
   uint8_t places[kMostPageTokens] = {};  // by rank, of the page's greatest weight first: where in it the token goes
-  int32_t* leaving = nullptr;           // [row, count], contiguous
-  int32_t* staying = nullptr;           // [row, slots - count], contiguous
+  int32_t* leaving = nullptr;            // [row, count], contiguous
+  int32_t* staying = nullptr;            // [row, slots - count], contiguous
 };
 
 // In the order in which torch sorts floats: -0 is 0, and a NaN is above all.

@@ -10,7 +10,6 @@
 // of shared memory for pages of 64 tokens. No atomics: which thread comes first cannot matter.
 
 #include "choose_leaving.h"
-
 #include "ptx.cuh"
 
 namespace logquant::cuda {

@@ -22,6 +22,7 @@ needs_cuobjdump = pytest.mark.skipif(sass.cuobjdump() is None, reason="needs cuo
 # Registers that the occupancy written beside each kernel allows; of the others, 255.
 REGISTERS = {
     "append": 40,
+    "choose_leaving": 40,
     "quantize": 64,
     "evict": 64,
     "dequantize": 64,
@@ -57,7 +58,7 @@ SM_REGISTERS, SM_SHARED = 65536, 227 << 10
 
 # Machine code for the oldest and the newest differs little from that for 90.
 OTHERS = ["quantize", "attend_d128"]
-cheap = ["append", "quantize", "evict", "dequantize", "attend", "attend_d128"]
+cheap = ["append", "choose_leaving", "quantize", "evict", "dequantize", "attend", "attend_d128"]
 quick = [pytest.param(name, "90", id=f"{name}-90") for name in cheap]
 thorough = [
     pytest.param(name, arch, id=f"{name}-{arch}", marks=pytest.mark.slow)

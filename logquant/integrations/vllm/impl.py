@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from .layout import PAGE, BlockLayout, Pool
 from .maps import key_map
 from .metadata import Metadata
 from .packing import Quantizer
-
-if TYPE_CHECKING:
-    from .backend import ExactCache
 
 
 class LogQuantImpl(AttentionImpl[Metadata]):  # type: ignore[misc]
@@ -105,15 +102,16 @@ class LogQuantImpl(AttentionImpl[Metadata]):  # type: ignore[misc]
 
     def _pool(self, blocks: Tensor) -> Pool:
         """The views on the layer's blocks, made once."""
-        exact: ExactCache = self.vllm_config.compilation_config.static_forward_context[self.exact_name]
-        if exact.pool is None:
+        exact = self.vllm_config.compilation_config.static_forward_context[self.exact_name]
+        pool: Pool | None = exact.pool
+        if pool is None:
             if exact.kv_cache.data_ptr() != blocks.data_ptr():
                 raise RuntimeError("packed and exact blocks of a layer must be one pool, and vLLM has made two")
             layout, key_map = self.quantizer.layout, self.quantizer.key_map
             if key_map is not None:
                 self.quantizer = self.quantizer._replace(key_map=key_map.to(blocks.device))
-            exact.pool = Pool.of(blocks, layout)
-        return exact.pool
+            exact.pool = pool = Pool.of(blocks, layout)
+        return pool
 
     def forward(
         self,
