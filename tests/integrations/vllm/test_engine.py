@@ -113,6 +113,23 @@ def test_the_cache_is_logquants(llm):
     assert all("LogQuant" in type(layer.impl).__name__ for layer in layers.values() if hasattr(layer, "impl"))
 
 
+def test_weights_may_be_loaded_again_and_blocks_taken_away(llm, prompts, alone):
+    """What vLLM does with the layers when it reloads weights, and with the caches after it has profiled a step."""
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    before = dict(layers)
+    serving = [layer for layer in layers.values() if hasattr(layer, "impl")]
+    for layer in serving:
+        layer.impl.process_weights_after_loading(torch.float32)
+    assert layers == before
+    assert written(llm, prompts[:1])[0] == alone[:1]
+    for layer in serving:
+        exact = layers[layer.impl.exact_name]
+        assert exact.pool is not None
+        exact.kv_cache = exact.kv_cache
+        assert exact.pool is None
+    assert written(llm, prompts[:1])[0] == alone[:1]
+
+
 def test_a_batch_gives_what_each_gives_alone(llm, prompts, alone):
     together, cached = written(llm, prompts)
     assert together == alone and not any(cached)
