@@ -99,7 +99,8 @@ main() {
   elif sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1); [ -n "$sanitizer" ]; then
     for tool in memcheck racecheck; do
       try "$tool" env LOGQUANT_HYPOTHESIS=brief "$sanitizer" --tool "$tool" --error-exitcode 9 \
-        "$python" -m pytest -q -x -p no:cacheprovider tests/ops/test_ops.py -k "$backend and (extreme or page_table or sinks)"
+        "$python" -m pytest -q -x -p no:cacheprovider tests/ops/test_ops.py tests/ops/test_choose_leaving.py \
+        -k "$backend and (extreme or page_table or sinks or many_tokens)"
     done
   else
     echo "left out: compute-sanitizer was not found"

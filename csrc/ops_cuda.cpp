@@ -95,11 +95,14 @@ std::tuple<Tensor, Tensor> choose_leaving(const Tensor& weight, int64_t first, i
   return {call.leaving, call.staying};
 }
 
-void run(const AttendCall& call, const Launch& launch) {
-  cuda::AttendArgs args{call.args};
+void check_fits(const logquant::AttendArgs& args) {
   constexpr int64_t kMostHeads = 65535;  // of a grid's second dimension
   LOGQUANT_CHECK(args.batch * args.kv_heads <= kMostHeads, "q must be of at most ", kMostHeads / args.kv_heads,
                  " sequences of ", args.kv_heads, " KV heads at once on a GPU, got ", args.batch);
+}
+
+void run(const AttendCall& call, const Launch& launch) {
+  cuda::AttendArgs args{call.args};
   const int64_t floats = cuda::plan(args, multiprocessors(call.q.get_device_index()));
   const Tensor workspace = torch::stable::new_empty(call.q, {floats}, ScalarType::Float);
   cuda::use_workspace(args, static_cast<float*>(workspace.data_ptr()));
@@ -115,7 +118,10 @@ std::tuple<Tensor, Tensor, Tensor> attend(const Tensor& q, const Tensor& pages, 
   const Launch launch(q);
   const AttendCall call = attend_call(q, pages, window_k, window_v, format, scale, softcap, key_map, positions, mask,
                                       query_positions, sinks, page_table, lengths, attention);
-  if (call.lse.numel() > 0) run(call, launch);
+  if (call.lse.numel() > 0) {
+    check_fits(call.args);
+    run(call, launch);
+  }
   return {call.out, call.lse, call.attention_out};
 }
 
@@ -127,6 +133,7 @@ Tensor decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
   const DecodeStepCall call = decode_step_call(q, k, v, pages, window_k, window_v, positions, lengths, attention,
                                                queries, seen, format, scale, softcap, key_map, mask, sinks);
   if (call.attend.lse.numel() == 0) return call.attend.out;
+  check_fits(call.attend.args);
   check_launch(cuda::append(call.append, launch.stream()), "append");
   run(call.attend, launch);
   return call.attend.out;

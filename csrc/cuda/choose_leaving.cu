@@ -6,7 +6,7 @@
 // or stay; last, a warp orders the tokens of a page by counting how many of them come before each.
 //
 // Grid (rows), 256 threads. Memory: the weights from DRAM once and 33 times from a cache, 4 bytes a slot to it; for the
-// 256 slots of a window a thread has one weight, and a block waits 32 times for its warps. Budget: 40 registers, 5 KB
+// 256 slots of a window a thread has one weight, and a block waits 35 times for its warps. Budget: 40 registers, 4 KB
 // of shared memory for pages of 64 tokens. No atomics: which thread comes first cannot matter.
 
 #include "choose_leaving.h"

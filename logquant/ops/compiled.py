@@ -168,7 +168,7 @@ def _fake_choose_leaving(weight: Tensor, first: int, last: int, count: int, *_: 
     return tuple(weight.new_empty((rows, n), dtype=torch.int32) for n in (count, slots - count))  # type: ignore[return-value]
 
 
-# Elsewhere than on a CPU (or a GPU of CUDA), a few kernels of torch do as well.
+# Where there is no kernel, a few of torch do as well.
 _PLAIN = ("choose_pages", "choose_leaving")
 _FAKES: dict[str, Callable[..., Any]] = {
     "quantize": _fake_quantize,

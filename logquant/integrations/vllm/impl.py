@@ -67,7 +67,8 @@ class LogQuantImpl(AttentionImpl[Metadata]):  # type: ignore[misc]
                 "LOGQUANT_CUDA=1 pip install ... builds them (docs/cuda.md)"
             )
         scheduler = self.vllm_config.scheduler_config
-        self._most_rows = max(scheduler.max_num_seqs, -(-scheduler.max_num_batched_tokens // PAGE))
+        # Of all requests one that a page began before, and one for each page's worth of tokens.
+        self._most_rows = scheduler.max_num_seqs + -(-scheduler.max_num_batched_tokens // PAGE)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """All layers are known now, and have not been asked for their caches: the time to add a companion.

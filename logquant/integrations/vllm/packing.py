@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ... import ops
 from ...quantizer.feedback import key_weights, value_feedback
 from .layout import PAGE, QUERY_DTYPE, BlockLayout, Pool
-from .step import Due, Kept
+from .step import Due, Kept, to_device
 
 
 class Quantizer(NamedTuple):
@@ -73,14 +73,8 @@ class Quantizer(NamedTuple):
     def _order(self, attention: Tensor, seen: Tensor) -> Tensor:
         """Which token each slot of a page takes, ``[n, H, PAGE]``: those with fine values the most attended."""
         given = attention.mean(2).masked_fill(~seen.any(1)[:, None], -1.0)  # sinks come last, whatever they are given
-        ranks = _on(given.device, self.layout.ranks or ())
+        ranks = to_device(np.array(self.layout.ranks), given)
         return given.argsort(dim=-1, descending=True, stable=True).index_select(-1, ranks)
-
-
-@functools.cache
-def _on(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
-    """Numbers as a tensor, made once: to index by a list would wait for the device each time."""
-    return torch.tensor(numbers, device=device)
 
 
 def keep(pool: Pool, query: Tensor, kept: Kept) -> None:

@@ -148,7 +148,8 @@ def _ranges(counts: Ints) -> tuple[Ints, Ints]:
     return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def _to(array: npt.NDArray[np.generic], like: Tensor) -> Tensor:
+def to_device(array: npt.NDArray[np.generic], like: Tensor) -> Tensor:
+    """Numbers on the device of another tensor, without waiting for it."""
     numbers = torch.from_numpy(np.ascontiguousarray(array))
     # From pageable memory a GPU would copy only when it has nothing else to do, and the CPU would wait.
     return (numbers.pin_memory() if like.is_cuda else numbers).to(like.device, non_blocking=True)
@@ -177,7 +178,7 @@ class _Rows(NamedTuple):
 
     def on_device(self, batch: Batch, layout: BlockLayout, heads: int, count: int) -> Rows:
         rows, most = len(self.request), int(self.queries.max())
-        like, request = batch.packed, _to(self.request, batch.packed)
+        like, request = batch.packed, to_device(self.request, batch.packed)
 
         # The window: the sinks, once they are in no exact block of the row any more, and the tokens after the pages.
         packed = np.maximum(self.own - (EXACT - 1), 0)[:, None]  # pages of each row
@@ -187,17 +188,17 @@ class _Rows(NamedTuple):
         is_sink, token = slot < sinks, first + slot
         number = np.where(is_sink, 0, np.minimum(token // PAGE, self.own[:, None]))
         place = np.where(is_sink, slot + PAGE - layout.sinks, token % PAGE)
-        exact = batch.exact[request[:, None], _to(number, like)]
-        block = torch.where(_to(is_sink, like), batch.packed[request, :1], exact).long()
+        exact = batch.exact[request[:, None], to_device(number, like)]
+        block = torch.where(to_device(is_sink, like), batch.packed[request, :1], exact).long()
         head = torch.arange(heads, device=like.device)[:, None]
-        window = (block[:, None] * heads + head) * PAGE + _to(place, like)[:, None]
+        window = (block[:, None] * heads + head) * PAGE + to_device(place, like)[:, None]
 
         # The pages.
         pages = np.arange(packed.max())
         used = pages < packed
-        owner = batch.packed[request[:, None], _to(np.where(used, pages // layout.pages, 0), like)]
+        owner = batch.packed[request[:, None], to_device(np.where(used, pages // layout.pages, 0), like)]
         within = np.where(used, pages % layout.pages * (layout.fmt.words // layout.unit), 0).astype(np.int32)
-        table = owner * (heads * layout.words // layout.unit) + _to(within, like)
+        table = owner * (heads * layout.words // layout.unit) + to_device(within, like)
 
         # A query sees all pages, but for what stands there for the sinks, and the window up to its own token.
         in_pages = np.zeros(len(pages) * PAGE, np.int64)
@@ -211,20 +212,20 @@ class _Rows(NamedTuple):
             real = i < self.queries[:, None]
             every = self.token[:, None] + i
             own = self.position[:, None] + i - first
-            query_positions = _to(np.where(real, own, -1).astype(np.int32), like)
-            tokens = _to(np.where(real, every, self.token[:, None]), like)
-            flat, out = _to(np.flatnonzero(real), like), _to(every[real], like)
+            query_positions = to_device(np.where(real, own, -1).astype(np.int32), like)
+            tokens = to_device(np.where(real, every, self.token[:, None]), like)
+            flat, out = to_device(np.flatnonzero(real), like), to_device(every[real], like)
         elif rows < count or (self.token[1:] < self.token[:-1]).any():
-            tokens = _to(self.token[:, None], like)
+            tokens = to_device(self.token[:, None], like)
         return Rows(
             tokens,
             flat,
             out,
             window,
             table,
-            _to(positions.astype(np.int32), like),
+            to_device(positions.astype(np.int32), like),
             query_positions,
-            _to(lengths.astype(np.int32), like),
+            to_device(lengths.astype(np.int32), like),
         )
 
 
@@ -247,15 +248,15 @@ def _due(batch: Batch, computed: Ints, layout: BlockLayout) -> Due | None:
     seen = (of_page[:, None] <= position[..., None]) & (of_page >= layout.sinks)[:, None]
     first = np.flatnonzero(page == 0) if layout.sinks else np.empty(0)
     like = batch.packed
-    at = _to(request, like)
+    at = to_device(request, like)
     return Due(
-        batch.exact[at, _to(page, like)].long(),
-        batch.packed[at, _to(page // layout.pages, like)].long(),
-        _to(page % layout.pages, like),
-        _to(token, like),
-        _to(here, like),
-        _to(seen, like),
-        _to(first, like) if len(first) else None,
+        batch.exact[at, to_device(page, like)].long(),
+        batch.packed[at, to_device(page // layout.pages, like)].long(),
+        to_device(page % layout.pages, like),
+        to_device(token, like),
+        to_device(here, like),
+        to_device(seen, like),
+        to_device(first, like) if len(first) else None,
     )
 
 
@@ -276,6 +277,6 @@ def _kept(batch: Batch, computed: Ints, layout: BlockLayout) -> Kept | None:
         return None
     request, position = asking[which], first[which] + i
     like = batch.packed
-    block = batch.packed[_to(request, like), _to(full[which] // layout.pages, like)].long()
+    block = batch.packed[to_device(request, like), to_device(full[which] // layout.pages, like)].long()
     token = batch.starts[request] + position - computed[request]
-    return Kept(_to(token, like), block, _to(position - begin[which], like))
+    return Kept(to_device(token, like), block, to_device(position - begin[which], like))
