@@ -165,7 +165,8 @@ def choose_leaving(weight: Tensor, first: int, last: int, count: int, ranks: Seq
 
 def _fake_choose_leaving(weight: Tensor, first: int, last: int, count: int, *_: Any) -> tuple[Tensor, Tensor]:
     rows, slots = weight.shape
-    return tuple(weight.new_empty((rows, n), dtype=torch.int32) for n in (count, slots - count))  # type: ignore[return-value]
+    leaving = weight.new_empty((rows, count), dtype=torch.int32)
+    return leaving, leaving.new_empty((rows, slots - count))
 
 
 # Where there is no kernel, a few of torch do as well.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -19,7 +21,8 @@ def chosen(weight: list[float], first: int, last: int, count: int, ranks: list[i
     """What leaves and what stays of one row. Not-a-numbers are above all, and equal to each other."""
 
     def order(slot: int) -> tuple[bool, float]:
-        return (weight[slot] != weight[slot], 0.0 if weight[slot] != weight[slot] else weight[slot])
+        is_nan = math.isnan(weight[slot])
+        return is_nan, 0.0 if is_nan else weight[slot]
 
     out = sorted(sorted(range(first, last), key=order)[:count])
     leaving = []

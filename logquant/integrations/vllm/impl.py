@@ -67,7 +67,7 @@ class LogQuantImpl(AttentionImpl[Metadata]):  # type: ignore[misc]
                 "LOGQUANT_CUDA=1 pip install ... builds them (docs/cuda.md)"
             )
         scheduler = self.vllm_config.scheduler_config
-        # Of all requests one that a page began before, and one for each page's worth of tokens.
+        # A request has a row for each page that its new tokens lie in: seldom more than these in all.
         self._most_rows = scheduler.max_num_seqs + -(-scheduler.max_num_batched_tokens // PAGE)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
