@@ -102,7 +102,7 @@ sanitize: venv
 	  $(BIN)/python setup.py --quiet build --build-base build/asan --build-lib build/asan/lib
 	rm -rf build/asan/lib/tests build/asan/lib/csrc && cp -r tests csrc build/asan/lib
 	cd build/asan/lib && $(ASAN_ENV) ../../../$(BIN)/python -c "import torch, logquant._C as c; print(c.__file__); assert 'asan' in c.__file__"
-	cd build/asan/lib && $(ASAN_ENV) ../../../$(BIN)/python -m pytest -q -n 2 --max-worker-restart 0 -p no:cacheprovider --capture=sys -k "not emulated and not reference and not as_exact_as_it_was and not 20000" tests/ops/test_ops.py tests/ops/test_backends.py tests/ops/test_bad_input.py
+	cd build/asan/lib && $(ASAN_ENV) ../../../$(BIN)/python -m pytest -q -n 2 --max-worker-restart 0 -p no:cacheprovider --capture=sys -k "not emulated and not reference and not as_exact_as_it_was and not 20000" tests/ops/test_ops.py tests/ops/test_backends.py tests/ops/test_bad_input.py tests/ops/test_choose_pages.py tests/ops/test_page_scores.py
 	$(CMAKE) -B build/thread -DLOGQUANT_SANITIZE=thread -DLOGQUANT_SETS=portable
 	$(BIN)/cmake --build build/thread
 	$(CTEST) --test-dir build/thread

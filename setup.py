@@ -53,7 +53,8 @@ if SANITIZE:
     FLAGS += ["-fno-sanitize-address-use-after-scope"]
 # For `make sanitize`, too: the library of CPU kernels that CMake has built, to link instead of compiling them again.
 CPU_KERNELS = os.environ.get("LOGQUANT_CPU_KERNELS")
-KERNELS = ["attend", "quantize", "evict", "dequantize", "page_scores"]  # those that take longest to compile first
+# Those that take longest to compile first.
+KERNELS = ["attend", "quantize", "evict", "dequantize", "page_scores", "choose_pages"]
 ATTEND_ONLY = ["avxvnni", "amx", "avx512bf16"]  # sets that share everything else with avx2 or avx512 (csrc/cpu/tasks.h)
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 INSTRUCTION_SETS = {"portable": []}
@@ -179,8 +180,7 @@ def cpu_kernels() -> dict[str, tuple[Path, list[str]]]:
             if kernel == "attend" or isa not in ATTEND_ONLY:
                 objects[f"{kernel}.{isa}.o"] = (CSRC / "cpu" / f"{kernel}.cpp", [f"-DLOGQUANT_ISA={isa}", *flags])
     return objects | {
-        f"{name}.o": (CSRC / "cpu" / f"{name}.cpp", [])
-        for name in ("append", "choose_leaving", "choose_pages", "dispatch")
+        f"{name}.o": (CSRC / "cpu" / f"{name}.cpp", []) for name in ("append", "choose_leaving", "dispatch")
     }
 
 

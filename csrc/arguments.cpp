@@ -299,8 +299,8 @@ ChoosePagesCall choose_pages_call(const Tensor& scores, const Tensor& counts, in
   check_dtype(scores, "scores", ScalarType::Float);
   const int64_t batch = scores.size(0), query_heads = scores.size(1), queries = scores.size(2);
   const int64_t page_count = scores.size(3);
-  LOGQUANT_CHECK(heads > 0 && query_heads % heads == 0, "scores must be of a multiple of ", heads, " query heads, got ",
-                 query_heads);
+  LOGQUANT_CHECK(heads > 0 && query_heads > 0 && query_heads % heads == 0, "scores must be of a multiple of ", heads,
+                 " query heads, got ", query_heads);
   LOGQUANT_CHECK(most >= 0 && most <= page_count, "most must be at most ", page_count, " pages, got ", most);
   check_broadcast(counts, "counts", ScalarType::Int, {batch, counts.dim() == 2 && counts.size(1) == 1 ? 1 : queries});
   if (others) check_shape(*others, "others", ScalarType::Float, {batch, query_heads, queries, page_count});

@@ -56,7 +56,7 @@ Tensor page_scores(const Tensor& q, const Tensor& pages, const Fields& format, d
 Tensor choose_pages(const Tensor& scores, const Tensor& counts, int64_t heads, int64_t most,
                     const OptionalTensor& others, const OptionalTensor& used) {
   const ChoosePagesCall call = choose_pages_call(scores, counts, heads, most, others, used);
-  if (call.pages.numel() > 0) cpu::choose_pages(call.args, parallel_for);
+  if (call.pages.numel() > 0) cpu::kernels().choose_pages(call.args, parallel_for);
   return call.pages;
 }
 

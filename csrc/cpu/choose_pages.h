@@ -1,9 +1,7 @@
-// The choice of pages from their scores (reference/choose_pages.py): plain pointers and sizes, no torch.
+// What the choice of pages from their scores goes by (reference/choose_pages.py): plain pointers and sizes, no torch.
 #pragma once
 
 #include <cstdint>
-
-#include "kernels.h"
 
 namespace logquant::cpu {
 
@@ -18,7 +16,5 @@ struct ChoosePagesArgs {
   int64_t most = 0;
   int32_t* pages = nullptr;  // [batch, KV head, query, most], contiguous
 };
-
-void choose_pages(const ChoosePagesArgs& args, const ParallelFor& parallel_for);
 
 }  // namespace logquant::cpu

@@ -86,6 +86,11 @@ void page_scores(const PageScoresArgs& args, const ParallelFor& parallel_for) {
   parallel_for(args.batch * args.kv_heads * page_score_parts(args), [&](int64_t i) { task(args, i); });
 }
 
+template <auto task>
+void choose_pages(const ChoosePagesArgs& args, const ParallelFor& parallel_for) {
+  parallel_for(args.batch * args.heads * args.queries, [&](int64_t i) { task(args, i); });
+}
+
 template <auto split_task, auto merge_task>
 void attend(const AttendArgs& args, const ParallelFor& parallel_for) {
   AttendPlan plan(args);
@@ -109,7 +114,8 @@ void attend(const AttendArgs& args, const ParallelFor& parallel_for) {
 #define LOGQUANT_KERNELS_OF(attend_isa, isa)                                                             \
   Kernels {                                                                                              \
     #attend_isa, quantize<isa::quantize_page>, dequantize<isa::dequantize_page>, evict<isa::evict_head>, \
-        page_scores<isa::page_scores_task>, attend<attend_isa::attend_split, attend_isa::attend_merge>   \
+        page_scores<isa::page_scores_task>, choose_pages<isa::choose_pages_task>,                        \
+        attend<attend_isa::attend_split, attend_isa::attend_merge>                                       \
   }
 #define LOGQUANT_KERNELS(isa) LOGQUANT_KERNELS_OF(isa, isa)
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../kernel_args.h"
+#include "choose_pages.h"
 
 namespace logquant::cpu {
 
@@ -23,6 +24,7 @@ struct Kernels {
   void (*dequantize)(const DequantizeArgs&, const ParallelFor&);
   void (*evict)(const EvictArgs&, const ParallelFor&);
   void (*page_scores)(const PageScoresArgs&, const ParallelFor&);
+  void (*choose_pages)(const ChoosePagesArgs&, const ParallelFor&);
   void (*attend)(const AttendArgs&, const ParallelFor&);
 };
 

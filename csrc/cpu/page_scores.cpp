@@ -3,8 +3,8 @@
 // A task is kPagesPerTask pages of one KV head, taken as many at a time as make a vector of scores with up to 4 query
 // rows. Lanes are channels. The bound takes of each channel the better end of its range: sum of q_c * zero_c +
 // max(q_c, 0) * (largest code) * scale_c, so two multiply-adds a channel and row.
-// Memory traffic: of a page its key parameters alone (2 bytes a channel, fetched a few pages ahead), or its mean key (1
-// byte a channel); of further rows they are in the first-level cache.
+// Memory traffic: of a page its key parameters alone (2 or 4 bytes a channel, fetched a few pages ahead), or its mean
+// key (1 byte a channel); of further rows they are in the first-level cache.
 
 #include "params.h"
 #include "simd.h"
@@ -18,12 +18,14 @@ constexpr float kLargest = 3.4028234663852886e38f;
 
 // The query rows of a KV head, times the scale: [row][D].
 struct ScoredQueries {
-  float *q, *up;  // up: of what is positive, times the channel's largest code in units of its stored scale
+  float* q;   // times the unit of zeros, if it is to meet such
+  float* up;  // of what is positive, times the channel's largest code in units of its stored scale
 };
 
 ScoredQueries load_scored_queries(const PageScoresArgs& args, int64_t batch, int64_t kv_head, Arena& arena) {
   const PageFormat& f = args.format;
   const int64_t rows = args.group * args.queries;
+  const float zero_unit = args.means == nullptr && f.key_param_bits == 8 ? kZeroUnit : 1.0f;
   ScoredQueries queries{arena.take<float>(rows * f.head_dim), arena.take<float>(rows * f.head_dim)};
   int32_t* const counts = arena.take<int32_t>(f.head_dim);
   float* const most = arena.take<float>(f.head_dim);
@@ -37,7 +39,7 @@ ScoredQueries load_scored_queries(const PageScoresArgs& args, int64_t batch, int
     with_dtype(args.q.dtype, [&](auto type) {
       for (int c = 0; c < f.head_dim; c += kLanes) {
         const F32 x = load_elements<type>(args.q.data, first + c) * args.scale;
-        store(queries.q + r * f.head_dim + c, x);
+        store(queries.q + r * f.head_dim + c, x * zero_unit);
         store(queries.up + r * f.head_dim + c, max(x, splat(0.0f)) * load(most + c));
       }
     });
@@ -45,92 +47,150 @@ ScoredQueries load_scored_queries(const PageScoresArgs& args, int64_t batch, int
   return queries;
 }
 
-LOGQUANT_INLINE float number(float x) { return x <= kLargest ? (x < -kLargest ? -kLargest : x) : kLargest; }
+// What is scored of a page of one KV head: add() adds the products of kLanes channels from c on with query row r, and
+// finish() makes of a row's sums what adds up to its score. `bytes` gathers what add() has to tell finish().
+struct MeanKeys {
+  const int8_t* means;
+  int64_t stride;
+  const float* factors;
+  const float* q;  // [row][D]
 
-// Scores of `pages` pages from `first` on for `rows` rows, at most kLanes / NR and NR; those of a row are page_count
-// apart. What is not there has the address of something that is, and goes nowhere. add(c, page, sums) adds the products
-// of kLanes channels from c on, of one page with all rows.
-template <int NR, class AddProducts>
-LOGQUANT_INLINE void score_some(const PageScoresArgs& args, int64_t first, int64_t pages, int64_t rows,
-                                const float* factors, float* scores, AddProducts&& add) {
-  constexpr int kPages = kLanes / NR;
-  F32 sums[kLanes] = {};  // [row][page]
-  for (int c = 0; c < args.format.head_dim; c += kLanes) {
-    unroll<kPages>([&](auto i) __attribute__((always_inline)) {
-      F32 own[NR];
-      for (int r = 0; r < NR; ++r) own[r] = sums[r * kPages + i];
-      add(c, i < pages ? first + i : first, own);
-      for (int r = 0; r < NR; ++r) sums[r * kPages + i] = own[r];
-    });
+  LOGQUANT_INLINE void fetch(int64_t) const {}
+  template <class AtRow>
+  LOGQUANT_INLINE void add(int64_t page, int c, I32&, AtRow&& at_row) const {
+    const F32 x = to_float(load_s8(means + page * stride + c));
+    at_row([&](int64_t row, F32 sum) __attribute__((always_inline)) { return fma(load(q + row + c), x, sum); });
   }
-  float all[kLanes];
-  store(all, reduce_lanes<kLanes>(sums, Add{}));
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t i = 0; i < pages; ++i) {
-      const float factor = factors == nullptr ? 1.0f : factors[first + i];
-      scores[r * args.page_count + first + i] = number(all[r * kPages + i] * factor);
-    }
-  }
+  LOGQUANT_INLINE F32 finish(int64_t page, I32, F32 sum) const { return sum * splat(factors[page]); }
+};
+
+// Fetches the parameters of a page's keys.
+LOGQUANT_INLINE void prefetch_params(const void* params, int bytes) {
+  for (int line = 0; line < bytes; line += 64) prefetch(static_cast<const char*>(params) + line);
 }
 
-template <int NR>
-__attribute__((noinline)) void score_pages(const PageScoresArgs& args, int64_t batch, int64_t kv_head, int64_t first,
-                                           int64_t end, ScoredQueries queries, int64_t rows, float* scores) {
-  constexpr int64_t kPages = kLanes / NR;
-  const PageFormat& f = args.format;
-  const int dim = f.head_dim;
+// With 8-bit parameters, whose zeros are in units of the scale. A byte that says that a key is not finite is taken for
+// a scale at first; it is the largest there is.
+struct ByteBounds {
+  const uint8_t* params;
+  int64_t stride, page_count;  // stride: bytes from page to page
+  int zeros;
+  ScoredQueries queries;
+  int dim;
+
+  LOGQUANT_INLINE void fetch(int64_t page) const {
+    if (page < page_count) prefetch_params(params + page * stride, 2 * dim);
+  }
+  template <class AtRow>
+  LOGQUANT_INLINE void add(int64_t page, int c, I32& bytes, AtRow&& at_row) const {
+    const uint8_t* const p = params + page * stride + c;
+    const I32 byte = load_u8(p);
+    const F32 scale = byte_scale(byte), zero = to_float(load_s8(reinterpret_cast<const int8_t*>(p + zeros))) * scale;
+    bytes = max(bytes, byte);
+    at_row([&](int64_t row, F32 sum) __attribute__((always_inline)) {
+      return fma(load(queries.q + row + c), zero, fma(load(queries.up + row + c), scale, sum));
+    });
+  }
+  LOGQUANT_INLINE F32 finish(int64_t, I32 bytes, F32 sum) const {
+    static_assert(kPoisonScale > kScaleMax);
+    return sum + bits_as<F32>((bytes > kScaleMax) & 0x7FC00000);
+  }
+};
+
+struct HalfBounds {
+  const PageFormat& format;
+  const int32_t* pages;
+  int64_t stride, page_count;
+  ScoredQueries queries;
+
+  LOGQUANT_INLINE void fetch(int64_t page) const {
+    if (page < page_count) prefetch_params(pages + page * stride + format.key_params(), 4 * format.head_dim);
+  }
+  template <class AtRow>
+  LOGQUANT_INLINE void add(int64_t page, int c, I32&, AtRow&& at_row) const {
+    const Params params = key_params_at(format, pages + page * stride, c);
+    at_row([&](int64_t row, F32 sum) __attribute__((always_inline)) {
+      return fma(load(queries.q + row + c), params.zero, fma(load(queries.up + row + c), params.scale, sum));
+    });
+  }
+  LOGQUANT_INLINE F32 finish(int64_t, I32, F32 sum) const { return sum; }
+};
+
+// Scores of pages first .. end - 1 for `rows` rows, at most NR; those of a row are page_count apart. What is not there
+// has the address of something that is, and goes nowhere.
+template <int NR, class Keys>
+__attribute__((noinline)) void score_pages(const PageScoresArgs& args, Keys keys, int64_t first, int64_t end,
+                                           int64_t rows, float* scores) {
+  constexpr int kPages = kLanes / NR;
+  const int dim = args.format.head_dim;
+  const int64_t page_count = args.page_count;
   int64_t at[NR];
   for (int r = 0; r < NR; ++r) at[r] = r < rows ? r * dim : 0;
-  if (args.means != nullptr) {
-    const int8_t* const means = args.means + batch * args.means_batch_stride + kv_head * args.means_head_stride;
-    const float* const factors = args.mean_scales.of(batch, kv_head);
-    const auto add = [&](int c, int64_t p, F32* sums) __attribute__((always_inline)) {
-      const uint8_t* const mean = reinterpret_cast<const uint8_t*>(means + p * args.means_page_stride);
-      const F32 x = to_float(bits_as<I32>(load_u8(mean + c) << 24) >> 24);
-      for (int r = 0; r < NR; ++r) sums[r] = fma(load(queries.q + at[r] + c), x, sums[r]);
-    };
-    for (int64_t p = first; p < end; p += kPages) {
-      score_some<NR>(args, p, end - p < kPages ? end - p : kPages, rows, factors, scores, add);
-    }
-    return;
-  }
-  const int32_t* const pages = args.pages.data + batch * args.pages.batch_stride + kv_head * args.pages.head_stride;
-  const int bytes = dim * f.key_param_bits / 4;
-  const auto add = [&](int c, int64_t p, F32* sums) __attribute__((always_inline)) {
-    const Params params = key_params_at(f, pages + p * args.pages.page_stride, c);
-    for (int r = 0; r < NR; ++r) {
-      const F32 up = fma(load(queries.up + at[r] + c), params.scale, sums[r]);
-      sums[r] = fma(load(queries.q + at[r] + c), params.zero, up);
-    }
-  };
   for (int64_t p = first; p < end; p += kPages) {
-    for (int64_t next = p + kPagesAhead; next < p + kPagesAhead + kPages && next < args.page_count; ++next) {
-      const char* const params = reinterpret_cast<const char*>(pages + next * args.pages.page_stride + f.key_params());
-      for (int line = 0; line < bytes; line += 64) prefetch(params + line);
+    F32 sums[kLanes] = {};  // [row][page]
+    I32 bytes[kPages] = {};
+    unroll<kPages>([&](auto i) __attribute__((always_inline)) { keys.fetch(p + kPagesAhead + i); });
+    for (int c = 0; c < dim; c += kLanes) {
+      unroll<kPages>([&](auto i) __attribute__((always_inline)) {
+        keys.add(p + i < end ? p + i : p, c, bytes[i], [&](auto&& added) __attribute__((always_inline)) {
+          unroll<NR>([&](auto r)
+                         __attribute__((always_inline)) { sums[r * kPages + i] = added(at[r], sums[r * kPages + i]); });
+        });
+      });
     }
-    score_some<NR>(args, p, end - p < kPages ? end - p : kPages, rows, nullptr, scores, add);
+    unroll<kPages>([&](auto i) __attribute__((always_inline)) {
+      unroll<NR>([&](auto r) __attribute__((always_inline)) {
+        F32& sum = sums[r * kPages + i];
+        sum = keys.finish(p + i < end ? p + i : p, bytes[i], sum);
+      });
+    });
+    // A NaN is as large as can be.
+    const F32 numbers = max(min(reduce_lanes<kLanes>(sums, Add{}), splat(kLargest)), splat(-kLargest));
+    float all[kLanes];
+    store(all, numbers);
+    for (int64_t r = 0; r < rows; ++r) {
+      if (p + kPages <= end) {
+        __builtin_memcpy(scores + r * page_count + p, all + r * kPages, sizeof(float) * kPages);
+      } else {
+        for (int64_t i = 0; p + i < end; ++i) scores[r * page_count + p + i] = all[r * kPages + i];
+      }
+    }
   }
 }
 
 }  // namespace
 
 void page_scores_task(const PageScoresArgs& args, int64_t task) {
+  const PageFormat& f = args.format;
   const int64_t parts = page_score_parts(args), head = task / parts, first = task % parts * kPagesPerTask;
   const int64_t end = first + kPagesPerTask < args.page_count ? first + kPagesPerTask : args.page_count;
   const int64_t batch = head / args.kv_heads, kv_head = head % args.kv_heads;
-  const int64_t rows = args.group * args.queries, dim = args.format.head_dim;
-  Arena arena(thread_scratch(64 * 4 + 4 * dim * (2 * rows + 2)));
+  const int64_t rows = args.group * args.queries;
+  Arena arena(thread_scratch(64 * 4 + 4 * f.head_dim * (2 * rows + 2)));
   const ScoredQueries queries = load_scored_queries(args, batch, kv_head, arena);
+  const int32_t* const pages = args.pages.data + batch * args.pages.batch_stride + kv_head * args.pages.head_stride;
   for (int64_t r = 0; r < rows; r += kRowsAtOnce) {
     const int64_t left = rows - r < kRowsAtOnce ? rows - r : kRowsAtOnce;
-    const ScoredQueries own{queries.q + r * dim, queries.up + r * dim};
-    float* const scores = args.scores + (head * rows + r) * args.page_count;
-    if (left == 1) {
-      score_pages<1>(args, batch, kv_head, first, end, own, left, scores);
-    } else if (left == 2) {
-      score_pages<2>(args, batch, kv_head, first, end, own, left, scores);
+    const ScoredQueries own{queries.q + r * f.head_dim, queries.up + r * f.head_dim};
+    const auto score = [&](auto keys) {
+      float* const scores = args.scores + (head * rows + r) * args.page_count;
+      if (left == 1) {
+        score_pages<1>(args, keys, first, end, left, scores);
+      } else if (left == 2) {
+        score_pages<2>(args, keys, first, end, left, scores);
+      } else {
+        score_pages<4>(args, keys, first, end, left, scores);
+      }
+    };
+    if (args.means != nullptr) {
+      score(MeanKeys{args.means + batch * args.means_batch_stride + kv_head * args.means_head_stride,
+                     args.means_page_stride, args.mean_scales.of(batch, kv_head), own.q});
+    } else if (f.key_param_bits == 8) {
+      score(ByteBounds{reinterpret_cast<const uint8_t*>(pages + f.key_params()),
+                       static_cast<int64_t>(sizeof(int32_t)) * args.pages.page_stride, args.page_count, f.key_zeros(),
+                       own, f.head_dim});
     } else {
-      score_pages<4>(args, batch, kv_head, first, end, own, left, scores);
+      score(HalfBounds{f, pages, args.pages.page_stride, args.page_count, own});
     }
   }
 }

@@ -12,9 +12,19 @@ struct Params {
   F32 scale, zero;
 };
 
-// byte <= kScaleMax
+// The floats of scale bytes 0 to 7, as bits.
+struct FirstScales {
+  int32_t bits[8] = {};
+
+  constexpr FirstScales() {
+    for (int i = 0; i < 8; ++i) bits[i] = kScaleExponent << 23 | kScaleEighths[i];
+  }
+};
+constexpr FirstScales kFirstScales;
+
+// byte <= kScaleMax; of larger ones comes a finite number.
 LOGQUANT_INLINE F32 byte_scale(I32 byte) {
-  return bits_as<F32>(((shift_right(byte, 3) + kScaleExponent) << 23) | lookup(kScaleEighths, byte & 7));
+  return bits_as<F32>(lookup(kFirstScales.bits, byte & 7) + (shift_right(byte, 3) << 23));
 }
 
 // zero_steps: how many units the zero lies from 0.
@@ -31,7 +41,7 @@ LOGQUANT_INLINE Params key_params_at(const PageFormat& f, const int32_t* page, i
     return {load_half(p), load_half(p + f.key_zeros())};
   }
   const uint8_t* const p = reinterpret_cast<const uint8_t*>(page + f.key_params()) + c;
-  const I32 zero = bits_as<I32>(load_u8(p + f.key_zeros()) << 24) >> 24;
+  const I32 zero = load_s8(reinterpret_cast<const int8_t*>(p + f.key_zeros()));
   return byte_params(load_u8(p), to_float(zero), kZeroUnit);
 }
 

@@ -95,6 +95,15 @@ LOGQUANT_INLINE I32 shift_halves_right(I32 x, int n) {
 LOGQUANT_INLINE I32 shift_right(I32 x, int n) { return bits_as<I32>(bits_as<U32>(x) >> static_cast<uint32_t>(n)); }
 LOGQUANT_INLINE F32 select(I32 mask, F32 yes, F32 no) { return mask ? yes : no; }
 LOGQUANT_INLINE I32 select(I32 mask, I32 yes, I32 no) { return mask ? yes : no; }
+LOGQUANT_INLINE I32 max(I32 a, I32 b) {
+#if defined(LOGQUANT_AVX512)
+  return bits_as<I32>(_mm512_max_epi32(bits_as<__m512i>(a), bits_as<__m512i>(b)));
+#elif defined(LOGQUANT_AVX2)
+  return bits_as<I32>(_mm256_max_epi32(bits_as<__m256i>(a), bits_as<__m256i>(b)));
+#else
+  return select(a > b, a, b);
+#endif
+}
 LOGQUANT_INLINE F32 abs(F32 x) { return bits_as<F32>(bits_as<I32>(x) & 0x7FFFFFFF); }
 LOGQUANT_INLINE I32 is_nonfinite(F32 x) { return (bits_as<I32>(x) & 0x7F800000) == 0x7F800000; }
 
@@ -132,6 +141,9 @@ LOGQUANT_INLINE I32 load_u16(const uint16_t* p) {
 }
 LOGQUANT_INLINE I32 load_u8(const uint8_t* p) {
   return bits_as<I32>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+LOGQUANT_INLINE I32 load_s8(const int8_t* p) {
+  return bits_as<I32>(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 // The low halves of 32-bit lanes.
 LOGQUANT_INLINE void store_u16(uint16_t* p, I32 x) {
@@ -177,6 +189,9 @@ LOGQUANT_INLINE I32 load_u16(const uint16_t* p) {
 }
 LOGQUANT_INLINE I32 load_u8(const uint8_t* p) {
   return bits_as<I32>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+LOGQUANT_INLINE I32 load_s8(const int8_t* p) {
+  return bits_as<I32>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 LOGQUANT_INLINE void store_u16(uint16_t* p, I32 x) {
   const __m256i even = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1, 0, 1, 4, 5, 8, 9, 12,
@@ -228,6 +243,11 @@ LOGQUANT_INLINE I32 load_u8(const uint8_t* p) {
   __builtin_memcpy(&bytes, p, sizeof(bytes));
   return bits_as<I32>(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(bytes)))));
 }
+LOGQUANT_INLINE I32 load_s8(const int8_t* p) {
+  uint32_t bytes;
+  __builtin_memcpy(&bytes, p, sizeof(bytes));
+  return bits_as<I32>(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(bytes)))));
+}
 LOGQUANT_INLINE void store_u16(uint16_t* p, I32 x) { vst1_u16(p, vmovn_u32(bits_as<uint32x4_t>(x))); }
 #else
 #if defined(__SSE2__)
@@ -267,6 +287,7 @@ LOGQUANT_INLINE auto gather(const T* p, I32 index) {
 LOGQUANT_INLINE I32 lookup(const int32_t (&table)[8], I32 index) { return gather(table, index); }
 LOGQUANT_INLINE I32 load_u16(const uint16_t* p) { return I32{p[0], p[1], p[2], p[3]}; }
 LOGQUANT_INLINE I32 load_u8(const uint8_t* p) { return I32{p[0], p[1], p[2], p[3]}; }
+LOGQUANT_INLINE I32 load_s8(const int8_t* p) { return I32{p[0], p[1], p[2], p[3]}; }
 LOGQUANT_INLINE void store_u16(uint16_t* p, I32 x) {
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint16_t>(x[i]);
 }
@@ -413,9 +434,26 @@ LOGQUANT_INLINE void with_bits(int bits, F&& f) {
 }
 
 // ------------------------------------------------------------------------------------------------- across the lanes
+#if defined(LOGQUANT_AVX2)
+// Of the halves of a and b: a's first two, b's first two, a's last two, b's last two. It moves nothing between halves,
+// which gcc's own choice of instructions does four times.
+template <int Odd, class V>
+LOGQUANT_INLINE V every_second_by_halves(V a, V b) {
+  return bits_as<V>(_mm256_shuffle_ps(bits_as<__m256>(a), bits_as<__m256>(b), Odd ? 0xDD : 0x88));
+}
+template <class V>
+LOGQUANT_INLINE V swap_middle_pairs(V x) {
+  return bits_as<V>(_mm256_permute4x64_epi64(bits_as<__m256i>(x), 0xD8));
+}
+#endif
+
 template <int Odd, class V, int... I>
 LOGQUANT_INLINE V every_second(V a, V b, std::integer_sequence<int, I...>) {
+#if defined(LOGQUANT_AVX2)
+  return swap_middle_pairs(every_second_by_halves<Odd>(a, b));
+#else
   return __builtin_shufflevector(a, b, (2 * I + Odd)...);
+#endif
 }
 
 // A square of words: lane j of v[i] becomes lane i of v[j].
@@ -435,8 +473,12 @@ LOGQUANT_INLINE void transpose(V (&v)[kLanes]) {
 // Pairs of neighbouring lanes: a's results in the lower half, b's in the upper.
 template <class V, class Op>
 LOGQUANT_INLINE V reduce_pairs(V a, V b, Op op) {
+#if defined(LOGQUANT_AVX2)
+  return swap_middle_pairs(op(every_second_by_halves<0>(a, b), every_second_by_halves<1>(a, b)));
+#else
   constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
   return op(every_second<0>(a, b, lanes), every_second<1>(a, b, lanes));
+#endif
 }
 
 // M vectors into one: lanes i*kLanes/M .. are the results of v[i] over groups of M neighbouring lanes.

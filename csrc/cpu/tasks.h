@@ -73,6 +73,7 @@ inline int64_t page_score_parts(const PageScoresArgs& args) {
   void dequantize_page(const DequantizeArgs& args, int64_t task);                       \
   void evict_head(const EvictArgs& args, int64_t task); /* batch * head */              \
   void page_scores_task(const PageScoresArgs& args, int64_t task);                      \
+  void choose_pages_task(const ChoosePagesArgs& args, int64_t task);                    \
   }
 
 LOGQUANT_DECLARE_TASKS(portable)

@@ -84,6 +84,25 @@ void test_bfloat16_dots() {
   }
 }
 
+void test_reductions() {
+  F32 v[kLanes];
+  I32 integers[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < kLanes; ++j) {
+      v[i][j] = static_cast<float>((i + 1) * (j == i ? 100 : 1));
+      integers[i][j] = j == i ? -i : i;
+    }
+  }
+  const F32 sums = reduce_lanes<kLanes>(v, Add{}), pair = reduce_lanes<2>(v, Add{});
+  for (int i = 0; i < kLanes; ++i) {
+    check(sums[i] == static_cast<float>((i + 1) * (99 + kLanes)), "reduce_lanes");
+    check(reduce_lanes<1>(v + i, Max{})[0] == static_cast<float>(100 * (i + 1)), "reduce_lanes of one");
+    check(reduce_lanes<1>(integers + i, Add{})[0] == (kLanes - 2) * i, "reduce_lanes of integers");
+    check(max(integers[i], splat(0))[i] == 0 && max(splat(i), integers[i])[0] == i, "max of integers");
+  }
+  check(pair[0] == static_cast<float>(99 + kLanes) && pair[1] == 2 * pair[0], "reduce_lanes of two");
+}
+
 void test_transpose() {
   F32 square[kLanes];
   for (int i = 0; i < kLanes; ++i) {
@@ -177,6 +196,7 @@ void test_integers() {
     const auto* const bytes = reinterpret_cast<const uint8_t*>(table) + 1 + round % 8;
     const auto* const shorts = reinterpret_cast<const uint16_t*>(table) + 1 + round % 8;
     const I32 wide_bytes = load_u8(bytes), wide_shorts = load_u16(shorts);
+    const I32 signed_bytes = load_s8(reinterpret_cast<const int8_t*>(bytes));
     uint8_t narrow_bytes[kLanes];
     uint16_t narrow_shorts[kLanes + 1];
     store_u8(narrow_bytes, gathered);
@@ -197,6 +217,7 @@ void test_integers() {
       uint16_t expected;
       std::memcpy(&expected, shorts + i, sizeof(expected));
       check(wide_bytes[i] == bytes[i] && wide_shorts[i] == expected, "load_u8 or load_u16");
+      check(signed_bytes[i] == static_cast<int8_t>(bytes[i]), "load_s8");
       check(narrow_bytes[i] == static_cast<uint8_t>(gathered[i]), "store_u8");
       check(narrow_shorts[i + 1] == static_cast<uint16_t>(gathered[i]), "store_u16");
     }
@@ -267,6 +288,7 @@ int main() {
   test_halves();
   test_integers();
   test_bfloat16_dots();
+  test_reductions();
   test_transpose();
   test_tables();
 #if defined(LOGQUANT_TILES)

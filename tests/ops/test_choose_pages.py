@@ -89,12 +89,34 @@ def test_a_page_of_the_largest_score_is_chosen(backend):
             assert 7 in got[0, 0, 0]
 
 
+@backends
+def test_scores_as_far_apart_as_can_be(backend):
+    """Differences of scores may overflow: a page of the least score in every query head is still the last one."""
+    scores = torch.randn(1, 2, 1, 21, generator=torch.Generator().manual_seed(0))
+    largest = torch.finfo(torch.float32).max
+    scores[:, :, :, 3], scores[0, 1, 0, 7] = -largest, largest
+    with on(backend):
+        got = ops.choose_pages(scores, torch.tensor([[20]], dtype=torch.int32), 1, 20)
+    assert got.flatten().tolist() == [page for page in range(21) if page != 3]
+
+
+@backends
+def test_of_equal_pages_as_many_as_are_wanted(backend):
+    scores = torch.zeros(1, 4, 1, 37)
+    with on(backend):
+        got = ops.choose_pages(scores, torch.tensor([[11]], dtype=torch.int32), 2, 11, others=scores)
+    for row in got.flatten(0, 2).tolist():
+        assert len(set(row)) == 11
+        assert not backend.startswith("cpu-") or row == list(range(11))  # torch does not say which
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"scores": torch.randn(4, 1, 9)}, "scores must have shape"),
         ({"scores": torch.randn(1, 4, 1, 9).double()}, "scores must be Float, got Double"),
         ({"heads": 3}, "scores must be of a multiple of 3 query heads, got 4"),
+        ({"scores": torch.randn(1, 0, 1, 9)}, "scores must be of a multiple of 2 query heads, got 0"),
         ({"most": 10}, "most must be at most 9 pages, got 10"),
         ({"counts": torch.tensor([[2]])}, "counts must be Int, got Long"),
         ({"counts": torch.tensor([[2, 2]], dtype=torch.int32)}, "counts must have shape"),
