@@ -44,27 +44,31 @@ LOGQUANT_INLINE F32 log2_of(F32 x) {
 }
 
 // Scores of a query head in base 2 less their maximum, into w.scores, but never less than kFar, which is what fills the
-// last vector. Returns the sum of 2 to their powers.
-float normalise(const float* scores, int64_t pages, const Workspace& w) {
+// last vector.
+void subtract_maximum(const float* scores, int64_t pages, const Workspace& w) {
   __builtin_memcpy(w.scores, scores, sizeof(float) * pages);
   for (int64_t p = pages; p < w.padded; ++p) w.scores[p] = -kInfinity;
-  F32 most = splat(-kInfinity), sum = splat(0.0f);
+  F32 most = splat(-kInfinity);
   for (int64_t p = 0; p < w.padded; p += kLanes) most = max(most, load(w.scores + p));
   const F32 top = splat(reduce(most, Max{}));
   for (int64_t p = 0; p < w.padded; p += kLanes) {
-    const F32 x = max(splat(kFar), (load(w.scores + p) - top) * splat(kLog2e));
-    store(w.scores + p, x);
-    sum += exp2(x);
+    store(w.scores + p, max(splat(kFar), (load(w.scores + p) - top) * splat(kLog2e)));
   }
-  return reduce(sum, Add{});
 }
 
 // What share of its attention a KV head's query heads give each page, added up.
 void vote(const HeadScores& scores, const Workspace& w) {
   for (int64_t g = 0; g < scores.group; ++g) {
-    const F32 share = splat(1.0f / normalise(scores.of(g), scores.pages, w));
+    subtract_maximum(scores.of(g), scores.pages, w);
+    F32 sum = splat(0.0f);
     for (int64_t p = 0; p < w.padded; p += kLanes) {
-      const F32 own = exp2(load(w.scores + p)) * share;
+      const F32 weight = exp2(load(w.scores + p));
+      store(w.scores + p, weight);
+      sum += weight;
+    }
+    const F32 inverse = splat(1.0f / reduce(sum, Add{}));
+    for (int64_t p = 0; p < w.padded; p += kLanes) {
+      const F32 own = load(w.scores + p) * inverse;
       store(w.votes + p, g == 0 ? own : load(w.votes + p) + own);
     }
   }
@@ -73,7 +77,10 @@ void vote(const HeadScores& scores, const Workspace& w) {
 // The logarithm of that, for shares that are too small for numbers.
 void vote_by_logarithm(const HeadScores& scores, const Workspace& w) {
   for (int64_t g = 0; g < scores.group; ++g) {
-    const F32 shift = log2_of(splat(normalise(scores.of(g), scores.pages, w)));
+    subtract_maximum(scores.of(g), scores.pages, w);
+    F32 sum = splat(0.0f);
+    for (int64_t p = 0; p < w.padded; p += kLanes) sum += exp2(load(w.scores + p));
+    const F32 shift = log2_of(splat(reduce(sum, Add{})));
     for (int64_t p = 0; p < w.padded; p += kLanes) {
       const F32 share = load(w.scores + p) - shift, before = load(w.votes + p);
       if (g == 0) {

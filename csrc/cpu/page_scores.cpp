@@ -97,6 +97,7 @@ struct ByteBounds {
   }
 };
 
+// With 16-bit parameters, whose zeros are numbers of their own.
 struct HalfBounds {
   const PageFormat& format;
   const int32_t* pages;
