@@ -15,7 +15,6 @@
 namespace logquant::cpu::LOGQUANT_ISA {
 namespace {
 
-constexpr float kLog2e = 1.4426950408889634f;
 // Scores farther below the maximum than this count alike: two infinities would differ by NaN.
 constexpr float kFar = -3e38f;
 constexpr int32_t kLeast = INT32_MIN;  // the key of what cannot be chosen

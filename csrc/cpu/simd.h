@@ -57,6 +57,7 @@ typedef float F32Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), m
 typedef int32_t I32Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
 constexpr float kInfinity = __builtin_inff();
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 template <class To, class From>
 LOGQUANT_INLINE To bits_as(From from) {

@@ -11,7 +11,6 @@
 namespace logquant::cpu::LOGQUANT_ISA {
 namespace {
 
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr int kMaxRows = AttendPlan::kRowsPerBlock;
 constexpr int kUnitTokens = 128;  // slots that are worked on at once, at most: a page, or a block of the window
 // Vectors of accumulators that fit in the registers, beside the operands.
