@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from .. import ops
 from ..format import PageFormat
+from ..recall.reading import Reading
 from .call import AttentionCall
 from .units import AS_THEY_ARE, Units, scaled
 from .weights import HEARD
@@ -23,36 +23,38 @@ def fused_attention(
     given: Tensor | None,
     *,
     units: Units = AS_THEY_ARE,
-    recall: Callable[..., tuple[Tensor, Tensor | None]] | None = None,
+    reading: Reading | None = None,
+    key_map: Tensor | None = None,
     **options: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Attention by the fused operator, whatever the dtype of the queries and the units of what is held.
 
     Args:
         call: queries, and how they attend.
-        pages, keys, values, fmt, options: as for :func:`logquant.ops.attend`.
+        pages, keys, values, fmt, key_map, options: as for :func:`logquant.ops.attend`.
         given: what queries have given to exact tokens; None if nobody asks.
         units: those that pages and exact tokens are in.
-        recall: attends to some of the pages only (:meth:`logquant.recall.reading.Recall.attend`).
+        reading: of some of the pages only; None: of all.
 
     Returns:
         The output ``[B, Hq, L, Dv]``; its log-sum-exp, sinks included, float32 ``[B, Hq, L]``, unless pages were
         chosen; and what the exact tokens have been given now, if that is asked and was counted.
     """
     q, dtype, sinks = call.query, keys.dtype, call.sinks
-    tensors = q if q.dtype == dtype else q.to(dtype), pages, keys, values
+    query = q if q.dtype == dtype else q.to(dtype)
     settings: dict[str, Any] = options | {
         "scale": units.scale(call.scale),
         "softcap": call.softcap,
         "sinks": None if sinks is None else sinks.float(),
     }
     lse = given_after = None
-    if recall is not None:
-        out, given_after = recall(*tensors, fmt, given=given, **settings)
+    if reading is not None:
+        out, given_after = reading.attend(query, keys, values, given=given, **settings)
     elif given is None or q.shape[2] > HEARD:
-        out, lse = ops.attend(*tensors, fmt, **settings)
+        out, lse = ops.attend(query, pages, keys, values, fmt, key_map=key_map, **settings)
     else:
-        out, lse, given_after = ops.observed_attend(*tensors, fmt, **settings, attention=given)
+        tensors = query, pages, keys, values
+        out, lse, given_after = ops.observed_attend(*tensors, fmt, key_map=key_map, **settings, attention=given)
     if units.value:
         out = scaled(out, units.value)
     return out if out.dtype == q.dtype else out.to(q.dtype), lse, given_after

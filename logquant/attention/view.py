@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..format import PageFormat
-from ..recall.reading import Recall, with_sinks
+from ..recall.reading import Reading, Recall, with_sinks
 from .call import AttentionCall
 from .exact import exact_attention
 from .fused import fused_attention
@@ -286,7 +285,6 @@ class KVView(View):
         """:func:`fused_attention` of queries ``at`` these positions, None: each sees all."""
         q, mask = call.query, call.mask
         by_position = mask is not None or call.causal or not self.rows.alike
-        counts = self._recalled(mask, q.shape[2])
         return fused_attention(
             call,
             self.pages,
@@ -295,7 +293,7 @@ class KVView(View):
             self.fmt,
             given,
             units=self.units,
-            recall=None if counts is None or self.recall is None else partial(self.recall.attend, counts=counts),
+            reading=self._reading(mask, q.shape[2]),
             key_map=self.key_map,
             mask=mask,
             positions=self.rows.positions(q.device, self.new) if by_position else None,
@@ -365,12 +363,12 @@ class KVView(View):
             seen = mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
         return exact_attention(call._replace(mask=seen, causal=False), keys, values)
 
-    def _recalled(self, mask: Tensor | None, queries: int) -> Tensor | None:
-        """How many pages are read for each query (:meth:`Recall.counts`); None if all are."""
+    def _reading(self, mask: Tensor | None, queries: int) -> Reading | None:
+        """Of some of the pages; None if all are read."""
         if self.recall is None or not self.pages.shape[2] or queries > MAX_FUSED_QUERIES:
             return None
         all_seen = None if mask is None else self.rows.all_seen(mask)
-        return self.recall.counts(self.rows.packed_counts, self.fmt.page_tokens, all_seen)
+        return self.recall.reading(self.pages, self.fmt, self.key_map, self.rows.packed_counts, all_seen)
 
     def _is_fused(self, queries: int) -> bool:
         if queries <= MAX_FUSED_QUERIES:

@@ -123,16 +123,13 @@ def _recall(
     assert quantization.recall is not None
     fmt = quantization.page_format(q.shape[3])
     recall = Recall(RecallSpec.parse(quantization.recall), PageIndex.of(packed_keys, fmt.page_tokens))
-    options: dict[str, Any] = dict.fromkeys(("given", "positions", "mask", "query_positions", "sinks", "lengths"))
-
-    def run() -> Tensor:
-        counts = recall.counts((packed_keys.shape[2],), fmt.page_tokens, None)
-        scale = q.shape[3] ** -0.5
-        if counts is None:
-            return ops.attend(*tensors, fmt, scale=scale, key_map=key_map)[0]
-        return recall.attend(*tensors, fmt, counts, scale=scale, softcap=0.0, key_map=key_map, **options)[0]
-
-    return run
+    q, pages, *window = tensors
+    scale = q.shape[3] ** -0.5
+    # A layer makes one whenever tokens leave the window, and steps in between share it.
+    reading = recall.reading(pages, fmt, key_map, (packed_keys.shape[2],))
+    if reading is None:
+        return lambda: ops.attend(*tensors, fmt, scale=scale, key_map=key_map)[0]
+    return lambda: reading.attend(q, *window, given=None, scale=scale)[0]
 
 
 def _split(quantization: LogQuantConfig, tokens: int) -> tuple[Tensor, Tensor]:

@@ -173,6 +173,11 @@ class LayerContents(CacheLayerMixin):
     def observe(self, view: View, call: AttentionCall | None) -> None:
         """Learn what has attended to the uncommitted tokens; None if it does not tell its queries."""
 
+    @property
+    def _recall(self) -> Recall | None:
+        """What is read of the pages; None: all."""
+        return None if self.recall is None else Recall(self.recall, self.held.storage.index)
+
     def _view(self, keys: Tensor, values: Tensor, new: int) -> KVView:
         """What the newest ``new`` positions attend to."""
         storage = self.held.storage
@@ -189,7 +194,7 @@ class LayerContents(CacheLayerMixin):
             units=storage.units if self.rows.length else AS_THEY_ARE,
             severed=storage.severed,
             given=self.held.chosen and self.held.chosen.given,
-            recall=None if self.recall is None else Recall(self.recall, storage.index),
+            recall=self._recall,
             ragged=self.held.ragged,
             residual=storage.residual,
         )

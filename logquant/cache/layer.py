@@ -49,7 +49,7 @@ class LogQuantLayer(LayerContents):
         self._index = index
         self.recall = config.recall_spec(index)
         self.shared = shared or Shared()
-        self._steps_plainly = self._steps_plainly and self.recall is None and config.prune is config.evict is None
+        self._steps_plainly = self._steps_plainly and config.prune is config.evict is None
         self._empty = rows or Rows((Slots.empty(config),))
         self.version = 0
         self.recompute = Recompute()
@@ -134,7 +134,7 @@ class LogQuantLayer(LayerContents):
         after_step = self._steps_plainly and (last := self.uncommitted) is not None and last.is_step
         self.commit()
         may_be_plain = after_step and as_they_came and key_states.shape[2] == 1 and self._may_step
-        if may_be_plain and (start := Start.of(self.held)) is not None:
+        if may_be_plain and (start := Start.of(self.held, self._recall)) is not None:
             return handles(self._plain_token(start.first(key_states, value_states)))
         return handles(self.append(key_states, value_states))
 

@@ -20,6 +20,7 @@ from ..attention.call import AttentionCall
 from ..attention.fused import fused_attention
 from ..attention.units import AS_THEY_ARE
 from ..attention.view import KVView, PackedLayer, View, refuse_stale
+from ..recall.reading import Recall
 from .chosen import ChosenRows
 from .held import Held
 from .sizes import window_capacity
@@ -35,26 +36,30 @@ class Start:
 
     Args:
         held: that; all is committed.
+        recall: what the layer reads of its pages; None: all.
         room: how many tokens can come.
     """
 
-    def __init__(self, held: Held, room: int) -> None:
+    def __init__(self, held: Held, recall: Recall | None, room: int) -> None:
         storage, self.rows, self.chosen = held.storage, held.rows, held.chosen
         self.window_k, self.window_v, self.severed = storage.window_k, storage.window_v, storage.severed
         self.pages, self.fmt, self.key_map = storage.used_pages(self.rows), storage.format, held.advice.key_map
         self.kept_queries = held.advice.needed(allocated=0 not in self.rows.packed_counts)
+        self.recall, self.reading = recall, None
+        if recall is not None:
+            self.reading = recall.reading(self.pages, self.fmt, self.key_map, self.rows.packed_counts)
         self.room = room
         batch, heads, _, dim = self.window_k.shape
         self.key_shape = torch.Size((batch, heads, 1, dim))
         self.value_shape = torch.Size((batch, heads, 1, self.window_v.shape[3]))
 
     @staticmethod
-    def of(held: Held) -> Start | None:
+    def of(held: Held, recall: Recall | None) -> Start | None:
         """None if no plain steps can follow, or too few."""
         storage, rows = held.storage, held.rows
         room = min(storage.window_k.shape[2], window_capacity(storage.config)) - rows.exact
         plain = rows.alike and not rows.reserved and not rows.undecided and storage.units == AS_THEY_ARE
-        return Start(held, room) if plain and room >= FEWEST and not storage.in_graph else None
+        return Start(held, recall, room) if plain and room >= FEWEST and not storage.in_graph else None
 
     def fits(self, keys: Tensor, values: Tensor) -> bool:
         """Whether tokens that come make a step."""
@@ -127,8 +132,9 @@ class PlainStep:
         if (queries := self.queries) and (queries[-1].shape != query.shape or queries[-1].dtype != query.dtype):
             return None
         start = self.start
+        tensors = start.pages, self.keys, self.values
         out, _, given = fused_attention(
-            call, start.pages, self.keys, self.values, start.fmt, self.given, key_map=start.key_map
+            call, *tensors, start.fmt, self.given, reading=start.reading, key_map=start.key_map
         )
         self.heard = AttentionCall(query.detach() if query.requires_grad else query, None, scale, softcap), given
         return out
@@ -167,6 +173,7 @@ class PlainStep:
             plain=False,
             severed=start.severed,
             given=self.given,
+            recall=start.recall,
         )
 
 

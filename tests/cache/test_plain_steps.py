@@ -30,6 +30,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "log": {"rule": "log"},
     "recent, 4 bits": {"rule": "recent", "bits": 4},
     "paper": {"rule": "log", "sinks": 0, "key_columns": 1.0, "param_bits": 16},
+    "recall": {"recall": "both(pages=0.5;skip=0)"},
+    "recall, log": {"rule": "log", "recall": "means(pages=0.3;skip=0)"},
 }
 
 
@@ -234,9 +236,8 @@ def test_a_view_serves_until_the_next_token_comes_and_no_longer():
         layer.attend(view, q)
 
 
-@pytest.mark.parametrize("features", [{"recall": "both(pages=0.5;skip=0)"}, {"prune": "keydiff(keep=0.5)"}])
-def test_where_a_step_looks_at_more_each_is_told(features):
-    layer = Layer(LogQuantConfig(window=32, **features), torch.float32)
+def test_where_a_step_looks_at_more_each_is_told():
+    layer = Layer(LogQuantConfig(window=32, prune="keydiff(keep=0.5)"), torch.float32)
     layer.attend(*layer.come(70))
     for _ in range(20):
         layer.step()
