@@ -17,7 +17,7 @@ from logquant.cache.layer import LogQuantLayer
 from logquant.compat import as_argument
 from logquant.methods.registry import parse_cache, parse_caches
 from logquant.recall import CHOOSERS
-from logquant.recall.reading import Recall
+from logquant.recall.reading import Reading
 from logquant.recall_spec import CHOOSERS as NAMES
 from logquant.recall_spec import RecallSpec
 from tests.helpers.backends import on
@@ -40,7 +40,7 @@ def calls(monkeypatch) -> list[tuple[KVView, AttentionCall, Tensor, list[Tensor]
     """Every attention of few queries: the view, the call, its output and the tables of pages that were read."""
     seen: list[tuple[KVView, AttentionCall, Tensor, list[Tensor]]] = []
     tables: list[Tensor] = []
-    compute, choose = KVView.compute, Recall.tables
+    compute, choose = KVView.compute, Reading.tables
 
     def computed(view: KVView, call: AttentionCall) -> Tensor:
         tables.clear()
@@ -49,12 +49,12 @@ def calls(monkeypatch) -> list[tuple[KVView, AttentionCall, Tensor, list[Tensor]
             seen.append((view, call, out, list(tables)))
         return out
 
-    def chosen(self: Recall, *args: object) -> Tensor:
+    def chosen(self: Reading, *args: object) -> Tensor:
         tables.append(choose(self, *args))
         return tables[-1]
 
     monkeypatch.setattr(KVView, "compute", computed)
-    monkeypatch.setattr(Recall, "tables", chosen)
+    monkeypatch.setattr(Reading, "tables", chosen)
     return seen
 
 
