@@ -174,8 +174,8 @@ class LayerContents(CacheLayerMixin):
         """Learn what has attended to the uncommitted tokens; None if it does not tell its queries."""
 
     @property
-    def _recall(self) -> Recall | None:
-        """What is read of the pages; None: all."""
+    def _indexed_recall(self) -> Recall | None:
+        """``recall``, with what choosers know of the pages that are there."""
         return None if self.recall is None else Recall(self.recall, self.held.storage.index)
 
     def _view(self, keys: Tensor, values: Tensor, new: int) -> KVView:
@@ -194,7 +194,7 @@ class LayerContents(CacheLayerMixin):
             units=storage.units if self.rows.length else AS_THEY_ARE,
             severed=storage.severed,
             given=self.held.chosen and self.held.chosen.given,
-            recall=self._recall,
+            recall=self._indexed_recall,
             ragged=self.held.ragged,
             residual=storage.residual,
         )

@@ -134,7 +134,7 @@ class LogQuantLayer(LayerContents):
         after_step = self._steps_plainly and (last := self.uncommitted) is not None and last.is_step
         self.commit()
         may_be_plain = after_step and as_they_came and key_states.shape[2] == 1 and self._may_step
-        if may_be_plain and (start := Start.of(self.held, self._recall)) is not None:
+        if may_be_plain and (start := Start.of(self.held, self._indexed_recall)) is not None:
             return handles(self._plain_token(start.first(key_states, value_states)))
         return handles(self.append(key_states, value_states))
 
